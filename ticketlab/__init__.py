@@ -1,0 +1,42 @@
+"""ticketlab: an analysis toolkit for the mechanics of lottery tickets.
+
+>>> import ticketlab as tl
+>>> config = tl.ImpConfig(task="digits", model="mlp_100_50", levels=4)
+>>> for level in tl.imp(config, store="runs"):  # doctest: +SKIP
+...     print(level.density, level.metrics["test_error"].mean())
+"""
+
+from __future__ import annotations
+
+from ticketlab import connectivity, functional, masks, models
+from ticketlab.data import Split, Task
+from ticketlab.data import load as load_task
+from ticketlab.engine.imp import ImpConfig, Run, imp, load_run, model_and_task, run_folder
+from ticketlab.engine.store import Level
+from ticketlab.engine.training import Outcome, Recipe, train
+from ticketlab.functional import State, apply, evaluate, initialise, state
+
+__all__ = [
+    "ImpConfig",
+    "Level",
+    "Outcome",
+    "Recipe",
+    "Run",
+    "Split",
+    "State",
+    "Task",
+    "apply",
+    "connectivity",
+    "evaluate",
+    "functional",
+    "imp",
+    "initialise",
+    "load_run",
+    "load_task",
+    "masks",
+    "model_and_task",
+    "models",
+    "run_folder",
+    "state",
+    "train",
+]

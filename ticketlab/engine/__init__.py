@@ -1,0 +1,1 @@
+"""Everything that trains or prunes; never imports a measure."""

@@ -1,0 +1,412 @@
+"""Iterative magnitude pruning: train, prune, rewind, level after level, with its controls in the same stack.
+
+``imp(config)`` is a generator of ``Level``: what is stored is yielded first, the rest is trained, stored
+and yielded, so that a caller can stop, log, plot or resume at any level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ticketlab import data, models
+from ticketlab import masks as mask_ops
+from ticketlab.data import Task
+from ticketlab.engine import cost
+from ticketlab.engine import store as runs
+from ticketlab.engine.criteria import CRITERIA
+from ticketlab.engine.store import Level
+from ticketlab.engine.training import Recipe, train
+from ticketlab.engine.treatments import TREATMENTS, Origin, Start
+from ticketlab.functional import Execution, Masks, State, initialise, nearest, stack, stack_states, state
+
+Factory = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class ImpConfig:
+    """An IMP study: seeds x treatments, trained and pruned level after level."""
+
+    task: str = "digits"
+    """Data set: digits (bundled), mnist, fashion_mnist, cifar10, cifar100 or svhn."""
+    model: str = "mlp_100_50"
+    """Architecture: lenet_300_100, mlp_100_50, conv_2, conv_4, conv_6, or conv_2_bn and so on."""
+    levels: int = 8
+    """Prunings after the dense level 0; 1 is one-shot pruning. A stored run can be extended."""
+    prune_fraction: float = 0.2
+    """Share of the live weights that each level prunes."""
+    scope: Literal["global", "layer"] = "global"
+    """One threshold for the network, or each layer its own rate."""
+    conv_fraction: float | None = None
+    """Rate of convolutions under layer scope; None: the same."""
+    output_fraction: float | None = None
+    """Rate of the output layer under layer scope; None: half."""
+    criterion: str = "magnitude"
+    """What a weight is kept for: magnitude or random."""
+    treatments: tuple[str, ...] = ("ticket", "reinit")
+    """Trained side by side at every level: ticket, reinit, random_mask, layerwise_shuffle, dense_restart, sibling."""
+    init_seeds: tuple[int, ...] = (0, 1, 2)
+    """One network for each, in every treatment."""
+    order_seeds: tuple[int, ...] | None = None
+    """Batch orders, one for each init seed; None: the same numbers (the streams are apart)."""
+    rewind_step: int = 0
+    """k: the tickets start from the weights of this step."""
+    snapshot_steps: tuple[int, ...] = ()
+    """Further steps at which the dense networks are stored."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """How each network is trained."""
+    validation_size: int | None = None
+    """Training examples held out for early stopping; None: the task's default."""
+    split_seed: int = 0
+    """Of the split between training and validation."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of weights and inputs."""
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        if self.criterion not in CRITERIA:
+            raise ValueError(nearest("criterion", self.criterion, tuple(CRITERIA)))
+        for treatment in self.treatments:
+            if treatment not in TREATMENTS:
+                raise ValueError(nearest("treatment", treatment, tuple(TREATMENTS)))
+        if "ticket" not in self.treatments or len(set(self.treatments)) < len(self.treatments):
+            raise ValueError(f"treatments must contain 'ticket' and no name twice: got {self.treatments}.")
+        if self.levels < 0:
+            raise ValueError(f"levels must be at least 0: got {self.levels}.")
+        for name in ("prune_fraction", "conv_fraction", "output_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must lie in (0, 1): got {value}.")
+        if self.scope == "global" and (self.conv_fraction is not None or self.output_fraction is not None):
+            raise ValueError("conv_fraction and output_fraction need scope 'layer': a global threshold has one rate.")
+        if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
+            raise ValueError(f"init_seeds must be one or more different seeds: got {self.init_seeds}.")
+        if min((*self.init_seeds, *(self.order_seeds or ()))) < 0:
+            raise ValueError(f"seeds must not be negative: got {self.init_seeds}, {self.order_seeds}.")
+        if self.order_seeds is not None and len(self.order_seeds) != len(self.init_seeds):
+            raise ValueError(f"order_seeds must be one for each of {self.init_seeds}: got {self.order_seeds}.")
+        if not 0 <= self.rewind_step < recipe.steps:
+            raise ValueError(
+                f"rewind_step must lie in [0, {recipe.steps}), before training ends: got {self.rewind_step}."
+            )
+        if any(not 0 <= s <= recipe.steps for s in self.snapshot_steps):
+            raise ValueError(f"snapshot_steps must lie in [0, {recipe.steps}]: got {self.snapshot_steps}.")
+
+
+@dataclass(frozen=True)
+class _Study:
+    """A config with all that it names made real."""
+
+    config: ImpConfig
+    factory: Factory
+    model: nn.Module
+    task: Task
+    execution: Execution
+    progress: bool
+
+    @property
+    def order_seeds(self) -> tuple[int, ...]:
+        return self.config.order_seeds or self.config.init_seeds
+
+    def description(self) -> dict[str, Any]:
+        """What decides every stored bit; not ``levels``, so that a run can be extended."""
+        shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
+        first = state(initialise(self.factory, self.config.init_seeds[0])).params
+        sums = {name: float(p.double().abs().sum()) for name, p in first.items()}
+        config = {k: v for k, v in asdict(self.config).items() if k != "levels"}
+        fingerprint = {"task": self.task.fingerprint(), "model": runs.identity({"shapes": shapes, "sums": sums})}
+        return _plain({"config": config, "fingerprint": fingerprint})
+
+
+def imp(
+    config: ImpConfig,
+    *,
+    model: Factory | None = None,
+    task: Task | None = None,
+    store: str | Path | None = "runs",
+    device: torch.device | str | None = None,
+    execution: Execution = "auto",
+    progress: bool = True,
+) -> Iterator[Level]:
+    """Find lottery tickets: yield level 0 (dense), 1, ... ``config.levels``, each stored before it is yielded.
+
+    Level 0 trains the dense networks and keeps their weights at the rewind step k. Every further level prunes
+    the tickets of the level before, rewinds them to k, and trains them and the other treatments to step T
+    (Frankle & Carbin 2019; late rewinding: Frankle et al. 2020). Weights and masks are a function of the config
+    and the machine's arithmetic alone: a killed run goes on to the same bits.
+
+    Args:
+        config: The study.
+        model: Makes a network of your own (no arguments); ``config.model`` when None.
+        task: Data of your own; ``config.task`` when None.
+        store: Folder of run directories; None keeps nothing.
+        device: Where to train; a CUDA device if there is one, otherwise the CPU, when None.
+        execution: How replicas are stacked, see ``functional.resolve``.
+        progress: Show progress bars where the output is a terminal.
+
+    Raises:
+        ValueError: Before anything is trained: an unknown name, a run directory of another study or a damaged
+            one, or a directory that another process writes. While training: a level that would leave a layer
+            without a live weight; what is stored stays.
+    """
+    study = _prepare(config, model, task, device, execution, progress)
+    folder = None if store is None else _open(study, Path(store))
+    return _levels(study, folder)
+
+
+def run_folder(config: ImpConfig, store: str | Path = "runs", **given: Any) -> Path:
+    """Where ``imp(config, store=store, model=..., task=...)`` keeps its levels."""
+    study = _prepare(config, given.get("model"), given.get("task"), "cpu", "auto", False)
+    return _folder(study, Path(store))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stored study: its config and its levels, read one at a time."""
+
+    folder: Path
+    config: ImpConfig
+    n_levels: int
+
+    def __len__(self) -> int:
+        return self.n_levels
+
+    def __getitem__(self, level: int) -> Level:
+        if not 0 <= level < self.n_levels:
+            raise IndexError(f"{self.folder} has levels 0 to {self.n_levels - 1}: got {level}.")
+        return runs.read_level(self.folder, level)
+
+    def __iter__(self) -> Iterator[Level]:
+        return (self[level] for level in range(self.n_levels))
+
+
+def load_run(folder: str | Path) -> Run:
+    """Open a run directory for reading.
+
+    Raises:
+        ValueError: Not a run directory, or no level in it is whole.
+    """
+    path = Path(folder)
+    stored = runs.read_config(path)["config"]
+    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.pop("recipe").items()})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    n_levels = runs.n_stored(path)
+    if n_levels == 0:
+        raise ValueError(f"{path} must hold at least level 0: it has none. Resume the run with analyses.imp.")
+    return Run(path, ImpConfig(**values, recipe=recipe, levels=n_levels - 1), n_levels)
+
+
+def model_and_task(
+    config: ImpConfig,
+    *,
+    model: Factory | None = None,
+    task: Task | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Factory, Task]:
+    """The architecture (a function that makes it) and the data that a config names, or your own in their place."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, config.dtype)
+    if task is None:
+        task = data.load(
+            config.task, validation_size=config.validation_size, split_seed=config.split_seed, dtype=dtype, device=device
+        )
+    task = task.to(device, dtype)
+    shape, n_classes = task.input_shape, task.n_classes
+    return model or (lambda: models.build(config.model, shape, n_classes)), task
+
+
+def _prepare(
+    config: ImpConfig,
+    model: Factory | None,
+    task: Task | None,
+    device: torch.device | str | None,
+    execution: Execution,
+    progress: bool,
+) -> _Study:
+    label = {"model": getattr(model, "__name__", "custom")} if model else {}
+    label |= {"task": task.name} if task else {}
+    factory, loaded = model_and_task(config, model=model, task=task, device=device)
+    config = replace(config, **label)
+    if config.recipe.batch_size > len(loaded.train):
+        raise ValueError(f"batch_size must be at most {len(loaded.train)}, the training set: got {config.recipe.batch_size}.")
+    net = initialise(factory, config.init_seeds[0]).to(loaded.device, loaded.dtype)
+    _check_levels(config, net)
+    return _Study(config, factory, net, loaded, execution, progress)
+
+
+def _check_levels(config: ImpConfig, model: nn.Module) -> None:
+    """Refuse levels that counting alone shows to be too many, before hours are spent on them."""
+    alive = {name: mask.numel() for name, mask in mask_ops.ones(model).items()}
+    rates = _fractions(config, model)
+    least = 1
+    if not isinstance(rates, dict):
+        alive, rates, least = {"the network": sum(alive.values())}, {"the network": rates}, len(alive)
+    for level in range(1, config.levels + 1):
+        alive = {name: n - mask_ops.n_removed(n, rates[name]) for name, n in alive.items()}
+        empty = [name for name, n in alive.items() if n < least]
+        if empty:
+            raise ValueError(
+                f"every layer must keep a live weight: {empty} would be too small for it at level {level} of "
+                f"{config.levels}. Use at most {level - 1} levels or a smaller prune_fraction."
+            )
+
+
+def _fractions(config: ImpConfig, model: nn.Module) -> float | dict[str, float]:
+    if config.scope == "global":
+        return config.prune_fraction
+    return mask_ops.fractions_by_layer(
+        model, config.prune_fraction, conv=config.conv_fraction, output=config.output_fraction
+    )
+
+
+def _folder(study: _Study, store: Path) -> Path:
+    config = study.config
+    return store / f"{config.task}-{config.model}-{runs.identity(study.description())}"
+
+
+def _open(study: _Study, store: Path) -> Path:
+    """The run's folder, checked to be its own; a new one gets its config.json with the first level."""
+    folder = _folder(study, store)
+    if (folder / runs.CONFIG).exists():
+        stored = {k: v for k, v in runs.read_config(folder).items() if k in ("config", "fingerprint")}
+        if stored != study.description():
+            raise ValueError(
+                f"{folder} must be a run of this study, but its {runs.CONFIG} is of another: "
+                f"{_difference(stored, study.description())}. Move it away, or use another store."
+            )
+    return folder
+
+
+def _levels(study: _Study, folder: Path | None) -> Iterator[Level]:
+    stored = min(runs.n_stored(folder), study.config.levels + 1) if folder else 0
+    dense = previous = None
+    with ExitStack() as stack_:
+        for number in range(study.config.levels + 1):
+            if folder and number < stored:
+                level = runs.read_level(folder, number, study.task.device)
+            else:
+                if folder and number == stored:
+                    stack_.enter_context(runs.writing(folder))
+                    environment = runs.environment(study.task.device)
+                    if not (folder / runs.CONFIG).exists():
+                        runs.write_config(folder, study.description() | {"environment": environment})
+                level = _dense(study) if dense is None else _pruned(study, number, dense, previous)
+                if folder:
+                    runs.write_level(folder, level, environment)
+            dense = dense or level
+            previous = level
+            yield level
+
+
+def _dense(study: _Study) -> Level:
+    """Level 0: the dense networks, their weights at step k as ``start``."""
+    config, k = study.config, study.config.rewind_step
+    starts = []
+    for init_seed, order_seed in zip(config.init_seeds, study.order_seeds, strict=True):
+        fresh = state(initialise(study.factory, init_seed)).to(study.task.device, study.task.dtype)
+        starts.append(Start(fresh, mask_ops.ones(study.model), order_seed))
+    rows = [{"treatment": "ticket", "init_seed": s, "order_seed": o} for s, o in zip(config.init_seeds, study.order_seeds, strict=True)]
+    level = _train(study, 0, starts, rows, first_step=0, snapshot_steps={0, k, *config.snapshot_steps})
+    return replace(level, start=level.snapshots[k].clone())
+
+
+def _pruned(study: _Study, number: int, dense: Level, previous: Level) -> Level:
+    """Level 1 and on: prune the tickets of the level before, rewind, train them beside their controls."""
+    config = study.config
+    starts: list[Start] = []
+    rows: list[dict[str, Any]] = []
+    origins = []
+    for init_seed, order_seed in zip(config.init_seeds, study.order_seeds, strict=True):
+        rewound = dense.select(init_seed=init_seed).start
+        masks = _next_masks(study, previous.select(treatment="ticket", init_seed=init_seed), init_seed, number)
+        origins.append(Origin(study.factory, rewound, masks, init_seed, order_seed, number))
+    for treatment in config.treatments:
+        for origin in origins:
+            start = TREATMENTS[treatment](origin)
+            starts.append(start)
+            rows.append({"treatment": treatment, "init_seed": origin.init_seed, "order_seed": start.order_seed})
+    return _train(study, number, starts, rows, first_step=config.rewind_step)
+
+
+def _next_masks(study: _Study, ticket: Level, init_seed: int, number: int) -> Masks:
+    seed = init_seed * 1000 + number
+    scores = CRITERIA[study.config.criterion](ticket.masks, ticket.theta_start, ticket.theta_end, seed)
+    return mask_ops.prune(ticket.masks, scores, _fractions(study.config, study.model))
+
+
+def _train(
+    study: _Study,
+    number: int,
+    starts: list[Start],
+    rows: list[dict[str, Any]],
+    *,
+    first_step: int,
+    snapshot_steps: set[int] | frozenset[int] = frozenset(),
+) -> Level:
+    config = study.config
+    masks = stack([s.masks for s in starts])
+    begun = stack_states([s.state for s in starts])
+    begun = State({n: p * masks[n] if n in masks else p for n, p in begun.params.items()}, begun.buffers)
+    density = float(mask_ops.density(starts[0].masks))
+    outcome = train(
+        study.model,
+        begun,
+        masks,
+        study.task,
+        config.recipe,
+        [s.order_seed for s in starts],
+        first_step=first_step,
+        snapshot_steps=sorted(snapshot_steps),
+        execution=study.execution,
+        description=f"level {number}/{config.levels}, density {density:.3g}",
+        progress=study.progress,
+    )
+    table = pd.concat([pd.DataFrame(rows), _costs(study, starts, first_step), outcome.metrics.drop(columns="replica")], axis=1)
+    table.insert(0, "replica", range(len(starts)))
+    table.insert(1, "level", number)
+    return Level(
+        number, density, masks, begun, outcome.end, table, outcome.curves, outcome.snapshots, outcome.wall_seconds
+    )
+
+
+def _costs(study: _Study, starts: list[Start], first_step: int) -> pd.DataFrame:
+    """What each replica keeps and what its training costs."""
+    recipe = study.config.recipe
+    uses = cost.positions(study.model, study.task.train.x)
+    steps = recipe.steps - first_step
+    dense = cost.forward_macs(uses, {n: m.numel() for n, m in starts[0].masks.items()})
+    rows = []
+    for start in starts:
+        live = cost.forward_macs(uses, {n: int(m.sum()) for n, m in start.masks.items()})
+        rows.append(
+            {
+                "density": float(mask_ops.density(start.masks)),
+                "kept": int(mask_ops.kept(start.masks)),
+                "prunable": mask_ops.total(start.masks),
+                "first_step": first_step,
+                "steps": steps,
+                "macs_dense": cost.training_macs(dense, recipe.batch_size, steps),
+                "macs_live": cost.training_macs(live, recipe.batch_size, steps),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON reads it back: tuples are lists."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    flat = [{**d["config"], **d["fingerprint"]} for d in (stored, wanted)]
+    changed = [f"{k} {flat[0].get(k)!r} instead of {flat[1].get(k)!r}" for k in flat[1] if flat[0].get(k) != flat[1][k]]
+    return "; ".join(changed) or "other fields"

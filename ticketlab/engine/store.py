@@ -1,0 +1,271 @@
+"""Run directories: one folder a run, one folder a level, readable without this package.
+
+::
+
+    runs/<task>-<model>-<hash>/config.json
+                               level_00/{weights,masks}.safetensors, {metrics,curves}.csv, manifest.json
+
+A level is written under a temporary name, synced and renamed, and counts only with a manifest whose
+checksums hold, so a process killed at any moment leaves whole levels and nothing else. Nothing that is
+stored is ever written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ticketlab.functional import Masks, Params, State, select
+
+CONFIG, MANIFEST, WEIGHTS, MASKS, METRICS, CURVES, LOCK = (
+    "config.json",
+    "manifest.json",
+    "weights.safetensors",
+    "masks.safetensors",
+    "metrics.csv",
+    "curves.csv",
+    ".lock",
+)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a study: R networks, on the replica axis in the order of the rows of ``metrics``."""
+
+    level: int
+    """0 is the dense network."""
+    density: float
+    """Of the ticket, kept / prunable."""
+    masks: Masks
+    """[replica, ...] bool, True = kept."""
+    start: State
+    """At the rewind step k, pruned weights zero."""
+    end: State
+    """After T steps."""
+    metrics: pd.DataFrame
+    """One row a replica."""
+    curves: pd.DataFrame
+    """One row a replica and evaluation: validation loss and error."""
+    snapshots: dict[int, State] = field(default_factory=dict)
+    """Level 0 alone: the networks after so many steps."""
+    wall_seconds: float = float("nan")
+    """Training and evaluation of the whole level."""
+
+    @property
+    def theta_start(self) -> Params:
+        return self.start.params
+
+    @property
+    def theta_end(self) -> Params:
+        return self.end.params
+
+    def select(self, **conditions: Any) -> Level:
+        """The replicas whose row of ``metrics`` has these values; a single one loses the replica axis.
+
+        >>> level.select(treatment="ticket", init_seed=0).theta_start  # doctest: +SKIP
+        """
+        rows = pd.Series(True, index=self.metrics.index)
+        for column, value in conditions.items():
+            if column not in self.metrics:
+                raise ValueError(f"select needs columns of metrics: got {column!r}, not in {list(self.metrics)}.")
+            rows &= self.metrics[column] == value
+        found = [int(r) for r in self.metrics["replica"][rows]]
+        if not found:
+            given = ", ".join(f"{k}={v!r}" for k, v in conditions.items())
+            has = {c: sorted(self.metrics[c].unique()) for c in conditions}
+            raise ValueError(f"no replica of level {self.level} has {given}: it has {has}.")
+        index = found[0] if len(found) == 1 else found
+        return replace(
+            self,
+            masks=select(self.masks, index),
+            start=self.start.select(index),
+            end=self.end.select(index),
+            snapshots={step: s.select(index) for step, s in self.snapshots.items()},
+            metrics=self.metrics[rows],
+            curves=self.curves[self.curves["replica"].isin(found)],
+        )
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the numbers were made with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version()}
+
+
+def identity(description: Mapping[str, Any]) -> str:
+    """Hash of a JSON-able description: equal for equal content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def n_stored(folder: Path) -> int:
+    """How many levels are stored, counted from 0 up to the first that is missing."""
+    level = 0
+    while (_level_folder(folder, level) / MANIFEST).exists():
+        level += 1
+    return level
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The stored description of a run."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} must be a run directory with a {CONFIG}: found none. Make it with analyses.imp.")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be valid JSON: {error}. Restore it, or run again into another store.") from error
+
+
+def write_config(folder: Path, description: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{CONFIG}.tmp", (json.dumps(description, indent=2) + "\n").encode())
+    os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+    _sync_folder(folder)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """The one writer of a run directory; leftovers of a killed one are cleared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{folder} must have one writer: another process holds it. Wait for it, or stop it.") from error
+    try:
+        for leftover in folder.glob("level_*.tmp"):
+            shutil.rmtree(leftover)
+        yield
+    finally:
+        lock.release()
+
+
+def write_level(folder: Path, level: Level, environment: Mapping[str, str]) -> None:
+    """Store a level whole or not at all."""
+    files = {
+        WEIGHTS: save_tensors(_contiguous(_flatten(level))),
+        MASKS: save_tensors(_contiguous(level.masks)),
+        METRICS: level.metrics.to_csv(index=False).encode(),
+        CURVES: level.curves.to_csv(index=False).encode(),
+    }
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    manifest = {
+        "level": level.level,
+        "density": level.density,
+        "sha256": sums,
+        "wall_seconds": level.wall_seconds,
+        "environment": dict(environment),
+    }
+    target = _level_folder(folder, level.level)
+    temporary = target.with_suffix(".tmp")
+    temporary.mkdir()
+    for name, content in files.items():
+        _write(temporary / name, content)
+    _write(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    _sync_folder(temporary)
+    os.rename(temporary, target)
+    _sync_folder(folder)
+
+
+def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> Level:
+    """Read a stored level and hold every file against its checksum.
+
+    Raises:
+        ValueError: The level is not stored, or a file is missing, truncated or changed.
+    """
+    path = _level_folder(folder, level)
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"level {level} must be stored in {folder}: it has {n_stored(folder)} levels, from 0.")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        content = {name: _verified(path / name, digest) for name, digest in manifest["sha256"].items()}
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(_damaged(path / MANIFEST, "is not a whole manifest")) from error
+    masks = {n: t.to(device) for n, t in load_tensors(content[MASKS]).items()}
+    tensors = _unflatten({n: t.to(device) for n, t in load_tensors(content[WEIGHTS]).items()})
+    metrics, curves = (
+        pd.read_csv(BytesIO(content[n]), dtype=_INTEGERS) for n in (METRICS, CURVES)
+    )
+    start, end = tensors.pop("start"), tensors.pop("end")
+    snapshots = {int(key.removeprefix("step_")): s for key, s in sorted(tensors.items())}
+    return Level(
+        level, manifest["density"], masks, start, end, metrics, curves, snapshots, wall_seconds=manifest["wall_seconds"]
+    )
+
+
+_INTEGERS = {"early_stop_step": "Int64", "diverged_step": "Int64"}  # may be missing, and stay integers
+
+
+def _flatten(level: Level) -> dict[str, Tensor]:
+    states = {"start": level.start, "end": level.end}
+    states |= {f"step_{step:08d}": s for step, s in level.snapshots.items()}
+    return {
+        f"{key}/{part}/{name}": tensor
+        for key, s in states.items()
+        for part, tensors in s._asdict().items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _unflatten(tensors: Mapping[str, Tensor]) -> dict[str, State]:
+    states: dict[str, State] = {}
+    for full, tensor in tensors.items():
+        key, part, name = full.split("/", 2)
+        getattr(states.setdefault(key, State({}, {})), part)[name] = tensor
+    return states
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _level_folder(folder: Path, level: int) -> Path:
+    return folder / f"level_{level:02d}"
+
+
+def _verified(path: Path, digest: str) -> bytes:
+    if not path.is_file():
+        raise ValueError(_damaged(path, "is missing"))
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(_damaged(path, "does not match its checksum"))
+    return content
+
+
+def _damaged(path: Path, what: str) -> str:
+    level = path.parent.name
+    return (
+        f"{path} {what}. Restore it from a copy, or move {level} and every later level away: "
+        "the run then trains them again, to the same bits."
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

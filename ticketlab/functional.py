@@ -1,0 +1,228 @@
+"""Models as pure functions of dicts of tensors, one network or a stack of replicas.
+
+Every other module leans on this one. Parameters, buffers and masks are plain dicts keyed by the
+module's own names; a *stacked* dict holds R networks of one architecture on a leading replica axis.
+The user's module only lends its forward pass: its weights, buffers and mode stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+Params = dict[str, Tensor]
+Buffers = dict[str, Tensor]
+Masks = dict[str, Tensor]
+Execution = Literal["auto", "loop", "vmap"]
+
+
+def nearest(kind: str, given: str, known: Sequence[str]) -> str:
+    """The message for an unknown name: what was given, the closest known one, and all of them."""
+    close = get_close_matches(given, known, n=1, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {given!r}.{hint} Known: {', '.join(known)}."
+
+
+def initialise(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a module whose initial weights depend on ``seed`` alone.
+
+    ``nn.Module`` initialisers draw from torch's global generator; it is seeded inside a fork, so that
+    the caller's random state is untouched. The draw is made on the CPU: the same on every device.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return factory()
+
+
+class State(NamedTuple):
+    """All that training changes in a network, or in a stack of them."""
+
+    params: Params
+    buffers: Buffers
+
+    def clone(self) -> State:
+        params, buffers = ({n: t.detach().clone() for n, t in part.items()} for part in self)
+        return State(params, buffers)
+
+    def select(self, index: int | Sequence[int]) -> State:
+        return State(select(self.params, index), select(self.buffers, index))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> State:
+        """On a device; floating tensors in ``dtype``, counters as they are."""
+        move = {True: {"device": device, "dtype": dtype}, False: {"device": device}}
+        params, buffers = ({n: t.to(**move[t.is_floating_point()]) for n, t in part.items()} for part in self)
+        return State(params, buffers)
+
+
+def state(model: nn.Module) -> State:
+    """Copies of the module's parameters and buffers, detached; a tied parameter appears once."""
+    return State(
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        {name: b.detach().clone() for name, b in model.named_buffers()},
+    )
+
+
+def stack_states(states: Sequence[State]) -> State:
+    """Networks of one architecture on a leading replica axis."""
+    return State(stack([s.params for s in states]), stack([s.buffers for s in states]))
+
+
+def stack(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the tensors of R dicts with equal names on a leading replica axis."""
+    if not states:
+        raise ValueError("stack needs at least one dict of tensors: got none.")
+    names = set(states[0])
+    for index, other in enumerate(states):
+        if set(other) != names:
+            raise ValueError(f"every dict must have the names {sorted(names)}: number {index} has {sorted(other)}.")
+    return {name: torch.stack([s[name] for s in states]) for name in states[0]}
+
+
+def select(stacked: Mapping[str, Tensor], index: int | Sequence[int] | slice) -> dict[str, Tensor]:
+    """The replicas at ``index``: an int drops the replica axis (a view), a list keeps it (a copy)."""
+    return {name: tensor[index] for name, tensor in stacked.items()}
+
+
+def n_replicas(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
+    """Length of the replica axis of ``params``; None when they are those of a single network.
+
+    Raises:
+        ValueError: Names or shapes are neither the model's nor the model's behind one common axis.
+    """
+    own = dict(model.named_parameters())
+    if set(params) != set(own):
+        missing, extra = sorted(set(own) - set(params)), sorted(set(params) - set(own))
+        raise ValueError(
+            f"params must have the model's names: missing {missing}, unknown {extra}. "
+            "Take them from ticketlab.functional.state(model) or from a level of the same model."
+        )
+    lengths: set[int | None] = set()
+    for name, tensor in params.items():
+        shape = tuple(own[name].shape)
+        if tuple(tensor.shape) == shape:
+            lengths.add(None)
+        elif tensor.ndim == len(shape) + 1 and tuple(tensor.shape[1:]) == shape:
+            lengths.add(tensor.shape[0])
+        else:
+            raise ValueError(
+                f"params[{name!r}] must have shape {shape}, or [replica, *{shape}]: got {tuple(tensor.shape)}."
+            )
+    if len(lengths) > 1:
+        raise ValueError(f"all params must share one replica axis: got lengths {sorted(map(str, lengths))}.")
+    return lengths.pop() if lengths else None
+
+
+def masked(params: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> Params:
+    """m * theta: the parameters with pruned weights set to zero; unmasked ones as they are."""
+    if masks is None:
+        return dict(params)
+    unknown = sorted(set(masks) - set(params))
+    if unknown:
+        raise ValueError(f"masks must name parameters of the model: unknown {unknown}. Build them with masks.ones(model).")
+    for name, mask in masks.items():
+        if mask.shape != params[name].shape[params[name].ndim - mask.ndim :]:
+            raise ValueError(
+                f"masks[{name!r}] must have the shape of the parameter, {tuple(params[name].shape)}: "
+                f"got {tuple(mask.shape)}."
+            )
+    return {name: p * masks[name].to(p.dtype) if name in masks else p for name, p in params.items()}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode; every submodule gets its own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def resolve(execution: Execution, model: nn.Module, device: torch.device) -> Literal["loop", "vmap"]:
+    """How a stack of replicas is computed: the one place where this is chosen.
+
+    On an accelerator launches dominate and ``vmap`` shares them. On a CPU it pays for small fully connected
+    networks alone, where Python's overhead dominates too; convolutions take a slow grouped path under it, and
+    from about 10^5 weights on a thread for each replica is faster (measured by ``benchmarks/imp_step.py``).
+    """
+    if execution not in ("auto", "loop", "vmap"):
+        raise ValueError(f"execution must be 'auto', 'loop' or 'vmap': got {execution!r}.")
+    if execution != "auto":
+        return execution
+    small = sum(p.numel() for p in model.parameters()) < 100_000
+    return "vmap" if device.type != "cpu" or (small and all(p.ndim <= 2 for p in model.parameters())) else "loop"
+
+
+def apply(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    execution: Execution = "auto",
+) -> Tensor:
+    """f(x; m * theta) in evaluation mode, for one network or a stack.
+
+    Args:
+        model: Lends its forward pass; not changed.
+        params: The model's parameters, or a stack of them.
+        x: Inputs [n, ...], shared by all replicas.
+        masks: True = kept; stacked or not.
+        buffers: The model's own when None; otherwise with the replica axis of ``params``.
+        execution: How a stack is computed.
+
+    Returns:
+        Outputs [n, ...], or [replica, n, ...] for a stack.
+    """
+    replicas = n_replicas(model, params)
+    weights = masked(params, masks)
+    with evaluating(model):
+        if replicas is None:
+            return functional_call(model, {**weights, **(buffers or {})}, (x,))
+        stacked = {**weights, **(buffers or {})}
+        if resolve(execution, model, x.device) == "vmap":
+            return vmap(lambda one: functional_call(model, one, (x,)))(stacked)
+        return torch.stack([functional_call(model, select(stacked, r), (x,)) for r in range(replicas)])
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    y: Int[Tensor, " n"],
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    batch_size: int = 2500,
+    execution: Execution = "auto",
+) -> tuple[Float[Tensor, "*replica"], Float[Tensor, "*replica"]]:
+    """Mean cross-entropy in nats and error in [0, 1] over a data set, in evaluation mode.
+
+    Both are float64 and do not depend on ``batch_size`` beyond the rounding of the logits: losses are
+    summed in float64 and errors are counted as integers.
+
+    Returns:
+        (loss_nats, error), each a scalar, or [replica] for a stack.
+    """
+    weights = masked(params, masks)
+    loss, wrong = torch.zeros((), dtype=torch.float64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
+    for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        logits = apply(model, weights, xs, buffers=buffers, execution=execution)  # [*replica, batch, classes]
+        targets = ys.expand(logits.shape[:-1])
+        nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        loss = loss + nats.sum(-1, dtype=torch.float64)
+        # A row of NaN has no largest entry: it counts as wrong, whatever argmax returns for it.
+        right = (logits.argmax(-1) == targets) & ~logits.isnan().any(-1)
+        wrong = wrong + (~right).sum(-1)
+    return loss / len(y), wrong.double() / len(y)
