@@ -1,0 +1,1 @@
+"""python -m analyses.NAME: config -> run -> tidy tables -> CSV and figure."""

@@ -1,0 +1,1 @@
+"""Tables in, figures out: ``draw(tables) -> Figure``, one file a figure. ``python -m figures`` draws them all."""

@@ -11,9 +11,11 @@ from __future__ import annotations
 from ticketlab import connectivity, functional, masks, models
 from ticketlab.data import Split, Task
 from ticketlab.data import load as load_task
-from ticketlab.engine.imp import ImpConfig, Run, imp, load_run, model_and_task, run_folder
+from ticketlab.engine.config import ImpConfig
+from ticketlab.engine.imp import Run, imp, load_run, model_and_task, run_folder
+from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.store import Level
-from ticketlab.engine.training import Outcome, Recipe, train
+from ticketlab.engine.training import Outcome, train
 from ticketlab.functional import State, apply, evaluate, initialise, state
 
 __all__ = [

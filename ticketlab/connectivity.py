@@ -152,16 +152,16 @@ def linear_path(
     unknown = sorted(set(splits) - {"train", "validation", "test"})
     if unknown or not splits:
         raise ValueError(f"splits must be some of train, validation, test: got {list(splits)}.")
-    ends = [masked(p, masks) for p in (params_a, params_b)]
+    a, b = (masked(p, masks) for p in (params_a, params_b))
     still = {n: b.to(task.device) for n, b in model.named_buffers()} if buffers is None else buffers
     if replicas is None:
-        ends, still = [stack([p]) for p in ends], stack([still])
+        a, b, still = stack([a]), stack([b]), stack([still])
     elif buffers is None:
         still = {n: b.expand(replicas, *b.shape) for n, b in still.items()}
     alphas = np.linspace(0, 1, n_alphas)
     curves: dict[tuple[str, str], list[np.ndarray]] = {(s, m): [] for s in splits for m in ("loss_nats", "error")}
     for block in np.array_split(alphas, -(-n_alphas // max(1, _STACK // (replicas or 1)))):
-        params = _interpolate(*ends, block)
+        params = _interpolate(a, b, block)
         state = {n: b.repeat(len(block), *[1] * (b.ndim - 1)) for n, b in still.items()}
         if batchnorm == "recalibrate":
             state = recalibrate(model, params, state, task.train.x, execution=execution)

@@ -7,11 +7,14 @@ The user's module only lends its forward pass: its weights, buffers and mode sta
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -25,9 +28,28 @@ Execution = Literal["auto", "loop", "vmap"]
 
 def nearest(kind: str, given: str, known: Sequence[str]) -> str:
     """The message for an unknown name: what was given, the closest known one, and all of them."""
-    close = get_close_matches(given, known, n=1, cutoff=0.4)
+    close = get_close_matches(str(given), known, n=1, cutoff=0.4)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {given!r}.{hint} Known: {', '.join(known)}."
+
+
+def stream(purpose: str, *seeds: int) -> torch.Generator:
+    """A CPU generator of its own for each purpose and seeds, the same on every machine and in every process.
+
+    PyTorch's CPU generator takes 32 bits of seed, so two streams coincide with probability 2^-32.
+
+    Args:
+        purpose: What the draws are for, such as ``"order"``.
+        seeds: Each in 0..2^32 - 1; ``(1,)`` and ``(1, 0)`` are different.
+
+    Raises:
+        ValueError: A seed out of range.
+    """
+    if not all(isinstance(seed, Integral) and 0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f"seeds must be integers in 0..2^32 - 1: got {seeds} for {purpose!r}. Choose others.")
+    # As a spawn key, for as entropy a list would equal itself with zeros appended.
+    sequence = np.random.SeedSequence(zlib.crc32(purpose.encode()), spawn_key=[int(seed) for seed in seeds])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
 
 
 def initialise(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -54,11 +76,18 @@ class State(NamedTuple):
     def select(self, index: int | Sequence[int]) -> State:
         return State(select(self.params, index), select(self.buffers, index))
 
+    def repeat(self, times: int) -> State:
+        """A stack after itself, ``times`` times over."""
+        params, buffers = ({n: torch.cat([t] * times) for n, t in part.items()} for part in self)
+        return State(params, buffers)
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> State:
         """On a device; floating tensors in ``dtype``, counters as they are."""
-        move = {True: {"device": device, "dtype": dtype}, False: {"device": device}}
-        params, buffers = ({n: t.to(**move[t.is_floating_point()]) for n, t in part.items()} for part in self)
-        return State(params, buffers)
+
+        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()}
+
+        return State(move(self.params), move(self.buffers))
 
 
 def state(model: nn.Module) -> State:
@@ -125,7 +154,9 @@ def masked(params: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> 
         return dict(params)
     unknown = sorted(set(masks) - set(params))
     if unknown:
-        raise ValueError(f"masks must name parameters of the model: unknown {unknown}. Build them with masks.ones(model).")
+        raise ValueError(
+            f"masks must name parameters of the model: unknown {unknown}. Build them with masks.ones(model)."
+        )
     for name, mask in masks.items():
         if mask.shape != params[name].shape[params[name].ndim - mask.ndim :]:
             raise ValueError(
@@ -216,7 +247,8 @@ def evaluate(
         (loss_nats, error), each a scalar, or [replica] for a stack.
     """
     weights = masked(params, masks)
-    loss, wrong = torch.zeros((), dtype=torch.float64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
+    loss = torch.zeros((), dtype=torch.float64, device=x.device)
+    wrong = torch.zeros((), dtype=torch.int64, device=x.device)
     for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
         logits = apply(model, weights, xs, buffers=buffers, execution=execution)  # [*replica, batch, classes]
         targets = ys.expand(logits.shape[:-1])

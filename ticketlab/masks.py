@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ticketlab.data import stream
-from ticketlab.functional import Masks
+from ticketlab.functional import Masks, stream
 
 Scope = Literal["global", "layer"]
 
@@ -32,7 +31,7 @@ def prunable(model: nn.Module) -> tuple[str, ...]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     wanted: set[int] = set()
     for module in model.modules():
-        names = ("weight",) if isinstance(module, _WEIGHTED) else ()
+        names: tuple[str, ...] = ("weight",) if isinstance(module, _WEIGHTED) else ()
         names = _PROJECTIONS if isinstance(module, nn.MultiheadAttention) else names
         wanted |= {id(getattr(module, name)) for name in names if getattr(module, name) is not None}
     found = tuple(n for n, p in model.named_parameters() if id(p) in wanted - embeddings and p.requires_grad)
@@ -65,7 +64,9 @@ def validate(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         if mask.dtype != torch.bool:
             raise ValueError(f"masks[{name!r}] must be bool, True = kept: got {mask.dtype}. Convert it with mask != 0.")
         if tuple(mask.shape[-len(shape) :]) != shape or mask.ndim > len(shape) + 1:
-            raise ValueError(f"masks[{name!r}] must have shape {shape} or [replica, *{shape}]: got {tuple(mask.shape)}.")
+            raise ValueError(
+                f"masks[{name!r}] must have shape {shape} or [replica, *{shape}]: got {tuple(mask.shape)}."
+            )
         axes.add(mask.shape[0] if mask.ndim > len(shape) else None)
     if len(axes) > 1:
         raise ValueError(f"all masks must share one replica axis: got lengths {sorted(map(str, axes))}.")
@@ -128,7 +129,7 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], fractions: 
     if isinstance(fractions, Mapping):
         if set(fractions) != set(masks):
             raise ValueError(f"fractions must name every masked layer: got {sorted(fractions)} for {sorted(masks)}.")
-        groups = [((name,), fractions[name]) for name in masks]
+        groups: list[tuple[tuple[str, ...], float]] = [((name,), fractions[name]) for name in masks]
     else:
         groups = [(tuple(masks), fractions)]
     new: Masks = {}

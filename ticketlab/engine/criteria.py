@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ticketlab.data import stream
-from ticketlab.functional import Masks, Params
+from ticketlab.functional import Masks, Params, stream
 
 Scores = dict[str, Tensor]
 

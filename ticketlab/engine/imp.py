@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,83 +21,14 @@ from ticketlab import masks as mask_ops
 from ticketlab.data import Task
 from ticketlab.engine import cost
 from ticketlab.engine import store as runs
+from ticketlab.engine.config import ImpConfig, from_json
 from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.store import Level
-from ticketlab.engine.training import Recipe, train
+from ticketlab.engine.training import train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Start
-from ticketlab.functional import Execution, Masks, State, initialise, nearest, stack, stack_states, state
+from ticketlab.functional import Execution, Masks, State, initialise, stack, stack_states, state
 
 Factory = Callable[[], nn.Module]
-
-
-@dataclass(frozen=True)
-class ImpConfig:
-    """An IMP study: seeds x treatments, trained and pruned level after level."""
-
-    task: str = "digits"
-    """Data set: digits (bundled), mnist, fashion_mnist, cifar10, cifar100 or svhn."""
-    model: str = "mlp_100_50"
-    """Architecture: lenet_300_100, mlp_100_50, conv_2, conv_4, conv_6, or conv_2_bn and so on."""
-    levels: int = 8
-    """Prunings after the dense level 0; 1 is one-shot pruning. A stored run can be extended."""
-    prune_fraction: float = 0.2
-    """Share of the live weights that each level prunes."""
-    scope: Literal["global", "layer"] = "global"
-    """One threshold for the network, or each layer its own rate."""
-    conv_fraction: float | None = None
-    """Rate of convolutions under layer scope; None: the same."""
-    output_fraction: float | None = None
-    """Rate of the output layer under layer scope; None: half."""
-    criterion: str = "magnitude"
-    """What a weight is kept for: magnitude or random."""
-    treatments: tuple[str, ...] = ("ticket", "reinit")
-    """Trained side by side at every level: ticket, reinit, random_mask, layerwise_shuffle, dense_restart, sibling."""
-    init_seeds: tuple[int, ...] = (0, 1, 2)
-    """One network for each, in every treatment."""
-    order_seeds: tuple[int, ...] | None = None
-    """Batch orders, one for each init seed; None: the same numbers (the streams are apart)."""
-    rewind_step: int = 0
-    """k: the tickets start from the weights of this step."""
-    snapshot_steps: tuple[int, ...] = ()
-    """Further steps at which the dense networks are stored."""
-    recipe: Recipe = field(default_factory=Recipe)
-    """How each network is trained."""
-    validation_size: int | None = None
-    """Training examples held out for early stopping; None: the task's default."""
-    split_seed: int = 0
-    """Of the split between training and validation."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Of weights and inputs."""
-
-    def __post_init__(self) -> None:
-        recipe = self.recipe
-        if self.criterion not in CRITERIA:
-            raise ValueError(nearest("criterion", self.criterion, tuple(CRITERIA)))
-        for treatment in self.treatments:
-            if treatment not in TREATMENTS:
-                raise ValueError(nearest("treatment", treatment, tuple(TREATMENTS)))
-        if "ticket" not in self.treatments or len(set(self.treatments)) < len(self.treatments):
-            raise ValueError(f"treatments must contain 'ticket' and no name twice: got {self.treatments}.")
-        if self.levels < 0:
-            raise ValueError(f"levels must be at least 0: got {self.levels}.")
-        for name in ("prune_fraction", "conv_fraction", "output_fraction"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must lie in (0, 1): got {value}.")
-        if self.scope == "global" and (self.conv_fraction is not None or self.output_fraction is not None):
-            raise ValueError("conv_fraction and output_fraction need scope 'layer': a global threshold has one rate.")
-        if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
-            raise ValueError(f"init_seeds must be one or more different seeds: got {self.init_seeds}.")
-        if min((*self.init_seeds, *(self.order_seeds or ()))) < 0:
-            raise ValueError(f"seeds must not be negative: got {self.init_seeds}, {self.order_seeds}.")
-        if self.order_seeds is not None and len(self.order_seeds) != len(self.init_seeds):
-            raise ValueError(f"order_seeds must be one for each of {self.init_seeds}: got {self.order_seeds}.")
-        if not 0 <= self.rewind_step < recipe.steps:
-            raise ValueError(
-                f"rewind_step must lie in [0, {recipe.steps}), before training ends: got {self.rewind_step}."
-            )
-        if any(not 0 <= s <= recipe.steps for s in self.snapshot_steps):
-            raise ValueError(f"snapshot_steps must lie in [0, {recipe.steps}]: got {self.snapshot_steps}.")
 
 
 @dataclass(frozen=True)
@@ -114,6 +45,10 @@ class _Study:
     @property
     def order_seeds(self) -> tuple[int, ...]:
         return self.config.order_seeds or self.config.init_seeds
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return runs.environment(self.task.device)
 
     def description(self) -> dict[str, Any]:
         """What decides every stored bit; not ``levels``, so that a run can be extended."""
@@ -174,6 +109,8 @@ class Run:
     folder: Path
     config: ImpConfig
     n_levels: int
+    device: torch.device | str = "cpu"
+    """Where the tensors of a level are put."""
 
     def __len__(self) -> int:
         return self.n_levels
@@ -181,13 +118,13 @@ class Run:
     def __getitem__(self, level: int) -> Level:
         if not 0 <= level < self.n_levels:
             raise IndexError(f"{self.folder} has levels 0 to {self.n_levels - 1}: got {level}.")
-        return runs.read_level(self.folder, level)
+        return runs.read_level(self.folder, level, self.device)
 
     def __iter__(self) -> Iterator[Level]:
         return (self[level] for level in range(self.n_levels))
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     """Open a run directory for reading.
 
     Raises:
@@ -195,12 +132,10 @@ def load_run(folder: str | Path) -> Run:
     """
     path = Path(folder)
     stored = runs.read_config(path)["config"]
-    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.pop("recipe").items()})
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
     n_levels = runs.n_stored(path)
     if n_levels == 0:
         raise ValueError(f"{path} must hold at least level 0: it has none. Resume the run with analyses.imp.")
-    return Run(path, ImpConfig(**values, recipe=recipe, levels=n_levels - 1), n_levels)
+    return Run(path, from_json(stored | {"levels": n_levels - 1}), n_levels, device)
 
 
 def model_and_task(
@@ -214,9 +149,7 @@ def model_and_task(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype)
     if task is None:
-        task = data.load(
-            config.task, validation_size=config.validation_size, split_seed=config.split_seed, dtype=dtype, device=device
-        )
+        task = data.load(config.task, validation_size=config.validation_size, split_seed=config.split_seed, dtype=dtype)
     task = task.to(device, dtype)
     shape, n_classes = task.input_shape, task.n_classes
     return model or (lambda: models.build(config.model, shape, n_classes)), task
@@ -230,12 +163,12 @@ def _prepare(
     execution: Execution,
     progress: bool,
 ) -> _Study:
-    label = {"model": getattr(model, "__name__", "custom")} if model else {}
-    label |= {"task": task.name} if task else {}
     factory, loaded = model_and_task(config, model=model, task=task, device=device)
-    config = replace(config, **label)
+    name = getattr(model, "__name__", "custom") if model else config.model
+    config = replace(config, model=name, task=task.name if task else config.task)
     if config.recipe.batch_size > len(loaded.train):
-        raise ValueError(f"batch_size must be at most {len(loaded.train)}, the training set: got {config.recipe.batch_size}.")
+        n = len(loaded.train)
+        raise ValueError(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
     net = initialise(factory, config.init_seeds[0]).to(loaded.device, loaded.dtype)
     _check_levels(config, net)
     return _Study(config, factory, net, loaded, execution, progress)
@@ -285,34 +218,33 @@ def _open(study: _Study, store: Path) -> Path:
 
 
 def _levels(study: _Study, folder: Path | None) -> Iterator[Level]:
-    stored = min(runs.n_stored(folder), study.config.levels + 1) if folder else 0
-    dense = previous = None
-    with ExitStack() as stack_:
+    dense: Level | None = None
+    level: Level | None = None
+    with ExitStack() as held:
+        locked = False
         for number in range(study.config.levels + 1):
+            stored = runs.n_stored(folder) if folder else 0
+            if folder and number >= stored and not locked:
+                held.enter_context(runs.writing(folder, study.description() | {"environment": study.environment}))
+                locked, stored = True, runs.n_stored(folder)  # another process may have written in between
             if folder and number < stored:
                 level = runs.read_level(folder, number, study.task.device)
             else:
-                if folder and number == stored:
-                    stack_.enter_context(runs.writing(folder))
-                    environment = runs.environment(study.task.device)
-                    if not (folder / runs.CONFIG).exists():
-                        runs.write_config(folder, study.description() | {"environment": environment})
-                level = _dense(study) if dense is None else _pruned(study, number, dense, previous)
+                level = _dense(study) if dense is None or level is None else _pruned(study, number, dense, level)
                 if folder:
-                    runs.write_level(folder, level, environment)
+                    runs.write_level(folder, level, study.environment)
             dense = dense or level
-            previous = level
             yield level
 
 
 def _dense(study: _Study) -> Level:
     """Level 0: the dense networks, their weights at step k as ``start``."""
     config, k = study.config, study.config.rewind_step
-    starts = []
+    starts, rows = [], []
     for init_seed, order_seed in zip(config.init_seeds, study.order_seeds, strict=True):
+        rows.append({"treatment": "ticket", "init_seed": init_seed, "order_seed": order_seed})
         fresh = state(initialise(study.factory, init_seed)).to(study.task.device, study.task.dtype)
         starts.append(Start(fresh, mask_ops.ones(study.model), order_seed))
-    rows = [{"treatment": "ticket", "init_seed": s, "order_seed": o} for s, o in zip(config.init_seeds, study.order_seeds, strict=True)]
     level = _train(study, 0, starts, rows, first_step=0, snapshot_steps={0, k, *config.snapshot_steps})
     return replace(level, start=level.snapshots[k].clone())
 
@@ -368,7 +300,8 @@ def _train(
         description=f"level {number}/{config.levels}, density {density:.3g}",
         progress=study.progress,
     )
-    table = pd.concat([pd.DataFrame(rows), _costs(study, starts, first_step), outcome.metrics.drop(columns="replica")], axis=1)
+    results = outcome.metrics.drop(columns="replica")
+    table = pd.concat([pd.DataFrame(rows), _costs(study, starts, first_step), results], axis=1)
     table.insert(0, "replica", range(len(starts)))
     table.insert(1, "level", number)
     return Level(

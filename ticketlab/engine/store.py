@@ -132,25 +132,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be valid JSON: {error}. Restore it, or run again into another store.") from error
 
 
-def write_config(folder: Path, description: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{CONFIG}.tmp", (json.dumps(description, indent=2) + "\n").encode())
-    os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
-    _sync_folder(folder)
-
-
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """The one writer of a run directory; leftovers of a killed one are cleared."""
+def writing(folder: Path, description: Mapping[str, Any]) -> Iterator[None]:
+    """Be the one writer of a run directory: a new one gets its config.json, leftovers of a killed one go."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"{folder} must have one writer: another process holds it. Wait for it, or stop it.") from error
+        raise ValueError(
+            f"{folder} must have one writer: another process holds it. Wait for it, or stop it."
+        ) from error
     try:
         for leftover in folder.glob("level_*.tmp"):
             shutil.rmtree(leftover)
+        if not (folder / CONFIG).exists():
+            _write(folder / f"{CONFIG}.tmp", (json.dumps(description, indent=2) + "\n").encode())
+            os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+            _sync_folder(folder)
         yield
     finally:
         lock.release()
@@ -199,9 +198,7 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
         raise ValueError(_damaged(path / MANIFEST, "is not a whole manifest")) from error
     masks = {n: t.to(device) for n, t in load_tensors(content[MASKS]).items()}
     tensors = _unflatten({n: t.to(device) for n, t in load_tensors(content[WEIGHTS]).items()})
-    metrics, curves = (
-        pd.read_csv(BytesIO(content[n]), dtype=_INTEGERS) for n in (METRICS, CURVES)
-    )
+    metrics, curves = (pd.read_csv(BytesIO(content[n]), dtype=_INTEGERS) for n in (METRICS, CURVES))
     start, end = tensors.pop("start"), tensors.pop("end")
     snapshots = {int(key.removeprefix("step_")): s for key, s in sorted(tensors.items())}
     return Level(

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,67 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
-from ticketlab.data import Task, batch_indices, crop_flip
+from ticketlab.data import Split, Task, batch_indices, crop_flip
+from ticketlab.engine.recipe import Recipe
 from ticketlab.functional import Execution, Masks, State, evaluate, masked, n_replicas, resolve
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one network is trained. The defaults are Frankle & Carbin's for LeNet-300-100, shortened."""
-
-    steps: int = 5000
-    """T, the optimizer steps of a full training."""
-    batch_size: int = 60
-    """Examples a step."""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """From torch.optim."""
-    learning_rate: float = 1.2e-3
-    """Peak learning rate."""
-    momentum: float = 0.9
-    """Of SGD alone."""
-    nesterov: bool = False
-    """Of SGD alone."""
-    weight_decay: float = 0.0
-    """L2 for sgd and adam, decoupled for adamw."""
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    """How the learning rate falls: not at all, at the milestones, or to zero at T."""
-    milestones: tuple[int, ...] = ()
-    """Steps at which the step schedule multiplies the rate by `decay`."""
-    decay: float = 0.1
-    """Factor of the step schedule."""
-    warmup_steps: int = 0
-    """Steps of a linear rise to the peak, under any schedule."""
-    eval_every: int = 100
-    """Steps between two looks at the validation set, the resolution of the early-stop step."""
-
-    def __post_init__(self) -> None:
-        checks = {
-            "steps must be at least 1": self.steps >= 1,
-            "batch_size must be at least 1": self.batch_size >= 1,
-            "eval_every must be at least 1": self.eval_every >= 1,
-            "learning_rate must be positive and finite": 0 < self.learning_rate < math.inf,
-            "momentum must lie in [0, 1)": 0 <= self.momentum < 1,
-            "nesterov needs a momentum above 0": not self.nesterov or self.momentum > 0,
-            "weight_decay must be at least 0": self.weight_decay >= 0,
-            "decay must lie in (0, 1]": 0 < self.decay <= 1,
-            "warmup_steps must lie in [0, steps]": 0 <= self.warmup_steps <= self.steps,
-            "milestones must rise and lie in (0, steps)": list(self.milestones) == sorted(set(self.milestones))
-            and all(0 < m < self.steps for m in self.milestones),
-            "milestones belong to schedule 'step'": not self.milestones or self.schedule == "step",
-        }
-        for rule, holds in checks.items():
-            if not holds:
-                raise ValueError(f"{rule}: got {self}.")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The rate that the 0-based ``step`` is taken with."""
-        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        fall = 1.0
-        if self.schedule == "step":
-            fall = self.decay ** sum(step >= m for m in self.milestones)
-        elif self.schedule == "cosine":
-            fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.learning_rate * rise * fall
 
 
 @dataclass(frozen=True)
@@ -152,7 +94,8 @@ def train(
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
     looks = {*range(0, recipe.steps, recipe.eval_every), recipe.steps}
     stops = sorted(step for step in looks | set(snapshot_steps) if step > first_step)
-    with tqdm(total=recipe.steps - first_step, desc=description, unit="step", disable=None if progress else True) as bar:
+    hidden = None if progress else True  # None: only where the output is no terminal
+    with tqdm(total=recipe.steps - first_step, desc=description, unit="step", disable=hidden) as bar:
         for begin, end in pairwise([first_step, *stops]):
             advance(range(begin, end), watch.alive)
             if end in looks:
@@ -193,7 +136,7 @@ def _check(
 
 def make_optimizer(recipe: Recipe, params: Sequence[Tensor]) -> torch.optim.Optimizer:
     """The recipe's optimizer in its fused form: one pass over weights, gradients and state."""
-    shared = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": True}
+    shared: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": True}
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(params, momentum=recipe.momentum, nesterov=recipe.nesterov, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](params, **shared)
@@ -312,7 +255,7 @@ class _Watch:
         self.diverged_step: list[int | None] = [None] * replicas
 
     def look(self, step: int) -> None:
-        loss, error = self._evaluate(self.live, "validation")
+        loss, error = self._evaluate(self.live, self.task.validation)
         for r in list(self.alive):
             if not math.isfinite(loss[r]):
                 self._freeze(r, step)
@@ -325,13 +268,14 @@ class _Watch:
 
     def metrics(self) -> pd.DataFrame:
         replicas = range(len(self.best_loss))
-        table = pd.DataFrame({"replica": replicas, "early_stop_step": self.best_step, "diverged_step": self.diverged_step})
-        table = table.astype({"early_stop_step": "Int64", "diverged_step": "Int64"})
-        for split in ("train", "validation", "test"):
-            table[f"{split}_loss_nats"], table[f"{split}_error"] = self._evaluate(self.live, split)
-        for split in ("validation", "test"):
-            columns = [f"early_stop_{split}_loss_nats", f"early_stop_{split}_error"]
-            table[columns[0]], table[columns[1]] = self._evaluate(self.best, split)
+        steps = {"early_stop_step": self.best_step, "diverged_step": self.diverged_step}
+        table = pd.DataFrame({"replica": replicas, **steps}).astype(dict.fromkeys(steps, "Int64"))
+        splits = {"train": self.task.train, "validation": self.task.validation, "test": self.task.test}
+        for name, split in splits.items():
+            table[f"{name}_loss_nats"], table[f"{name}_error"] = self._evaluate(self.live, split)
+        for name in ("validation", "test"):
+            loss, error = self._evaluate(self.best, splits[name])
+            table[f"early_stop_{name}_loss_nats"], table[f"early_stop_{name}_error"] = loss, error
         # A training that diverged has no result, whatever its last finite weights score.
         results = [c for c in table if c.endswith(("_nats", "_error"))]
         table.loc[table["diverged_step"].notna(), results] = math.nan
@@ -348,10 +292,8 @@ class _Watch:
             stacklevel=3,
         )
 
-    def _evaluate(self, state: State, split: Literal["train", "validation", "test"]) -> tuple[list[float], list[float]]:
-        data = getattr(self.task, split)
+    def _evaluate(self, state: State, split: Split) -> tuple[list[float], list[float]]:
         loss, error = evaluate(
-            self.model, state.params, data.x, data.y, buffers=state.buffers, execution=self.execution
+            self.model, state.params, split.x, split.y, buffers=state.buffers, execution=self.execution
         )
         return loss.tolist(), error.tolist()
-

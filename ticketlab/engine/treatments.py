@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ticketlab import masks as mask_ops
-from ticketlab.data import stream
-from ticketlab.functional import Masks, State, initialise, state
+from ticketlab.functional import Masks, State, initialise, state, stream
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,12 @@ def ticket(origin: Origin) -> Start:
 
 def sibling(origin: Origin) -> Start:
     """The ticket in another batch order: with it, a pair of children of theta_k for instability analysis."""
-    order_seed = derived_seed("sibling order", origin.order_seed, origin.level)
-    return Start(origin.rewound, origin.masks, order_seed)
+    return Start(origin.rewound, origin.masks, sibling_order(origin.order_seed, origin.level))
+
+
+def sibling_order(order_seed: int, level: int) -> int:
+    """The batch order of the other child of theta_k."""
+    return derived_seed("sibling order", order_seed, level)
 
 
 def reinit(origin: Origin) -> Start:

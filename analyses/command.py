@@ -1,0 +1,74 @@
+"""What every analysis shares: flags from a frozen dataclass, one-line errors, the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import matplotlib
+import pandas as pd
+import tyro
+from matplotlib.figure import Figure
+
+import ticketlab as tl
+from figures.style import save
+
+Tables = Mapping[str, pd.DataFrame]
+
+DIGITS = tl.ImpConfig(recipe=tl.Recipe(steps=1500))
+"""What an analysis runs on without arguments: scikit-learn's digits, seconds a level on two cores."""
+
+
+class Config(Protocol):
+    """What ``main`` needs of a config: a frozen dataclass with a folder for results."""
+
+    @property
+    def out(self) -> Path: ...
+
+
+C = TypeVar("C", bound=Config)
+
+
+def main(
+    name: str,
+    config_type: type[C],
+    run: Callable[[C], Tables],
+    draw: Callable[[Tables], Figure],
+    summary: Callable[[Tables], pd.DataFrame],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse flags, run, write ``OUT/NAME/{*.csv,config.json,NAME.pdf,NAME.png}``, print a short table and the paths.
+
+    Returns:
+        Exit code: 0, or 2 with one line on stderr where the input was at fault.
+    """
+    try:
+        config = tyro.cli(
+            config_type, prog=f"python -m analyses.{name}", args=argv, config=(tyro.conf.OmitArgPrefixes,)
+        )
+        tables = run(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    matplotlib.use("Agg")
+    folder = config.out / name
+    paths = write(folder, tables, asdict(config))  # type: ignore[call-overload]
+    paths += save(draw(tables), folder / name)
+    print(summary(tables).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print("\n".join(["", *map(str, paths)]))
+    return 0
+
+
+def write(folder: Path, tables: Tables, config: Mapping[str, object]) -> list[Path]:
+    """Tables as CSV with 8 significant digits and the config as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{table}.csv" for table in tables]
+    for path, table in zip(paths, tables.values(), strict=True):
+        table.to_csv(path, index=False, float_format="%.8g")
+    paths.append(folder / "config.json")
+    paths[-1].write_text(json.dumps(config, indent=2, default=str) + "\n")
+    return paths

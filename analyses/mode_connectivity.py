@@ -1,0 +1,182 @@
+"""Linear mode connectivity of tickets: what lies on the line between two networks.
+
+Two questions, at every level of a run and for every rewind step k that its dense networks were kept at:
+
+- theta_k to theta_T: is the network that training starts from joined to the one it ends in without a barrier?
+- siblings: do two children of theta_k that differ in batch order alone end in one linearly connected region?
+  Their error barrier is the instability of Frankle et al. (2020); below 2 % counts as stable.
+
+With no arguments it makes a run on the bundled digits and measures it in about a minute. ``--run`` measures a run
+that exists; otherwise the flags say which run to make or resume.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+import ticketlab as tl
+from analyses.command import DIGITS, Tables, main
+from figures.mode_connectivity import draw
+from ticketlab.connectivity import Path as LinearPath
+from ticketlab.connectivity import linear_path
+from ticketlab.engine.treatments import sibling_order
+from ticketlab.functional import Masks, State, stack, stack_states
+
+STUDY = replace(DIGITS, treatments=("ticket", "sibling"), snapshot_steps=(25, 50, 100, 200, 400))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Loss and error on the lines theta_k to theta_T and between siblings, against density and against k."""
+
+    run: Path | None = None
+    """Measure this run directory; None: make or resume the run that the flags below describe."""
+    n_alphas: int = 31
+    """Points on each line, both ends included."""
+    train_examples: int | None = 10_000
+    """Training examples that the lines are evaluated on; None: all."""
+    store: Path = Path("runs")
+    """Folder of run directories."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+    device: str | None = None
+    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
+    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measurement to make: two stacks of networks under one mask."""
+
+    question: str
+    level: int
+    density: float
+    rewind_step: int
+    init_seeds: tuple[int, ...]
+    a: State
+    b: State
+    masks: Masks
+
+
+def run(config: Config) -> Tables:
+    """``paths``: loss and error at every alpha. ``barriers``: their heights, by metric, split and baseline."""
+    if config.run is None:
+        print(f"run: {tl.run_folder(config.study, config.store)}", file=sys.stderr)
+        study, levels = config.study, tl.imp(config.study, store=config.store, device=config.device)
+    else:
+        stored = tl.load_run(config.run, device=config.device or "cpu")
+        study, levels = stored.config, iter(stored)
+    factory, task = tl.model_and_task(study, device=config.device if config.run is None else config.device or "cpu")
+    shown = task if config.train_examples is None else task.limit(train=min(config.train_examples, len(task.train)))
+    model = tl.initialise(factory, 0).to(task.device, task.dtype)
+    paths, barriers = [], []
+    for level in levels:
+        lines = list(_lines(study, level, model, task))
+        for line in tqdm(lines, desc=f"lines of level {level.level}", unit="line", disable=None):
+            ends, buffers = (line.a.params, line.b.params), line.b.buffers
+            path = linear_path(model, *ends, shown, masks=line.masks, buffers=buffers, n_alphas=config.n_alphas)
+            paths.append(_labelled(line, path.table))
+            barriers.append(_labelled(line, _barriers(path)))
+    about = {"task": study.task, "model": study.model, "n_train": len(shown.train), "n_test": len(shown.test)}
+    tables = {"paths": pd.concat(paths, ignore_index=True), "barriers": pd.concat(barriers, ignore_index=True)}
+    return {name: table.assign(**about) for name, table in tables.items()}
+
+
+def _lines(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task) -> Iterator[Line]:
+    """Both questions at the run's k, and at level 0 for every k that was kept."""
+    seeds = study.init_seeds
+    tickets = [level.select(treatment="ticket", init_seed=seed) for seed in seeds]
+    masks, end = stack([t.masks for t in tickets]), stack_states([t.end for t in tickets])
+    starts = {study.rewind_step: stack_states([t.start for t in tickets])}
+    starts |= {k: s for k, s in level.snapshots.items() if k < study.recipe.steps}
+    for k, start in sorted(starts.items()):
+        # Only a child that began with fresh optimizer state is a sibling: theta_T of a dense network is one for k = 0.
+        known = end if level.level > 0 or k == 0 else None
+        if "sibling" in set(level.metrics["treatment"]):
+            pair = end, stack_states([level.select(treatment="sibling", init_seed=seed).end for seed in seeds])
+        else:
+            pair = _children(study, level.level, model, task, start, masks, k, known)
+        ends = {"theta_k to theta_T": (start, end), "siblings": pair}
+        for question, (a, b) in ends.items():
+            yield Line(question, level.level, level.density, k, seeds, a, b, masks)
+
+
+def _children(
+    study: tl.ImpConfig,
+    level: int,
+    model: nn.Module,
+    task: tl.Task,
+    start: State,
+    masks: Masks,
+    k: int,
+    known: State | None,
+) -> tuple[State, State]:
+    """Train two children of theta_k that differ in batch order alone; the first may be known already."""
+    first = list(study.order_seeds or study.init_seeds)
+    orders = [sibling_order(seed, level) for seed in first]
+    if known is None:
+        orders, start = first + orders, start.repeat(2)
+        masks = {name: mask.repeat(2, *[1] * (mask.ndim - 1)) for name, mask in masks.items()}
+    end = tl.train(
+        model, start, masks, task, study.recipe, orders, first_step=k, description=f"siblings, level {level}, k = {k}"
+    ).end
+    half = list(range(len(first)))
+    return (known, end) if known is not None else (end.select(half), end.select([len(half) + r for r in half]))
+
+
+def _barriers(path: LinearPath) -> pd.DataFrame:
+    """Every barrier of a path, one row a replica, split, metric and baseline, with the largest rise."""
+    rows = []
+    for split, metric in path.curves:
+        rises = path.rise(metric, split)
+        for baseline in ("mean", "linear", "max"):
+            for r, height in enumerate(path.barrier(metric, split, baseline)):
+                rows.append(
+                    {
+                        "replica": r,
+                        "split": split,
+                        "metric": metric,
+                        "baseline": baseline,
+                        "barrier": height,
+                        "rise": rises[r],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _labelled(line: Line, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with what was measured in front; replicas are named by their init seed."""
+    labels = {"question": line.question, "level": line.level, "density": line.density, "rewind_step": line.rewind_step}
+    seeds = table["replica"].map(dict(enumerate(line.init_seeds)))
+    front = pd.DataFrame(labels, index=table.index).assign(init_seed=seeds)
+    return pd.concat([front, table.drop(columns="replica")], axis=1)
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    """Means over replicas: instability in test error, theta_k to theta_T in training nats above the chord."""
+    table = tables["barriers"]
+    siblings = table.query("question == 'siblings' and split == 'test' and metric == 'error' and baseline == 'mean'")
+    start_end = table.query(
+        "question == 'theta_k to theta_T' and split == 'train' and metric == 'loss_nats' and baseline == 'linear'"
+    )
+    keys = ["level", "density", "rewind_step"]
+    columns = {
+        "instability_%": 100 * siblings.groupby(keys)["barrier"].mean(),
+        "start_end_barrier_nats": start_end.groupby(keys)["barrier"].mean(),
+        "start_end_rise_nats": start_end.groupby(keys)["rise"].mean(),
+        "n": siblings.groupby(keys).size(),
+    }
+    return pd.DataFrame(columns).reset_index()
+
+
+if __name__ == "__main__":
+    sys.exit(main("mode_connectivity", Config, run, draw, summary))

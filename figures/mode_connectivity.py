@@ -1,0 +1,87 @@
+"""Loss and error on the lines theta_k to theta_T and between siblings, and their barriers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from figures.style import LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+
+START_END, SIBLINGS = "theta_k to theta_T", "siblings"
+SHADES = 5  # densities shown as curves; more cannot be told apart
+
+
+def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Six panels from ``paths`` and ``barriers``: one row a question, curves, then height against density and k."""
+    paths, barriers = tables["paths"], tables["barriers"]
+    with paper():
+        figure, axes = plt.subplots(2, 3, figsize=(TWO_COLUMNS, 4.3))
+        _curves(axes[0, 0], paths, START_END, "train", "loss_nats", "training loss (nats)")
+        _curves(axes[1, 0], paths, SIBLINGS, "test", "error", "test error (%)")
+        _heights(axes[0, 1], _at_levels(barriers), START_END, "loss_nats", "barrier, loss (nats)")
+        _heights(axes[1, 1], _at_levels(barriers), SIBLINGS, "error", "barrier, error (points)")
+        dense = barriers[barriers["level"] == 0]
+        _heights(axes[0, 2], dense, START_END, "loss_nats", "barrier, loss (nats)", against="rewind_step")
+        _heights(axes[1, 2], dense, SIBLINGS, "error", "barrier, error (points)", against="rewind_step")
+        axes[0, 0].set_title(r"$\theta_k$ ($\alpha=0$) to $\theta_T$ ($\alpha=1$)")
+        axes[1, 0].set_title("two children of $\\theta_k$")
+        axes[0, 1].set_title(f"tickets, k = {_rewind_step(barriers)}")
+        axes[0, 2].set_title("dense networks, against k")
+        n, alphas = barriers["init_seed"].nunique(), paths["alpha"].nunique()
+        counts = f"{paths['n_train'].iloc[0]} train, {paths['n_test'].iloc[0]} test examples"
+        figure.suptitle(f"{name_task(paths)}: n = {n} replicas, {alphas} alphas, {counts}", fontsize=8)
+    return figure
+
+
+def _rewind_step(table: pd.DataFrame) -> int:
+    """The run's k, which every level is measured at."""
+    return int(table.loc[table["level"] == table["level"].max(), "rewind_step"].iloc[0])
+
+
+def _at_levels(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["rewind_step"] == _rewind_step(table)]
+
+
+def _curves(axes: Axes, paths: pd.DataFrame, question: str, split: str, metric: str, ylabel: str) -> None:
+    rows = _at_levels(paths)
+    rows = rows[(rows["question"] == question) & (rows["split"] == split)]
+    levels = np.unique(np.linspace(0, rows["level"].max(), SHADES).round().astype(int))
+    for level, shade in zip(levels, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(levels))), strict=True):
+        chosen = rows[rows["level"] == level]
+        scale = 100 if metric == "error" else 1
+        curve = scale * chosen.groupby("alpha")[metric].mean()
+        axes.plot(curve.index, curve, color=shade, label=f"{100 * chosen['density'].iloc[0]:.3g} %")
+    axes.set_xlabel(r"$\alpha$")
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(bottom=0)
+    axes.legend(title="weights kept", title_fontsize=7, labelspacing=0.2)
+
+
+def _heights(
+    axes: Axes, barriers: pd.DataFrame, question: str, metric: str, ylabel: str, against: str = "density"
+) -> None:
+    rows = barriers[(barriers["question"] == question) & (barriers["metric"] == metric)]
+    scale = 100 if metric == "error" else 1
+    baseline = "mean" if question == SIBLINGS else "linear"
+    steps = {k: position for position, k in enumerate(sorted(rows["rewind_step"].unique()))}  # spaced evenly
+    for split, look in (("test", LOOKS["ticket"]), ("train", LOOKS["reinit"])):
+        chosen = rows[(rows["split"] == split) & (rows["baseline"] == baseline)]
+        x = chosen["density"] if against == "density" else chosen["rewind_step"].map(steps.get)
+        mean_and_replicas(axes, x, scale * chosen["barrier"], label=split, **look)
+    if question == SIBLINGS:
+        axes.axhline(2, color="0.4", lw=0.8, ls=":")
+        axes.annotate(
+            "stable below 2", (0.02, 2), xycoords=("axes fraction", "data"), va="bottom", fontsize=6.5, color="0.3"
+        )
+    if against == "density":
+        density_axis(axes, rows["density"].to_numpy())
+    else:
+        axes.set_xticks(list(steps.values()), [str(k) for k in steps])
+        axes.set_xlabel("k (steps)")
+    axes.set_ylabel(ylabel)
+    axes.legend(title=f"baseline: {baseline}", title_fontsize=7)

@@ -1,0 +1,87 @@
+"""How every figure looks, and how it is saved: the same bytes each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+TWO_COLUMNS = 7.0  # inches
+
+# Okabe & Ito's colours, safe for colour-blind readers; markers and dashes tell them apart in grey.
+LOOKS: dict[str, dict[str, object]] = {
+    "ticket": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "reinit": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "random_mask": {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    "layerwise_shuffle": {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
+    "dense_restart": {"color": "#000000", "marker": "D", "linestyle": (0, (5, 1, 1, 1))},
+    "sibling": {"color": "#56B4E9", "marker": "x", "linestyle": (0, (1, 1))},
+}
+LABELS = {
+    "ticket": "ticket",
+    "reinit": "reinitialised",
+    "random_mask": "random mask",
+    "layerwise_shuffle": "shuffled in layers",
+    "dense_restart": "dense, retrained",
+    "sibling": "ticket, other batch order",
+}
+TASKS = {
+    "digits": "digits",
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+}
+
+
+@contextmanager
+def paper() -> Iterator[None]:
+    """The project's style, inside this context alone."""
+    with plt.style.context(Path(__file__).with_name("paper.mplstyle")):
+        yield
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write STEM.pdf and STEM.png without dates or versions, so that equal figures are equal files."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(".pdf"), stem.with_suffix(".png")]
+    with paper():
+        figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
+        figure.savefig(paths[1], metadata={"Software": None})
+    plt.close(figure)
+    return paths
+
+
+def name_task(table: pd.DataFrame) -> str:
+    """Such as "MNIST, lenet_300_100", from the columns ``task`` and ``model``."""
+    task, model = table["task"].iloc[0], table["model"].iloc[0]
+    return f"{TASKS.get(task, task)}, {model}"
+
+
+def density_axis(axes: Axes, densities: np.ndarray) -> None:
+    """Log axis of density in percent, dense on the left: pruning goes to the right."""
+    axes.set_xscale("log")
+    axes.set_xlim(1.15, 0.85 * float(np.min(densities)))
+    ticks = [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001) if t >= np.min(densities) * 0.99]
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    axes.set_xlabel("weights kept (%)")
+
+
+def mean_and_replicas(axes: Axes, x: pd.Series, y: pd.Series, *, label: str, **look: object) -> None:
+    """The mean of y at each x as a line; every replica as a faint dot, or nothing is hidden."""
+    frame = pd.DataFrame({"x": x.to_numpy(), "y": y.to_numpy(dtype=float)}).dropna()
+    mean = frame.groupby("x")["y"].mean()
+    marker, color = look["marker"], look["color"]
+    axes.plot(frame["x"], frame["y"], linestyle="none", marker=marker, color=color, alpha=0.25, markersize=2.2, mew=0.5)
+    axes.plot(mean.index, mean.to_numpy(), label=label, **look)  # type: ignore[arg-type]

@@ -1,0 +1,18 @@
+"""Two threads, as on the machine that the measured figures come from, and no data but the bundled digits."""
+
+from __future__ import annotations
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _strict_determinism():
+    """Nothing may draw from the global generators: their state is the same after every test."""
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state()), "the library drew from the global generator"

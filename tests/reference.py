@@ -1,0 +1,77 @@
+"""Slow, obvious versions of what the library does fast. They share no code with it beyond the data."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ticketlab.data import Task, batch_indices, crop_flip
+from ticketlab.engine.recipe import Recipe
+
+
+def train_alone(
+    model: nn.Module,
+    masks: dict[str, Tensor],
+    task: Task,
+    recipe: Recipe,
+    order_seed: int,
+    first_step: int = 0,
+) -> nn.Module:
+    """A plain PyTorch loop over one network: masks on weights and gradients, an unfused optimizer."""
+    net = copy.deepcopy(model).train()
+    named = dict(net.named_parameters())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            named[name][~mask] = 0.0
+    options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "foreach": False, "fused": False}
+    if recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(net.parameters(), momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
+    elif recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(net.parameters(), **options)
+    else:
+        optimizer = torch.optim.AdamW(net.parameters(), **options)
+    for step in range(first_step, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate_at(step)
+        index = batch_indices(len(task.train), recipe.batch_size, order_seed, step)
+        x, y = task.train.x[index], task.train.y[index]
+        if task.augmentation == "crop_flip":
+            x = crop_flip(x, order_seed, step)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        for name, mask in masks.items():
+            named[name].grad[~mask] = 0.0
+        optimizer.step()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                named[name][~mask] = 0.0
+    return net
+
+
+@torch.no_grad()
+def loss_and_error(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """One example at a time, in evaluation mode."""
+    net = copy.deepcopy(model).eval()
+    losses, wrong = [], 0
+    for one, label in zip(x, y, strict=True):
+        logits = net(one[None])[0].double()
+        losses.append(float(torch.logsumexp(logits, 0) - logits[label]))
+        wrong += int(logits.argmax() != label)
+    return sum(losses) / len(losses), wrong / len(y)
+
+
+def prune_sorted(masks: dict[str, Tensor], scores: dict[str, Tensor], n_remove: int) -> dict[str, Tensor]:
+    """Remove the least-scored live weights one by one; of equal scores the later one goes first."""
+    live = [
+        (float(scores[name].flatten()[i]), -layer, -i, name)
+        for layer, name in enumerate(masks)
+        for i in range(masks[name].numel())
+        if masks[name].flatten()[i]
+    ]
+    new = {name: mask.clone() for name, mask in masks.items()}
+    for _, _, negative, name in sorted(live)[:n_remove]:
+        new[name].view(-1)[-negative] = False
+    return new

@@ -1,0 +1,124 @@
+"""The papers' networks: counts by hand, Glorot normal weights, zero biases, inputs they cannot take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ticketlab import masks, models
+from ticketlab.functional import initialise, state
+
+# By hand, on 3x32x32 images and 10 classes: 3x3 convolutions, then 256-256-10 on the pooled image.
+CONV_WEIGHTS = {
+    2: [27 * 64, 576 * 64],
+    4: [27 * 64, 576 * 64, 576 * 128, 1152 * 128],
+    6: [27 * 64, 576 * 64, 576 * 128, 1152 * 128, 1152 * 256, 2304 * 256],
+}
+CONV_INPUTS = {2: 64 * 16 * 16, 4: 128 * 8 * 8, 6: 256 * 4 * 4}
+CONV_TOTALS = {2: 4_300_992, 4: 2_425_024, 6: 2_261_184}
+
+
+def build(name, shape=(3, 32, 32), n_classes=10, seed=0):
+    return initialise(lambda: models.build(name, shape, n_classes), seed)
+
+
+def prunable_sizes(model):
+    return [m.numel() for m in masks.ones(model).values()]
+
+
+def test_lenet_has_the_published_weights():
+    model = build("lenet_300_100", (1, 28, 28))
+    assert prunable_sizes(model) == [235_200, 30_000, 1_000]
+    assert masks.total(masks.ones(model)) == 266_200
+    assert sum(p.numel() for p in model.parameters()) == 266_610
+    assert [n for n, _ in model.named_parameters()][-1] == "output.bias"
+
+
+def test_the_small_network_for_the_digits():
+    assert prunable_sizes(build("mlp_100_50", (1, 8, 8))) == [6_400, 5_000, 500]
+
+
+@pytest.mark.parametrize("depth", [2, 4, 6])
+def test_conv_counts_by_hand(depth):
+    sizes = [*CONV_WEIGHTS[depth], CONV_INPUTS[depth] * 256, 256 * 256, 2_560]
+    assert sum(sizes) == CONV_TOTALS[depth]
+    model = build(f"conv_{depth}")
+    assert prunable_sizes(model) == sizes
+    channels = sum((64, 64, 128, 128, 256, 256)[:depth])
+    assert sum(p.numel() for p in model.parameters()) == sum(sizes) + channels + 256 + 256 + 10
+
+
+def test_conv_counts_are_the_papers():
+    # Frankle & Carbin (2019), figure 2: weights of the convolutions, 38K, 260K and 1.1M; in all 4.3M and 2.4M.
+    # Its 1.7M for Conv-6 does not follow from the layers it lists, which make 2.3M.
+    assert [round(sum(CONV_WEIGHTS[d]) / 1e4) for d in (2, 4, 6)] == [4, 26, 114]
+    assert [round(CONV_TOTALS[d] / 1e6, 1) for d in (2, 4, 6)] == [4.3, 2.4, 2.3]
+
+
+@pytest.mark.parametrize("depth", [2, 4, 6])
+def test_batch_norm_takes_the_place_of_the_biases(depth):
+    with_norm, without = build(f"conv_{depth}_bn", (1, 8, 8)), build(f"conv_{depth}", (1, 8, 8))
+    assert masks.prunable(with_norm) == masks.prunable(without)
+    assert prunable_sizes(with_norm) == prunable_sizes(without)
+    convolutions = [m for m in with_norm.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == depth
+    assert all(m.bias is None for m in convolutions)
+    norms = [m for m in with_norm.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m.num_features for m in norms] == [m.out_channels for m in convolutions]
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_network_maps_images_to_classes(name):
+    model = build(name, (2, 9, 11), 7).eval()  # an odd number of pixels: the pool drops the last row
+    assert model(torch.zeros(3, 2, 9, 11)).shape == (3, 7)
+
+
+@pytest.mark.parametrize("name", ["lenet_300_100", "conv_2", "conv_6_bn"])
+def test_weights_are_glorot_normal_and_biases_zero(name):
+    model = build(name, (3, 16, 16), seed=5)
+    for module in model.modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        weight, field = module.weight, math.prod(module.weight.shape[2:])
+        std = math.sqrt(2 / (field * (weight.shape[0] + weight.shape[1])))
+        n = weight.numel()
+        assert abs(weight.mean().item()) < 5 * std / math.sqrt(n)
+        assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * n))
+        fourth = (weight / std).double().pow(4).mean().item()  # 3 for a normal; uniform draws have 1.8
+        assert abs(fourth - 3) < 5 * math.sqrt(96 / n)
+        assert module.bias is None or not module.bias.any()
+
+
+def test_a_seed_makes_the_network():
+    first, again, other = (state(build("conv_2_bn", (1, 8, 8), seed=s)).params for s in (1, 1, 2))
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not torch.equal(first["fc1.weight"], other["fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "match"),
+    [
+        ("conv_2", (64,), r"conv_2 needs images \[channels, height, width\] .*got \(64,\). Use an mlp"),
+        ("conv_4_bn", (32, 32), r"conv_4 needs images .*got \(32, 32\)"),
+        ("conv_4", (1, 3, 8), r"at least 4 pixels a side: got \(1, 3, 8\)"),
+        ("conv_6", (3, 8, 7), r"at least 8 pixels a side: got \(3, 8, 7\)"),
+    ],
+)
+def test_inputs_that_a_network_cannot_take_are_refused(name, shape, match):
+    with pytest.raises(ValueError, match=match):
+        models.build(name, shape, 10)
+
+
+@pytest.mark.parametrize("depth", [0, 3, 8])
+def test_other_depths_are_refused(depth):
+    with pytest.raises(ValueError, match="depth must be 2, 4 or 6"):
+        initialise(lambda: models.conv((3, 256, 256), 10, depth=depth), 0)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("lenet-300-100", "lenet_300_100"), ("conv2", "conv_2")])
+def test_an_unknown_name_comes_with_the_nearest(given, meant):
+    with pytest.raises(ValueError, match=f"unknown model '{given}'. Did you mean '{meant}'.*Known: lenet_300_100"):
+        models.build(given, (1, 28, 28), 10)

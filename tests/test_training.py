@@ -1,0 +1,201 @@
+"""The stacked loop against a plain loop, and what it promises beside that."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp
+from reference import loss_and_error, train_alone
+from torch import nn
+
+from ticketlab.data import Task
+from ticketlab.engine.recipe import Recipe
+from ticketlab.engine.training import train
+from ticketlab.functional import stack, stack_states, state
+
+SGD = Recipe(steps=40, batch_size=16, optimizer="sgd", learning_rate=0.05, weight_decay=1e-3, eval_every=7)
+ADAM = Recipe(steps=40, batch_size=16, optimizer="adam", learning_rate=3e-3, eval_every=7)
+RECIPES = {
+    "sgd_momentum": SGD,
+    "nesterov_step": Recipe(**{**SGD.__dict__, "nesterov": True, "schedule": "step", "milestones": (10, 30)}),
+    "adam": ADAM,
+    "adamw_cosine_warmup": Recipe(
+        **{**ADAM.__dict__, "optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 5}
+    ),
+}
+PROBLEMS = {"mlp": (small_mlp, blobs), "conv_bn": (small_conv_bn, images)}
+
+
+def stacked(factory, seeds):
+    models = [build(factory, seed) for seed in seeds]
+    masks = [half_masks(m, seed) for m, seed in zip(models, seeds, strict=True)]
+    return models, masks
+
+
+@pytest.mark.parametrize("execution", ["loop", "vmap"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_stack_equals_separate_plain_loops(recipe, problem, execution):
+    factory, make_task = PROBLEMS[problem]
+    task, seeds = make_task(), (3, 4, 5)
+    models, masks = stacked(factory, seeds)
+    outcome = train(
+        models[0], stack_states([state(m) for m in models]), stack(masks), task, recipe, seeds, execution=execution
+    )
+    for r, (model, mask, seed) in enumerate(zip(models, masks, seeds, strict=True)):
+        alone = train_alone(model, mask, task, recipe, seed)
+        expected = state(alone)
+        for part, given in zip(expected, outcome.end.select(r), strict=True):
+            for name, tensor in part.items():
+                torch.testing.assert_close(given[name], tensor, rtol=1e-10, atol=1e-10)
+        loss, error = loss_and_error(alone, task.test.x, task.test.y)
+        row = outcome.metrics.iloc[r]
+        assert row["test_loss_nats"] == pytest.approx(loss, abs=1e-10)
+        assert row["test_error"] == error
+
+
+@pytest.mark.parametrize("execution", ["loop", "vmap"])
+def test_pruned_weights_stay_zero_and_live_ones_move(execution):
+    models, masks = stacked(small_mlp, (0, 1))
+    start = stack_states([state(m) for m in models])
+    outcome = train(models[0], start, stack(masks), blobs(), SGD, (0, 1), execution=execution)
+    for name, mask in stack(masks).items():
+        end = outcome.end.params[name]
+        assert torch.equal(end != 0, mask)  # the density after training is the mask's, to the weight
+        assert (end[mask] != start.params[name][mask]).all()
+
+
+@pytest.mark.parametrize("execution", ["loop", "vmap"])
+def test_going_on_from_a_snapshot_takes_the_same_batches_and_rates(execution):
+    recipe = RECIPES["nesterov_step"]
+    models, masks = stacked(small_mlp, (0, 1))
+    task, start = blobs(), stack_states([state(m) for m in models])
+    whole = train(models[0], start, stack(masks), task, recipe, (5, 6), snapshot_steps=(0, 13, 40), execution=execution)
+    rest = train(models[0], whole.snapshots[13], stack(masks), task, recipe, (5, 6), first_step=13, execution=execution)
+    at_13 = copy.deepcopy(models[0])
+    at_13.load_state_dict(whole.snapshots[13].select(0).params)
+    alone = train_alone(at_13, masks[0], task, recipe, 5, first_step=13)
+    torch.testing.assert_close(rest.end.select(0).params, state(alone).params, rtol=1e-10, atol=1e-10)
+    assert rest.curves["step"].min() == 14
+    for name, tensor in whole.end.params.items():
+        assert torch.equal(whole.snapshots[40].params[name], tensor)
+        assert torch.equal(whole.snapshots[0].params[name] != 0, (start.params[name] != 0) & (tensor != 0))
+
+
+def test_augmented_batches_are_the_plain_loops():
+    base = images()
+    task = Task(base.name, base.train, base.validation, base.test, base.n_classes, "crop_flip")
+    models, masks = stacked(small_conv_bn, (0, 1))
+    outcome = train(models[0], stack_states([state(m) for m in models]), stack(masks), task, SGD, (8, 9))
+    alone = state(train_alone(models[1], masks[1], task, SGD, 9))
+    torch.testing.assert_close(outcome.end.select(1).params, alone.params, rtol=1e-10, atol=1e-10)
+
+
+def test_early_stop_is_the_least_validation_loss_of_the_curve():
+    models, masks = stacked(small_mlp, (0, 1, 2))
+    outcome = train(models[0], stack_states([state(m) for m in models]), stack(masks), blobs(), ADAM, (0, 1, 2))
+    assert sorted(outcome.curves["step"].unique()) == [7, 14, 21, 28, 35, 40]
+    for r, row in outcome.metrics.iterrows():
+        curve = outcome.curves[outcome.curves["replica"] == r]
+        best = curve.loc[curve["loss_nats"].idxmin()]
+        assert row["early_stop_step"] == best["step"]
+        assert row["early_stop_validation_loss_nats"] == pytest.approx(best["loss_nats"], abs=1e-12)
+        alone = train_alone(models[r], masks[r], blobs(), Recipe(**{**ADAM.__dict__, "steps": int(best["step"])}), r)
+        assert row["early_stop_test_error"] == loss_and_error(alone, blobs().test.x, blobs().test.y)[1]
+
+
+@pytest.mark.parametrize("execution", ["loop", "vmap"])
+def test_a_diverging_replica_is_frozen_and_the_others_are_untouched(execution):
+    models, masks = stacked(small_mlp, (0, 1))
+    with torch.no_grad():
+        models[1][1].weight[0, 0] = math.nan
+    bad = stack_states([state(m) for m in models])
+    ones = {n: torch.ones_like(m) for n, m in stack(masks).items()}
+    with pytest.warns(RuntimeWarning, match="replica 1 has a non-finite validation loss at step 7"):
+        outcome = train(models[0], bad, ones, blobs(), SGD, (0, 1), execution=execution)
+    alone = train(models[0], stack_states([state(models[0])]), {n: m[:1] for n, m in ones.items()}, blobs(), SGD, (0,))
+    torch.testing.assert_close(outcome.end.select(0).params, alone.end.select(0).params, rtol=1e-10, atol=1e-10)
+    assert outcome.metrics["diverged_step"].tolist()[1] == 7
+    assert outcome.metrics["test_error"].isna().tolist() == [False, True]
+    for name, tensor in outcome.end.params.items():  # frozen where it was last evaluated: at the start
+        torch.testing.assert_close(tensor[1], bad.params[name][1], equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_replica_that_explodes_later_keeps_its_last_finite_weights():
+    recipe = Recipe(steps=30, batch_size=16, optimizer="sgd", learning_rate=1e4, momentum=0.0, eval_every=1)
+    model = build(small_mlp)
+    start = stack_states([state(model)])
+    ones = {n: torch.ones_like(p, dtype=torch.bool) for n, p in start.params.items() if p.ndim == 3}
+    with pytest.warns(RuntimeWarning, match="non-finite"):
+        outcome = train(model, start, ones, blobs(), Recipe(**{**recipe.__dict__, "learning_rate": 1e300}), (0,))
+    assert all(p.isfinite().all() for p in outcome.end.params.values())
+
+
+def test_the_users_model_is_not_changed():
+    model = build(small_conv_bn)
+    model.eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    masks = stack([half_masks(model, 0)] * 2)
+    train(model, stack_states([state(model)] * 2), masks, images(), SGD, (0, 1))
+    assert not model.training
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_parameters_do_not_move_and_the_thread_count_is_given_back():
+    model = build(small_mlp)
+    model[1].bias.requires_grad_(False)
+    start, threads = stack_states([state(model)] * 3), torch.get_num_threads()
+    masks = stack([half_masks(model, 0)] * 3)
+    for execution in ("loop", "vmap"):
+        outcome = train(model, start, masks, blobs(), SGD, (0, 1, 2), execution=execution)
+        assert torch.equal(outcome.end.params["fc1.bias"], start.params["fc1.bias"])
+        assert not torch.equal(outcome.end.params["fc2.bias"], start.params["fc2.bias"])
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\)"),
+        ({"momentum": 0.0, "nesterov": True}, "nesterov needs a momentum"),
+        ({"milestones": (3,)}, "milestones belong to schedule 'step'"),
+        ({"schedule": "step", "milestones": (30, 3)}, "milestones must rise"),
+        ({"warmup_steps": 99}, "warmup_steps must lie"),
+        ({"decay": 0.0}, "decay must lie"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        Recipe(**{**SGD.__dict__, **change})
+
+
+def test_schedules_by_closed_form():
+    step = Recipe(steps=100, schedule="step", milestones=(50, 80), learning_rate=1.0)
+    assert [step.learning_rate_at(s) for s in (0, 49, 50, 79, 80)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    cosine = Recipe(steps=100, schedule="cosine", learning_rate=1.0, warmup_steps=10)
+    assert cosine.learning_rate_at(0) == pytest.approx(0.1)
+    assert cosine.learning_rate_at(50) == pytest.approx(0.5)
+    assert cosine.learning_rate_at(100) == pytest.approx(0.0)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    model = build(small_mlp)
+    start, masks = stack_states([state(model)] * 2), stack([half_masks(model, 0)] * 2)
+    with pytest.raises(ValueError, match="one replica for each order seed"):
+        train(model, start, masks, blobs(), SGD, (0,))
+    with pytest.raises(ValueError, match=r"first step must lie in \[0, 40\)"):
+        train(model, start, masks, blobs(), SGD, (0, 1), first_step=40)
+    with pytest.raises(ValueError, match="snapshot steps must lie"):
+        train(model, start, masks, blobs(), SGD, (0, 1), snapshot_steps=(41,))
+    with pytest.raises(ValueError, match="masks must be stacked like the parameters"):
+        train(model, start, half_masks(model, 0), blobs(), SGD, (0, 1))
+    with pytest.raises(ValueError, match="dropout"):
+        with_dropout = nn.Sequential(OrderedDict([*model.named_children(), ("drop", nn.Dropout(0.5))]))
+        train(with_dropout, start, masks, blobs(), SGD, (0, 1))

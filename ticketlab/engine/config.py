@@ -1,0 +1,95 @@
+"""What an IMP study is: every choice that decides a stored bit, in one frozen dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ticketlab.engine.criteria import CRITERIA
+from ticketlab.engine.recipe import Recipe
+from ticketlab.engine.treatments import TREATMENTS
+from ticketlab.functional import nearest
+
+Scope = Literal["global", "layer"]
+Dtype = Literal["float32", "float64"]
+
+
+@dataclass(frozen=True)
+class ImpConfig:
+    """An IMP study: seeds x treatments, trained and pruned level after level."""
+
+    task: str = "digits"
+    """Data set: digits (bundled), mnist, fashion_mnist, cifar10, cifar100 or svhn."""
+    model: str = "mlp_100_50"
+    """Architecture: lenet_300_100, mlp_100_50, conv_2, conv_4, conv_6, or conv_2_bn and so on."""
+    levels: int = 8
+    """Prunings after the dense level 0; 1 is one-shot pruning. A stored run can be extended."""
+    prune_fraction: float = 0.2
+    """Share of the live weights that each level prunes."""
+    scope: Scope = "global"
+    """One threshold for the network, or each layer its own rate."""
+    conv_fraction: float | None = None
+    """Rate of convolutions under layer scope; None: the same."""
+    output_fraction: float | None = None
+    """Rate of the output layer under layer scope; None: half."""
+    criterion: str = "magnitude"
+    """What a weight is kept for: magnitude or random."""
+    treatments: tuple[str, ...] = ("ticket", "reinit")
+    """Trained side by side at every level: ticket, reinit, random_mask, layerwise_shuffle, dense_restart, sibling."""
+    init_seeds: tuple[int, ...] = (0, 1, 2)
+    """One network for each, in every treatment."""
+    order_seeds: tuple[int, ...] | None = None
+    """Batch orders, one for each init seed; None: the same numbers (the streams are apart)."""
+    rewind_step: int = 0
+    """k: the tickets start from the weights of this step."""
+    snapshot_steps: tuple[int, ...] = ()
+    """Further steps at which the dense networks are stored."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """How each network is trained."""
+    validation_size: int | None = None
+    """Training examples held out for early stopping; None: the task's default."""
+    split_seed: int = 0
+    """Of the split between training and validation."""
+    dtype: Dtype = "float32"
+    """Of weights and inputs."""
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        named = [("criterion", self.criterion, tuple(CRITERIA)), ("scope", self.scope, get_args(Scope))]
+        named += [
+            ("dtype", self.dtype, get_args(Dtype)),
+            *(("treatment", t, tuple(TREATMENTS)) for t in self.treatments),
+        ]
+        for kind, given, known in named:
+            if given not in known:
+                raise ValueError(nearest(kind, given, known))
+        if "ticket" not in self.treatments or len(set(self.treatments)) < len(self.treatments):
+            raise ValueError(f"treatments must contain 'ticket' and no name twice: got {self.treatments}.")
+        if self.levels < 0:
+            raise ValueError(f"levels must be at least 0: got {self.levels}.")
+        for name in ("prune_fraction", "conv_fraction", "output_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must lie in (0, 1): got {value}.")
+        if self.scope == "global" and (self.conv_fraction is not None or self.output_fraction is not None):
+            raise ValueError("conv_fraction and output_fraction need scope 'layer': a global threshold has one rate.")
+        if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
+            raise ValueError(f"init_seeds must be one or more different seeds: got {self.init_seeds}.")
+        if min((*self.init_seeds, *(self.order_seeds or ()))) < 0:
+            raise ValueError(f"seeds must not be negative: got {self.init_seeds}, {self.order_seeds}.")
+        if self.order_seeds is not None and len(self.order_seeds) != len(self.init_seeds):
+            raise ValueError(f"order_seeds must be one for each of {self.init_seeds}: got {self.order_seeds}.")
+        if not 0 <= self.rewind_step < recipe.steps:
+            raise ValueError(
+                f"rewind_step must lie in [0, {recipe.steps}), before training ends: got {self.rewind_step}."
+            )
+        if any(not 0 <= s <= recipe.steps for s in self.snapshot_steps):
+            raise ValueError(f"snapshot_steps must lie in [0, {recipe.steps}]: got {self.snapshot_steps}.")
+
+
+def from_json(stored: Mapping[str, Any]) -> ImpConfig:
+    """The config that ``dataclasses.asdict`` and JSON made of it; lists are tuples again."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("recipe").items()}
+    return ImpConfig(**values, recipe=Recipe(**recipe))

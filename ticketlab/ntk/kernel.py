@@ -1,0 +1,177 @@
+"""The kernel itself: plan, then add up layers over pairs of blocks of examples.
+
+>>> import torch, ticketlab as tl
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+>>> params, _ = tl.state(model)
+>>> tl.ntk.kernel(model, params, torch.randn(5, 4), masks=tl.masks.ones(model)).shape
+torch.Size([5, 2, 5, 2])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ticketlab.functional import evaluating, nearest
+from ticketlab.ntk import gather, generic, rows, structured
+from ticketlab.ntk.layers import Features, Layer, features, find_layers
+from ticketlab.ntk.plan import Method, Plan, plan
+from ticketlab.ntk.problem import Coordinates, Outputs, Problem, check_inputs, problems
+
+_ADD = {"structured": structured.add, "rows": rows.add, "gather": gather.add}
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of examples: the features of each layer, and the Jacobian [k, out, n] of what has none."""
+
+    n: int
+    layers: list[Features]
+    rest: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """How the kernel of one network is put together."""
+
+    problem: Problem
+    layers: list[Layer]
+    rest: list[str]
+    n_outputs: int
+    trace: bool
+    plan: Plan
+
+    def block(self, x: Tensor) -> _Block:
+        rest = generic.jacobian(self.problem, self.rest, self.n_outputs, x) if self.rest else None
+        return _Block(len(x), features(self.problem, self.layers, x) if self.layers else [], rest)
+
+    def tile(self, a: _Block, b: _Block) -> Tensor:
+        """The kernel between two blocks, exactly symmetric where they are one: [n, m] or [n, out, m, out]."""
+        outs, symmetric = (1 if self.trace else self.n_outputs), a is b
+        shape = (a.n, b.n) if self.trace else (outs, a.n, outs, b.n)
+        out = torch.zeros(shape, dtype=self.problem.dtype, device=self.problem.device)
+        for layer, method, left, right in zip(self.layers, self.plan.methods, a.layers, b.layers, strict=True):
+            _ADD[method](out, layer, left, right, trace=self.trace, symmetric=symmetric)
+        if a.rest is not None and b.rest is not None:
+            gather.add_jacobian(out, a.rest, b.rest, trace=self.trace, symmetric=symmetric)
+        if symmetric:
+            half = out.view(outs * a.n, outs * b.n)
+            out = (half + half.mT).view(shape)
+        return out if self.trace else out.permute(1, 0, 3, 2)
+
+
+def kernel(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    x1: Float[Tensor, "n *shape"],
+    x2: Float[Tensor, "m *shape"] | None = None,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    outputs: Outputs = "full",
+    coordinates: Coordinates = "live",
+    method: Method = "auto",
+    block_size: int | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    r"""The empirical neural tangent kernel of a masked network at the point m * theta.
+
+    .. math:: \Theta_m[n o, n' o'] = \sum_{e\ live} \frac{\partial f_o(x_n)}{\partial \theta_e}
+              \frac{\partial f_{o'}(x_{n'})}{\partial \theta_e}
+
+    The model is evaluated in evaluation mode and left as it was. Parameters with ``requires_grad=False`` are
+    frozen: they are no coordinates. A tied parameter is one coordinate, whatever it is used for.
+
+    Args:
+        model: Any module that maps inputs [n, ...] to outputs [n, ...]; axes after the first are flattened to
+            ``out``. Each example must be treated on its own.
+        params: The model's parameters, or a stack of replicas.
+        x1: Inputs, in the dtype and on the device of ``params`` (or integer tokens).
+        x2: Further inputs; ``x1`` again when None, and then the result is exactly symmetric.
+        masks: True = kept, one for each prunable parameter; stacked or not. The levels of one network are a
+            stack of masks over unstacked parameters.
+        outputs: ``full``; ``trace``, the sum over outputs of the diagonal blocks (a sum, not a mean); or
+            ``sum_logits``, the kernel of the summed outputs.
+        coordinates: What is differentiated in, always at the point m * theta. ``live``: the kept weights and
+            every parameter that has no mask, which is Theta_m. ``all``: pruned weights as well, which is
+            another object. A dict of bool tensors: just those entries of the parameters it names.
+        method: How linear layers and convolutions are computed: ``structured`` (nothing pruned), ``rows``,
+            ``gather``, or per layer the cheapest (``auto``); what remains goes through ``generic``, which
+            alone serves as the slow oracle for everything.
+        block_size: Examples whose features are held at once; None keeps below a memory cap. It need not
+            divide anything, and does not change the result beyond rounding.
+        buffers: The model's own when None; stacked or not.
+
+    Returns:
+        [n, out, m, out] for ``full``, else [n, m]; behind a leading replica axis if anything was stacked.
+
+    Raises:
+        ValueError: Batch norm that uses the statistics of the batch, masks or coordinates that do not fit,
+            inputs of two shapes, pruned weights with ``structured``, or a kernel that is not finite.
+
+    See Also:
+        :func:`ticketlab.ntk.jacobian`: the factor J of this kernel, for its small eigenvalues.
+
+    References:
+        Jacot, Gabriel, Hongler 2018 (arXiv:1806.07572). Structured derivatives: Novak, Sohl-Dickstein,
+        Schoenholz 2022 (arXiv:2206.08720).
+    """
+    _check_choice("outputs", outputs, get_args(Outputs))
+    _check_choice("method", method, get_args(Method))
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1 example, or None: got {block_size}.")
+    found, stacked = problems(model, params, masks, coordinates, buffers, outputs)
+    check_inputs(found[0], x1, x2)
+    with evaluating(model):
+        kernels = [_kernel(problem, x1, x2, outputs, method, block_size) for problem in found]
+    return torch.stack(kernels) if stacked else kernels[0]
+
+
+def _kernel(
+    problem: Problem, x1: Tensor, x2: Tensor | None, outputs: Outputs, method: Method, block_size: int | None
+) -> Tensor:
+    layers, n_outputs = find_layers(problem, x1)
+    layers = [] if method == "generic" else layers
+    covered = {name for layer in layers for name in layer.names}
+    rest = [name for name, live in problem.live.items() if name not in covered and bool(live.any())]
+    n_rest = sum(int(problem.live[name].sum()) for name in rest)
+    trace = outputs != "full"  # the sum of the outputs is one output, and its kernel its own trace
+    n, m = len(x1), len(x1 if x2 is None else x2)
+    steps = plan(layers, method, n_outputs, n_rest, problem.dtype, n, m, trace=trace, blocks_of=block_size)
+    theta = _filled(_Work(problem, layers, rest, n_outputs, trace, steps), x1, x2)
+    bad = int((~theta.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"the kernel must be finite: {bad} of its {theta.numel()} entries are not. "
+            f"Look at the parameters and inputs, or use a wider dtype than {problem.dtype}."
+        )
+    return theta
+
+
+def _filled(work: _Work, x1: Tensor, x2: Tensor | None) -> Tensor:
+    """All pairs of blocks. Blocks of the second side are made again for each of the first: one pair is held."""
+    size = work.plan.block_size
+    starts, others = range(0, len(x1), size), range(0, len(x1 if x2 is None else x2), size)
+    n, m, o = len(x1), len(x1 if x2 is None else x2), work.n_outputs
+    theta = torch.empty((n, m) if work.trace else (n, o, m, o), dtype=work.problem.dtype, device=work.problem.device)
+    by_pair = theta if work.trace else theta.transpose(1, 2)  # [n, m, ...]
+    for i in starts:
+        a = work.block(x1[i : i + size])
+        for j in others:
+            if x2 is None and j < i:
+                continue
+            b = a if x2 is None and j == i else work.block((x1 if x2 is None else x2)[j : j + size])
+            tile = work.tile(a, b) if work.trace else work.tile(a, b).transpose(1, 2)
+            by_pair[i : i + size, j : j + size] = tile
+            if x2 is None and j > i:
+                by_pair[j : j + size, i : i + size] = tile.transpose(0, 1) if work.trace else tile.permute(1, 0, 3, 2)
+    return theta
+
+
+def _check_choice(name: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise ValueError(nearest(name, given, known))

@@ -1,0 +1,120 @@
+"""Which method computes which layer, and in blocks of how many examples.
+
+Costs are counted in multiply-adds of one large matrix product, the fastest thing a processor does; work that
+moves memory rather than multiplies is charged at its measured exchange rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ticketlab.ntk.layers import Layer
+
+LayerMethod = Literal["structured", "rows", "gather"]
+Method = Literal["auto", "structured", "rows", "gather", "generic"]
+
+MEMORY_BYTES = 2**30
+"""Cap on what is held at once beside the kernel itself; temporaries of blocks.CHUNK_BYTES come on top."""
+
+_TOUCH = 100.0
+"""One entry read, multiplied and written elementwise, in multiply-adds (2 CPU cores, float32: 1e9 against 1e11 /s)."""
+_THIN = 3.0
+"""A product with one short side, relative to a large one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`ticketlab.ntk.kernel` does, decided before it starts."""
+
+    methods: tuple[LayerMethod, ...]
+    """One a layer."""
+    block_size: int
+    """Examples whose features are held at once."""
+
+
+def multiply_adds(layer: Layer, method: LayerMethod, n_outputs: int, n: int, m: int, *, trace: bool) -> float:
+    r"""Cost of one layer's kernel of n by m examples.
+
+    With T positions, K inputs and U units of all groups, k live weights and O outputs, a pair of examples costs
+    :math:`T^2 K + O T^2 U + O^2 T U` structured (K + O^2 U where T = 1), :math:`T^2 k + O T^2 U + O^2 T U` by
+    rows, and :math:`O^2 k` by gathering; a trace has O in place of O^2 and needs no second step.
+    """
+    t, units, o = layer.positions, layer.units, n_outputs
+    k = int(layer.live.sum())
+    pairs, singles = n * m, n + m
+    if method == "gather":
+        form = singles * o * k * (_TOUCH if t == 1 else _THIN * t)
+        return form + pairs * k * (o if trace else o * o)
+    inner = k if method == "rows" else layer.groups * layer.live.shape[1]
+    shared = 1 if method == "structured" else units
+    if trace:
+        return pairs * t * t * (inner + o * units + _TOUCH * shared)
+    if t == 1 and method == "structured":
+        return pairs * (inner + o * o * units + _TOUCH * o * o)
+    return pairs * t * (t * inner + _TOUCH * o * units + _THIN * (o * t * units * (t > 1) + o * o * units))
+
+
+def allowed(layer: Layer) -> tuple[LayerMethod, ...]:
+    """The methods that are exact for a layer: structure needs every weight, and all of the bias or none."""
+    n_bias = int(layer.bias is not None)
+    weights, bias = layer.live[:, : layer.inputs], layer.live[:, layer.inputs :]
+    dense = bool(weights.all()) and (not n_bias or bool(bias.all()) or not bool(bias.any()))
+    return ("structured", "rows", "gather") if dense else ("rows", "gather")
+
+
+def choose(layers: Sequence[Layer], method: Method, n_outputs: int, n: int, m: int, *, trace: bool) -> list[LayerMethod]:
+    """The method of each layer: the cheapest one for ``auto``, else the one asked for.
+
+    Raises:
+        ValueError: ``structured`` for a layer with pruned weights.
+    """
+    found: list[LayerMethod] = []
+    for layer in layers:
+        options = allowed(layer)
+        if method == "auto":
+            found.append(min(options, key=lambda o: multiply_adds(layer, o, n_outputs, n, m, trace=trace)))
+        elif method in options:
+            found.append(method)
+        else:
+            raise ValueError(
+                f"method='structured' needs every weight of a layer as a coordinate: {layer.weight!r} has "
+                f"{int(layer.live.sum())} of {layer.live.numel()}. Use method='rows', 'gather' or 'auto'."
+            )
+    return found
+
+
+def block_size(
+    layers: Sequence[Layer], methods: Sequence[LayerMethod], n_outputs: int, n_generic: int, dtype: torch.dtype
+) -> int:
+    """The most examples whose features, on both sides, stay under the memory cap."""
+    # Inputs and deltas, and once more for the activations and gradients that they are read from.
+    entries = sum(2 * la.positions * (la.groups * la.inputs + 2 + (n_outputs + 1) * la.units) for la in layers)
+    entries += n_outputs * n_generic
+    size = MEMORY_BYTES // (2 * max(1, entries) * dtype.itemsize)
+    for layer, method in zip(layers, methods, strict=True):
+        if layer.positions > 1 and method != "gather":
+            # One example against a block is the least that these hold: T m T' entries and their products.
+            size = min(size, MEMORY_BYTES // (4 * layer.positions**2 * n_outputs * dtype.itemsize))
+    return max(1, size)
+
+
+def plan(
+    layers: Sequence[Layer],
+    method: Method,
+    n_outputs: int,
+    n_generic: int,
+    dtype: torch.dtype,
+    n: int,
+    m: int,
+    *,
+    trace: bool,
+    blocks_of: int | None,
+) -> Plan:
+    """Methods and blocks for a kernel of n by m examples; ``blocks_of`` is the user's own block size."""
+    methods = choose(layers, method, n_outputs, n, m, trace=trace)
+    size = blocks_of or block_size(layers, methods, n_outputs, n_generic, dtype)
+    return Plan(tuple(methods), min(size, max(n, m)))

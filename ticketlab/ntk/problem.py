@@ -1,0 +1,176 @@
+"""What a kernel is taken of: one network at the point m * theta, and the coordinates it is differentiated in.
+
+Every question about the arguments is settled here, so that the methods may trust what they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ticketlab import masks as masks_
+from ticketlab.functional import Buffers, Params, masked, n_replicas
+
+Coordinates = Literal["live", "all"] | Mapping[str, Tensor]
+Outputs = Literal["full", "trace", "sum_logits"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One network: no replica axis left, nothing attached to a graph."""
+
+    model: nn.Module
+    weights: Params
+    """m * theta, detached."""
+    buffers: Buffers
+    """Floating ones in the dtype of the weights."""
+    live: dict[str, Tensor]
+    """The coordinates: a bool tensor in the shape of each parameter that has any."""
+    sum_logits: bool
+    """Differentiate the sum of the outputs, as if it were the one output."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.weights.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    def forward(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """f(x) as [n, out]: whatever axes follow the first are flattened into one."""
+        y = functional_call(self.model, {**weights, **self.buffers}, (x,))
+        if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
+            given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"the model must return one tensor whose first axis is the {len(x)} inputs: got {given}. "
+                "Wrap it in a module that returns the logits alone."
+            )
+        y = y.reshape(len(x), -1)
+        return y.sum(1, keepdim=True) if self.sum_logits else y
+
+
+def problems(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
+    coordinates: Coordinates,
+    buffers: Mapping[str, Tensor] | None,
+    outputs: Outputs,
+) -> tuple[list[Problem], bool]:
+    """One problem a replica, and whether there is a replica axis at all.
+
+    The axis may be that of the parameters, of the masks (the levels of one network), or of both.
+
+    Raises:
+        ValueError: Batch norm that depends on the batch, masks or coordinates that do not fit, axes of
+            different lengths, no coordinate at all.
+    """
+    _refuse_batch_statistics(model)
+    lengths = {n_replicas(model, params)}
+    if masks is not None:
+        masks_.validate(model, masks)
+        lengths |= _lengths(model, masks)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not own:
+        raise ValueError(
+            "the kernel needs a parameter to differentiate in: every one has requires_grad=False, and frozen "
+            "parameters are not coordinates. Call model.requires_grad_(True)."
+        )
+    if isinstance(coordinates, Mapping):
+        _check_coordinates(own, coordinates)
+        lengths |= _lengths(model, coordinates)
+    elif coordinates not in ("live", "all"):
+        raise ValueError(f"coordinates must be 'live', 'all' or a dict of bool tensors: got {coordinates!r}.")
+    lengths -= {None}
+    if len(lengths) > 1:
+        raise ValueError(f"params, masks and coordinates must share one replica axis: got lengths {sorted(lengths)}.")
+
+    wanted: Mapping[str, Tensor] = coordinates if isinstance(coordinates, Mapping) else {}
+    if coordinates == "live":
+        wanted = masks or {}
+    found = []
+    for r in range(lengths.copy().pop() if lengths else 1):
+        point = {name: t.detach() for name, t in _replica(model, params, r).items()}
+        mask = None if masks is None else _replica(model, masks, r)
+        live = _replica(model, wanted, r)
+        if not isinstance(coordinates, Mapping):
+            live = {n: live.get(n, torch.ones_like(point[n], dtype=torch.bool)) for n in own}
+        live = {name: m.to(point[name].device) for name, m in live.items()}
+        found.append(
+            Problem(model, masked(point, mask), _buffers(model, buffers, point, r), live, outputs == "sum_logits")
+        )
+    return found, bool(lengths)
+
+
+def check_inputs(problem: Problem, x1: Tensor, x2: Tensor | None) -> None:
+    """Raise a ValueError unless both sets of inputs are non-empty, alike, and where the weights are."""
+    weight = next(iter(problem.weights.values()))
+    for name, x in (("x1", x1), ("x2", x2)):
+        if x is None:
+            continue
+        if x.ndim == 0 or len(x) == 0:
+            raise ValueError(f"{name} must hold at least one input on its first axis: got shape {tuple(x.shape)}.")
+        if x.shape[1:] != x1.shape[1:] or x.dtype != x1.dtype:
+            raise ValueError(
+                "x1 and x2 must hold inputs of one shape and dtype: got "
+                f"{tuple(x1.shape)} {x1.dtype} and {tuple(x.shape)} {x.dtype}. Only the first axis may differ."
+            )
+        if x.is_floating_point() and x.dtype != weight.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of params, {weight.dtype}: got {x.dtype}. "
+                f"Cast the inputs with {name}.to({weight.dtype}) or the parameters."
+            )
+        if x.device != weight.device:
+            raise ValueError(f"{name} must be on the device of params, {weight.device}: it is on {x.device}.")
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            why = "is in training mode" if module.training else "keeps no running statistics"
+            raise ValueError(
+                f"the kernel needs outputs that do not depend on the other inputs of a batch: batch norm {name!r} {why}. "
+                "Call model.eval() (with track_running_stats=True)."
+            )
+
+
+def _check_coordinates(own: Mapping[str, Tensor], coordinates: Mapping[str, Tensor]) -> None:
+    for name, mask in coordinates.items():
+        if name not in own:
+            raise ValueError(f"coordinates must name trainable parameters: {name!r} is not one of {sorted(own)}.")
+        shape = tuple(own[name].shape)
+        if mask.dtype != torch.bool or tuple(mask.shape)[mask.ndim - len(shape) :] != shape or mask.ndim > len(shape) + 1:
+            raise ValueError(
+                f"coordinates[{name!r}] must be bool of shape {shape} or [replica, *{shape}]: "
+                f"got {mask.dtype} {tuple(mask.shape)}."
+            )
+
+
+def _lengths(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[int | None]:
+    own = dict(model.named_parameters())
+    return {len(t) if t.ndim > own[name].ndim else None for name, t in tensors.items()}
+
+
+def _replica(model: nn.Module, tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
+    own = dict(model.named_parameters())
+    return {name: t[r] if t.ndim > own[name].ndim else t for name, t in tensors.items()}
+
+
+def _buffers(model: nn.Module, given: Mapping[str, Tensor] | None, point: Params, r: int) -> Buffers:
+    own = dict(model.named_buffers())
+    dtype = next(iter(point.values())).dtype
+    found = {}
+    for name, buffer in (own if given is None else given).items():
+        if name not in own or tuple(buffer.shape)[buffer.ndim - own[name].ndim :] != tuple(own[name].shape):
+            raise ValueError(f"buffers[{name!r}] is not a buffer of the model, or not of its shape {tuple(buffer.shape)}.")
+        one = buffer[r] if buffer.ndim > own[name].ndim else buffer
+        # Statistics kept in float32 must not pull a float64 kernel down with them.
+        found[name] = one.detach().to(dtype) if one.is_floating_point() else one.detach()
+    return found
