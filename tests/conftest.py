@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads that spin starve a shared machine
+
 import matplotlib
 import pytest
 import torch

@@ -115,7 +115,7 @@ def test_inputs_that_a_network_cannot_take_are_refused(name, shape, match):
 @pytest.mark.parametrize("depth", [0, 3, 8])
 def test_other_depths_are_refused(depth):
     with pytest.raises(ValueError, match="depth must be 2, 4 or 6"):
-        initialise(lambda: models.conv((3, 256, 256), 10, depth=depth), 0)
+        initialise(lambda: models.conv((3, 16, 16), 10, depth=depth), 0)
 
 
 @pytest.mark.parametrize(("given", "meant"), [("lenet-300-100", "lenet_300_100"), ("conv2", "conv_2")])

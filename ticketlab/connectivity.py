@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,24 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ticketlab.data import Task
-from ticketlab.functional import Buffers, Execution, Params, evaluate, masked, n_replicas, resolve, select, stack
+from ticketlab.functional import (
+    Buffers,
+    Execution,
+    Params,
+    State,
+    evaluate,
+    fitted,
+    masked,
+    resolve,
+    select,
+    stack_states,
+)
 
 Baseline = Literal["mean", "linear", "max"]
 Metric = Literal["loss_nats", "error"]
 SplitName = Literal["train", "validation", "test"]
 
+_METRICS: tuple[Metric, ...] = ("loss_nats", "error")
 _STACK = 8  # networks in one batched forward pass: enough to share launches, little enough for memory
 
 
@@ -32,7 +44,7 @@ class Path:
     """Metrics along a segment from a (alpha = 0) to b (alpha = 1)."""
 
     alphas: Float[np.ndarray, " alpha"]
-    curves: dict[tuple[str, str], Float[np.ndarray, "alpha *replica"]]
+    curves: dict[tuple[SplitName, Metric], Float[np.ndarray, "alpha *replica"]]
     """Keyed by (split, metric): loss in nats, error in [0, 1]."""
 
     @property
@@ -40,7 +52,7 @@ class Path:
         """Tidy: one row a replica, split and alpha, with ``loss_nats`` and ``error``."""
         rows = []
         for split in dict.fromkeys(split for split, _ in self.curves):
-            loss, error = (self.curves[split, m].reshape(len(self.alphas), -1) for m in ("loss_nats", "error"))
+            loss, error = (self.curves[split, m].reshape(len(self.alphas), -1) for m in _METRICS)
             for r in range(loss.shape[1]):
                 columns = {"alpha": self.alphas, "loss_nats": loss[:, r], "error": error[:, r]}
                 rows.append(pd.DataFrame({"replica": r, "split": split, **columns}))
@@ -56,7 +68,7 @@ class Path:
         """Largest climb of a metric on the way from a to b, see ``rise``."""
         return rise(self._curve(metric, split))
 
-    def _curve(self, metric: str, split: str) -> np.ndarray:
+    def _curve(self, metric: Metric, split: SplitName) -> np.ndarray:
         if (split, metric) not in self.curves:
             raise ValueError(f"split and metric must be one of {sorted(self.curves)}: got {(split, metric)}.")
         return self.curves[split, metric]
@@ -142,33 +154,30 @@ def linear_path(
     Raises:
         ValueError: Fewer than 3 alphas, an unknown split or option, or parameters of other shapes.
     """
-    replicas = n_replicas(model, params_a)
-    if n_replicas(model, params_b) != replicas:
-        raise ValueError("params_a and params_b must both be single or stacks of the same length: they are not.")
+    replicas, a = fitted(model, params_a, masks, buffers)
+    if fitted(model, params_b, masks, buffers)[0] != replicas:
+        raise ValueError("params_a and params_b must both be single or stacks of one length: one of them is not.")
     if n_alphas < 3:
         raise ValueError(f"a path needs at least 3 alphas, both ends included: got {n_alphas}.")
     if batchnorm not in ("recalibrate", "keep"):
         raise ValueError(f"batchnorm must be 'recalibrate' or 'keep': got {batchnorm!r}.")
-    unknown = sorted(set(splits) - {"train", "validation", "test"})
-    if unknown or not splits:
+    splits = tuple(dict.fromkeys(splits))
+    if not splits or not set(splits) <= {"train", "validation", "test"}:
         raise ValueError(f"splits must be some of train, validation, test: got {list(splits)}.")
-    a, b = (masked(p, masks) for p in (params_a, params_b))
-    still = {n: b.to(task.device) for n, b in model.named_buffers()} if buffers is None else buffers
+    b = State(masked(params_b, masks), a.buffers)
     if replicas is None:
-        a, b, still = stack([a]), stack([b]), stack([still])
-    elif buffers is None:
-        still = {n: b.expand(replicas, *b.shape) for n, b in still.items()}
+        a, b = stack_states([a]), stack_states([b])
     alphas = np.linspace(0, 1, n_alphas)
-    curves: dict[tuple[str, str], list[np.ndarray]] = {(s, m): [] for s in splits for m in ("loss_nats", "error")}
+    curves: dict[tuple[SplitName, Metric], list[np.ndarray]] = {(s, m): [] for s in splits for m in _METRICS}
     for block in np.array_split(alphas, -(-n_alphas // max(1, _STACK // (replicas or 1)))):
-        params = _interpolate(a, b, block)
-        state = {n: b.repeat(len(block), *[1] * (b.ndim - 1)) for n, b in still.items()}
+        params = _interpolate(a.params, b.params, block)
+        state = {n: b.repeat(len(block), *[1] * (b.ndim - 1)) for n, b in a.buffers.items()}
         if batchnorm == "recalibrate":
             state = recalibrate(model, params, state, task.train.x, execution=execution)
         for split in splits:
             data = getattr(task, split)
             found = evaluate(model, params, data.x, data.y, buffers=state, execution=execution)
-            for metric, values in zip(("loss_nats", "error"), found, strict=True):
+            for metric, values in zip(_METRICS, found, strict=True):
                 curves[split, metric].append(values.view(len(block), -1).cpu().numpy())
     whole = {key: np.concatenate(blocks) for key, blocks in curves.items()}  # [alpha, replica]
     return Path(alphas, {key: curve[:, 0] if replicas is None else curve for key, curve in whole.items()})
@@ -192,8 +201,8 @@ def recalibrate(
     """Running statistics of every batch norm estimated anew for a stack of networks.
 
     The average over equal batches of their means and of their unbiased variances, as batch norm itself
-    accumulates them with ``momentum=None``. Only batch norms run in training mode; buffers of other
-    modules are returned as they came. Without batch norm this costs nothing.
+    accumulates them with ``momentum=None``; what was there is forgotten. Only batch norms run in training
+    mode; buffers of other modules are returned as they came. Without batch norm this costs nothing.
 
     Args:
         model: Not changed.
@@ -211,17 +220,25 @@ def recalibrate(
     }
     if not norms:
         return buffers
-    fresh = {n: b.clone() if n.rpartition(".")[0] in norms else b for n, b in buffers.items()}
-    batches = x.split(min(batch_size, len(x)))
-    batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
-    together = resolve(execution, model, x.device) == "vmap"
-    for index, batch in enumerate(batches, start=1):
-        for module in norms.values():
-            module.train()
-            module.momentum = 1 / index  # the mean over the batches so far
-        if together:
-            vmap(lambda one, xs: functional_call(net, one, (xs,)), in_dims=(0, None))({**params, **fresh}, batch)
-            continue
-        for r in range(len(next(iter(params.values())))):
-            functional_call(net, select({**params, **fresh}, r), (batch,))
+    calls: dict[nn.Module, int] = dict.fromkeys(norms.values(), 0)
+
+    def average(module: Any, inputs: object) -> None:
+        calls[module] += 1
+        module.momentum = 1 / calls[module]  # the mean over the calls so far
+
+    for module in norms.values():
+        module.train()
+        module.register_forward_pre_hook(average)
+    fresh = {n: torch.zeros_like(b) if n.rpartition(".")[0] in norms else b for n, b in buffers.items()}
+    tensors = {**params, **fresh}
+    whole = len(x) // batch_size * batch_size or len(x)
+    batches = x[:whole].split(batch_size)
+    if resolve(execution, model, x.device) == "vmap":
+        for batch in batches:
+            vmap(lambda one, xs: functional_call(net, one, (xs,)), in_dims=(0, None))(tensors, batch)
+        return fresh
+    for r in range(len(next(iter(params.values())))):
+        calls.update(dict.fromkeys(calls, 0))
+        for batch in batches:
+            functional_call(net, select(tensors, r), (batch,))
     return fresh

@@ -59,7 +59,7 @@ def initialise(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     the caller's random state is untouched. The draw is made on the CPU: the same on every device.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators too
         return factory()
 
 
@@ -193,6 +193,37 @@ def resolve(execution: Execution, model: nn.Module, device: torch.device) -> Lit
     return "vmap" if device.type != "cpu" or (small and all(p.ndim <= 2 for p in model.parameters())) else "loop"
 
 
+def fitted(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> tuple[int | None, State]:
+    """The length of the replica axis and the state m * theta, everything checked against the model.
+
+    Args:
+        model: Whose names and shapes count.
+        params: Its parameters, or a stack of them.
+        masks: True = kept; with the replica axis, or one for all replicas.
+        buffers: With the replica axis of ``params``; copies of the model's own when None.
+
+    Raises:
+        ValueError: Names or shapes that do not fit the model, or one another.
+    """
+    replicas = n_replicas(model, params)
+    lead = () if replicas is None else (replicas,)
+    for name, mask in (masks or {}).items():
+        shape = tuple(params[name].shape) if name in params else ()
+        if name in params and tuple(mask.shape) not in (shape, shape[len(lead) :]):
+            raise ValueError(f"masks[{name!r}] must have the shape of the parameter, {shape}: got {tuple(mask.shape)}.")
+    own = dict(model.named_buffers())
+    wrong = [n for n, b in (buffers or {}).items() if n not in own or tuple(b.shape) != (*lead, *own[n].shape)]
+    if wrong:
+        raise ValueError(f"buffers must be the model's, with the replica axis {lead} of params: {wrong} are not.")
+    given = buffers or {n: b.detach().expand((*lead, *b.shape)).clone() for n, b in own.items()}
+    return replicas, State(masked(params, masks), dict(given))
+
+
 def apply(
     model: nn.Module,
     params: Mapping[str, Tensor],
@@ -215,15 +246,20 @@ def apply(
     Returns:
         Outputs [n, ...], or [replica, n, ...] for a stack.
     """
-    replicas = n_replicas(model, params)
-    weights = masked(params, masks)
+    replicas, fit = fitted(model, params, masks, buffers)
+    return _forward(model, replicas, fit, x, resolve(execution, model, x.device))
+
+
+def _forward(
+    model: nn.Module, replicas: int | None, fit: State, x: Tensor, execution: Literal["loop", "vmap"]
+) -> Tensor:
+    tensors = {**fit.params, **fit.buffers}
     with evaluating(model):
         if replicas is None:
-            return functional_call(model, {**weights, **(buffers or {})}, (x,))
-        stacked = {**weights, **(buffers or {})}
-        if resolve(execution, model, x.device) == "vmap":
-            return vmap(lambda one: functional_call(model, one, (x,)))(stacked)
-        return torch.stack([functional_call(model, select(stacked, r), (x,)) for r in range(replicas)])
+            return functional_call(model, tensors, (x,))
+        if execution == "vmap":
+            return vmap(lambda one: functional_call(model, one, (x,)))(tensors)
+        return torch.stack([functional_call(model, select(tensors, r), (x,)) for r in range(replicas)])
 
 
 @torch.no_grad()
@@ -245,12 +281,18 @@ def evaluate(
 
     Returns:
         (loss_nats, error), each a scalar, or [replica] for a stack.
+
+    Raises:
+        ValueError: No examples, or a label too many or too few.
     """
-    weights = masked(params, masks)
+    if not 0 < len(x) == len(y):
+        raise ValueError(f"evaluate needs at least one example and a label for each: got {len(x)} and {len(y)}.")
+    replicas, fit = fitted(model, params, masks, buffers)
+    how = resolve(execution, model, x.device)
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     wrong = torch.zeros((), dtype=torch.int64, device=x.device)
     for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        logits = apply(model, weights, xs, buffers=buffers, execution=execution)  # [*replica, batch, classes]
+        logits = _forward(model, replicas, fit, xs, how)  # [*replica, batch, classes]
         targets = ys.expand(logits.shape[:-1])
         nats = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         loss = loss + nats.sum(-1, dtype=torch.float64)

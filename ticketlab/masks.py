@@ -26,7 +26,7 @@ def prunable(model: nn.Module) -> tuple[str, ...]:
     """Names of the weights that may be pruned, in the model's order.
 
     Weights of linear, convolution and attention projections; never biases, norms or embeddings. A weight
-    tied to an embedding is left out, and so is a frozen one.
+    tied to an embedding is left out, and so are frozen ones and those under a parametrization.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     wanted: set[int] = set()
@@ -146,7 +146,7 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], fractions: 
 
 def _prune_group(masks: Masks, scores: Mapping[str, Tensor], fraction: float) -> Masks:
     if not 0 < fraction < 1:
-        raise ValueError(f"a prune fraction must lie in (0, 1): got {fraction}.")
+        raise ValueError(f"a prune fraction must lie in (0, 1): got {fraction} for {list(masks)}.")
     alive = torch.cat([m.flatten() for m in masks.values()])
     score = torch.cat([scores[n].flatten() for n in masks])
     live = alive.nonzero()[:, 0]
@@ -170,7 +170,10 @@ def _check_scores(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> 
 
 
 def random_mask(masks: Mapping[str, Tensor], seed: int) -> Masks:
-    """As many live weights in the whole network, at positions drawn uniformly over all layers."""
+    """As many live weights in the whole network, at positions drawn uniformly over all layers.
+
+    Nothing keeps a small layer from losing all of its weights: that is what a random mask does.
+    """
     flat = torch.cat([m.flatten() for m in masks.values()])
     parts = _shuffled(flat, seed, "random_mask").split([m.numel() for m in masks.values()])
     return {name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)}

@@ -76,8 +76,8 @@ class ImpConfig:
             raise ValueError("conv_fraction and output_fraction need scope 'layer': a global threshold has one rate.")
         if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
             raise ValueError(f"init_seeds must be one or more different seeds: got {self.init_seeds}.")
-        if min((*self.init_seeds, *(self.order_seeds or ()))) < 0:
-            raise ValueError(f"seeds must not be negative: got {self.init_seeds}, {self.order_seeds}.")
+        if not all(0 <= seed < 2**32 for seed in (*self.init_seeds, *(self.order_seeds or ()))):
+            raise ValueError(f"seeds must lie in [0, 2^32): got {self.init_seeds}, {self.order_seeds}.")
         if self.order_seeds is not None and len(self.order_seeds) != len(self.init_seeds):
             raise ValueError(f"order_seeds must be one for each of {self.init_seeds}: got {self.order_seeds}.")
         if not 0 <= self.rewind_step < recipe.steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +18,27 @@ from ticketlab.masks import prunable
 def positions(model: nn.Module, x: Tensor) -> dict[str, int]:
     """How often one example uses each prunable weight: 1 in a linear layer, height * width in a convolution.
 
-    Counted by a forward pass of ``x[:1]`` through a copy of the model; a layer called twice counts twice.
+    Counted by a forward pass of ``x[:1]`` through a copy of the model. A layer called twice, or a weight tied in
+    two layers, counts both; a weight used other than by calling its module is not seen, and attention counts all
+    its projections at the length of the query.
     """
-    probe = copy.deepcopy(model).to(x.device, x.dtype)
+    probe = copy.deepcopy(model).to(x.device, x.dtype if x.is_floating_point() else None)
+    names = {id(p): n for n, p in probe.named_parameters()}
     uses = dict.fromkeys(prunable(model), 0)
-    for prefix, module in probe.named_modules():
-        for name in ("weight", "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"):
-            full = f"{prefix}.{name}".removeprefix(".")
-            if full in uses and (name != "out_proj.weight" or isinstance(module, nn.MultiheadAttention)):
-                module.register_forward_hook(partial(_count, uses, full))
+    for module in probe.modules():
+        weights = [module.out_proj.weight] if isinstance(module, nn.MultiheadAttention) else []
+        for weight in (*weights, *module.parameters(recurse=False)):
+            if names.get(id(weight)) in uses:
+                module.register_forward_hook(partial(_count, uses, names[id(weight)]))
     with evaluating(probe):
         probe(x[:1])
     return uses
 
 
-def _count(uses: dict[str, int], name: str, module: nn.Module, inputs: object, output: Tensor | tuple) -> None:
+def _count(uses: dict[str, int], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+    if getattr(module, "transposed", False):  # each input position meets every weight
+        uses[name] += inputs[0].numel() // int(module.in_channels)  # type: ignore[arg-type]
+        return
     out = output[0] if isinstance(output, tuple) else output
     channels = getattr(module, "out_features", None) or getattr(module, "out_channels", None) or out.shape[-1]
     uses[name] += out.numel() // int(channels)

@@ -23,7 +23,9 @@ def magnitude(masks: Masks, theta_start: Params, theta_end: Params, seed: int) -
 def random(masks: Masks, theta_start: Params, theta_end: Params, seed: int) -> Scores:
     """Uniform noise: the control that every criterion has to beat."""
     return {
-        name: torch.rand(mask.shape, generator=stream(f"random score {name}", seed)).to(mask.device)
+        name: torch.rand(mask.shape, dtype=torch.float64, generator=stream(f"random score {name}", seed)).to(
+            mask.device
+        )
         for name, mask in masks.items()
     }
 

@@ -25,7 +25,7 @@ from ticketlab.engine.config import ImpConfig, from_json
 from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.store import Level
 from ticketlab.engine.training import train
-from ticketlab.engine.treatments import TREATMENTS, Origin, Start
+from ticketlab.engine.treatments import TREATMENTS, Origin, Start, derived_seed
 from ticketlab.functional import Execution, Masks, State, initialise, stack, stack_states, state
 
 Factory = Callable[[], nn.Module]
@@ -182,7 +182,13 @@ def _check_levels(config: ImpConfig, model: nn.Module) -> None:
     if not isinstance(rates, dict):
         alive, rates, least = {"the network": sum(alive.values())}, {"the network": rates}, len(alive)
     for level in range(1, config.levels + 1):
-        alive = {name: n - mask_ops.n_removed(n, rates[name]) for name, n in alive.items()}
+        removed = {name: mask_ops.n_removed(n, rates[name]) for name, n in alive.items()}
+        alive = {name: n - removed[name] for name, n in alive.items()}
+        if not any(removed.values()):
+            raise ValueError(
+                f"every level must prune a weight: level {level} of {config.levels} would prune nothing of "
+                f"{sum(alive.values())} live weights. Use at most {level - 1} levels or a larger prune_fraction."
+            )
         empty = [name for name, n in alive.items() if n < least]
         if empty:
             raise ValueError(
@@ -268,7 +274,7 @@ def _pruned(study: _Study, number: int, dense: Level, previous: Level) -> Level:
 
 
 def _next_masks(study: _Study, ticket: Level, init_seed: int, number: int) -> Masks:
-    seed = init_seed * 1000 + number
+    seed = derived_seed("criterion", init_seed, number)
     scores = CRITERIA[study.config.criterion](ticket.masks, ticket.theta_start, ticket.theta_end, seed)
     return mask_ops.prune(ticket.masks, scores, _fractions(study.config, study.model))
 

@@ -15,6 +15,9 @@ _CHANNELS = (64, 128, 256)  # two convolutions of each, then a 2x2 max-pool
 def conv(input_shape: Sequence[int], n_classes: int, *, depth: int, batch_norm: bool = False) -> nn.Sequential:
     """``depth`` 3x3 convolutions in pairs, pooled, then 256-256-classes; Glorot normal weights.
 
+    On 3x32x32 images Conv-2 has 4,300,992 prunable weights, Conv-4 2,425,024 and Conv-6 2,261,184. The paper gives
+    4.3 M, 2.4 M and 1.7 M; the last does not follow from the layers it lists, which are these.
+
     Args:
         input_shape: (channels, height, width).
         n_classes: Units of the output layer.
@@ -22,8 +25,10 @@ def conv(input_shape: Sequence[int], n_classes: int, *, depth: int, batch_norm: 
         batch_norm: Normalise after each convolution, which then has no bias.
 
     Raises:
-        ValueError: Inputs that are not images, or too small to be halved depth / 2 times.
+        ValueError: Another depth, inputs that are not images, or too small to be halved depth / 2 times.
     """
+    if depth not in (2, 4, 6):
+        raise ValueError(f"depth must be 2, 4 or 6: got {depth}.")
     if len(input_shape) != 3 or min(input_shape[1:]) < 2 ** (depth // 2):
         raise ValueError(
             f"conv_{depth} needs images [channels, height, width] of at least {2 ** (depth // 2)} pixels a side: "

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ticketlab.ntk.layers import Layer
 
-CHUNK_BYTES = 2**26
-"""Size aimed at by every temporary: some last-level caches, far below the memory cap."""
+CHUNK_BYTES = 2**23
+"""Size aimed at by every temporary. It is in reach of the cache, and below what allocators hand back to the
+system: a fresh large array costs ten times its arithmetic in page faults (measured: 1.7 against 0.16 ns an entry)."""
 
 Group = tuple[Int[Tensor, " unit"], Int[Tensor, "unit column"]]
 
@@ -37,17 +38,11 @@ def add_gram(out: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
 
 
 def strips(n: int, m: int, size: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    """Row strips of at most ``size`` examples and the columns they need; see :func:`halve`."""
-    size = max(1, min(size, -(-n // 8) if symmetric else n))
+    """Row strips of at most ``size`` examples and the columns they need, from their own first row on."""
+    # Strips thinner than this slow the products down by more than the halves save.
+    size = max(1, min(size, max(64, -(-n // 8)) if symmetric else n))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n)), slice(start if symmetric else 0, m)
-
-
-def halve(tile: Tensor, rows: slice, symmetric: bool) -> Tensor:
-    """Halve, in place, the square of [..., n, position, m, position'] that a strip meets twice."""
-    if symmetric:
-        tile[..., : rows.stop - rows.start, :].mul_(0.5)
-    return tile
 
 
 def n_fitting(n_each: int, dtype: torch.dtype) -> int:
@@ -83,6 +78,11 @@ def unit_groups(layer: Layer, n_entries: int, dtype: torch.dtype) -> Iterator[Gr
         inside = place < counts[units][:, None]
         yield units, torch.where(inside, columns[table.clamp(max=len(columns) - 1)], pad)
         start = stop
+
+
+def picked(tensor: Tensor, rows: Int[Tensor, "..."]) -> Tensor:
+    """``tensor[rows]``, in long copies: several times faster than advanced indexing on a CPU."""
+    return tensor.index_select(0, rows.flatten()).view(*rows.shape, *tensor.shape[1:])
 
 
 def _live_columns(live: Bool[Tensor, "unit column"], groups: int, has_bias: bool) -> tuple[Tensor, Tensor]:

@@ -61,9 +61,7 @@ def preservation(a: Spectrum, b: Spectrum) -> Preservation:
     known_a, known_b = place < a.rank[..., None], place < b.rank[..., None]
     ratio = torch.where(known_a, b.eigenvalues.clamp(min=0) / a.eigenvalues, torch.nan)
     # One stands in for what is not compared: its logarithm is finite and dropped.
-    logs = [
-        torch.where(known_a & known_b, s.eigenvalues, 1).log() - s.trace.log()[..., None] for s in (a, b)
-    ]
+    logs = [torch.where(known_a & known_b, s.eigenvalues, 1).log() - s.trace.log()[..., None] for s in (a, b)]
     both = (known_a & known_b).sum(-1)
     squares = torch.where(known_a & known_b, (logs[1] - logs[0]).square(), 0).sum(-1)
     overlap = (a.eigenvectors.mT @ b.eigenvectors).square().sum((-2, -1)) / a.eigenvectors.shape[-1]
@@ -128,7 +126,8 @@ def _pair(k_a: Tensor, k_b: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
     a, b = by_output(k_a).double(), by_output(k_b).double()
     if a.shape[-4:] != b.shape[-4:]:
         raise ValueError(
-            f"both kernels must be of the same inputs and outputs: got shapes {tuple(k_a.shape)} and {tuple(k_b.shape)}."
+            "both kernels must be of the same inputs and outputs: "
+            f"got shapes {tuple(k_a.shape)} and {tuple(k_b.shape)}."
         )
     if centered:
         a, b = (k - k.mean(-4, keepdim=True) for k in (a, b))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import jvp, vjp
+from torch.func import vjp
 
 from ticketlab.functional import evaluating
 from ticketlab.ntk import generic
@@ -41,16 +41,25 @@ class KernelOperator:
         return len(self.x) * self.n_outputs
 
     def product(self, vector: Float[Tensor, " n_out"]) -> Float[Tensor, " n_out"]:
-        """Theta_m v = J (J' v): a backward pass, then a forward-mode one, block by block of examples."""
+        """Theta_m v = J (J' v), block by block of examples.
+
+        J times a vector is the derivative of u -> J' u, which is linear in u: it needs no forward-mode rule,
+        and those are missing for more operations (fused attention among them) than second derivatives are.
+        """
         names = list(self.problem.live)
         point = generic.live_vector(self.problem, names)
-        blocks = self.x.split(self.block_size)
         parts = vector.view(len(self.x), self.n_outputs).split(self.block_size)
-        step = torch.zeros_like(point)
+
+        def pull(x: Tensor, part: Tensor) -> Tensor:
+            outputs = vjp(lambda v: self.problem.forward(generic.scattered(self.problem, names, v), x), point)[1]
+            return outputs(part)[0]
+
         with evaluating(self.problem.model), generic.transformable():
-            for x, part in zip(blocks, parts, strict=True):
-                step += vjp(lambda v, x=x: self._outputs(v, names, x), point)[1](part)[0]
-            pushed = [jvp(lambda v, x=x: self._outputs(v, names, x), (point,), (step,))[1] for x in blocks]
+            blocks = list(zip(self.x.split(self.block_size), parts, strict=True))
+            step = torch.zeros_like(point)
+            for x, part in blocks:
+                step += pull(x, part)
+            pushed = [vjp(lambda part, x=x: pull(x, part), part)[1](step)[0] for x, part in blocks]
         return torch.cat(pushed).flatten()
 
     def trace(self) -> Float[Tensor, ""]:
@@ -58,9 +67,6 @@ class KernelOperator:
         with evaluating(self.problem.model):
             blocks = (_rows(self.problem, x) for x in self.x.split(self.block_size))
             return torch.stack([rows.double().square().sum() for rows in blocks]).sum()
-
-    def _outputs(self, vector: Tensor, names: list[str], x: Tensor) -> Tensor:
-        return self.problem.forward(generic.scattered(self.problem, names, vector), x)
 
 
 def jacobian(

@@ -141,7 +141,8 @@ def _kernel(
     n_rest = sum(int(problem.live[name].sum()) for name in rest)
     trace = outputs != "full"  # the sum of the outputs is one output, and its kernel its own trace
     n, m = len(x1), len(x1 if x2 is None else x2)
-    steps = plan(layers, method, n_outputs, n_rest, problem.dtype, n, m, trace=trace, blocks_of=block_size)
+    sizes = (n_outputs, n_rest, problem.dtype, n, m)
+    steps = plan(layers, method, *sizes, trace=trace, symmetric=x2 is None, blocks_of=block_size)
     theta = _filled(_Work(problem, layers, rest, n_outputs, trace, steps), x1, x2)
     bad = int((~theta.isfinite()).sum())
     if bad:

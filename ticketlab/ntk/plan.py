@@ -20,10 +20,14 @@ Method = Literal["auto", "structured", "rows", "gather", "generic"]
 MEMORY_BYTES = 2**30
 """Cap on what is held at once beside the kernel itself; temporaries of blocks.CHUNK_BYTES come on top."""
 
-_TOUCH = 100.0
-"""One entry read, multiplied and written elementwise, in multiply-adds (2 CPU cores, float32: 1e9 against 1e11 /s)."""
+# Measured with float32 on one core of the build machine (45e9 multiply-adds /s in a large product); the ratios
+# hold within a factor of 2 for float64 and for two cores, and the choices are rarely that close.
+_PASS = 40.0
+"""One entry read, multiplied and written elementwise."""
 _THIN = 3.0
-"""A product with one short side, relative to a large one."""
+"""A multiply-add of a product with a short side."""
+_STEP = 1.2e6
+"""One turn of a Python loop over a few torch calls."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +40,33 @@ class Plan:
     """Examples whose features are held at once."""
 
 
-def multiply_adds(layer: Layer, method: LayerMethod, n_outputs: int, n: int, m: int, *, trace: bool) -> float:
+def multiply_adds(
+    layer: Layer, method: LayerMethod, n_outputs: int, n: int, m: int, *, trace: bool, symmetric: bool
+) -> float:
     r"""Cost of one layer's kernel of n by m examples.
 
     With T positions, K inputs and U units of all groups, k live weights and O outputs, a pair of examples costs
     :math:`T^2 K + O T^2 U + O^2 T U` structured (K + O^2 U where T = 1), :math:`T^2 k + O T^2 U + O^2 T U` by
-    rows, and :math:`O^2 k` by gathering; a trace has O in place of O^2 and needs no second step.
+    rows, and :math:`O^2 k` by gathering, which also forms O T k entries' worth of products an example. A trace
+    has O in place of O^2 and needs no second step. Passes over memory come on top.
     """
-    t, units, o = layer.positions, layer.units, n_outputs
-    k = int(layer.live.sum())
-    pairs, singles = n * m, n + m
+    t, units, o, k = layer.positions, layer.units, n_outputs, int(layer.live.sum())
+    every = layer.live.numel()
+    pairs, singles = (n * m / 2, n) if symmetric else (n * m, n + m)
     if method == "gather":
-        form = singles * o * k * (_TOUCH if t == 1 else _THIN * t)
-        return form + pairs * k * (o if trace else o * o)
-    inner = k if method == "rows" else layer.groups * layer.live.shape[1]
-    shared = 1 if method == "structured" else units
+        form = o * k * _PASS if t == 1 else o * t * min(2 * _THIN * k, 1.5 * every)
+        return singles * form + pairs * k * (o if trace else o * o)
+    if method == "structured":
+        cost = 2 * pairs * t * t * layer.groups * layer.live.shape[1]
+    else:
+        cost = _THIN * pairs * t * t * k + singles * t * k * 2 * _PASS
     if trace:
-        return pairs * t * t * (inner + o * units + _TOUCH * shared)
-    if t == 1 and method == "structured":
-        return pairs * (inner + o * o * units + _TOUCH * o * o)
-    return pairs * t * (t * inner + _TOUCH * o * units + _THIN * (o * t * units * (t > 1) + o * o * units))
+        return cost + pairs * t * t * (2 * o * units + _PASS * (1 if method == "structured" else units))
+    if t > 1:
+        return cost + pairs * t * o * units * (t * (1 if method == "structured" else _THIN) + o + 2 * _PASS)
+    if method == "structured":
+        return cost + pairs * o * o * (units + _PASS)
+    return cost + pairs * o * units * (_PASS + o) + n * _STEP
 
 
 def allowed(layer: Layer) -> tuple[LayerMethod, ...]:
@@ -66,7 +77,9 @@ def allowed(layer: Layer) -> tuple[LayerMethod, ...]:
     return ("structured", "rows", "gather") if dense else ("rows", "gather")
 
 
-def choose(layers: Sequence[Layer], method: Method, n_outputs: int, n: int, m: int, *, trace: bool) -> list[LayerMethod]:
+def choose(
+    layers: Sequence[Layer], method: Method, n_outputs: int, n: int, m: int, *, trace: bool, symmetric: bool
+) -> list[LayerMethod]:
     """The method of each layer: the cheapest one for ``auto``, else the one asked for.
 
     Raises:
@@ -76,7 +89,8 @@ def choose(layers: Sequence[Layer], method: Method, n_outputs: int, n: int, m: i
     for layer in layers:
         options = allowed(layer)
         if method == "auto":
-            found.append(min(options, key=lambda o: multiply_adds(layer, o, n_outputs, n, m, trace=trace)))
+            costs = {o: multiply_adds(layer, o, n_outputs, n, m, trace=trace, symmetric=symmetric) for o in options}
+            found.append(min(options, key=costs.__getitem__))
         elif method in options:
             found.append(method)
         else:
@@ -112,9 +126,10 @@ def plan(
     m: int,
     *,
     trace: bool,
+    symmetric: bool,
     blocks_of: int | None,
 ) -> Plan:
     """Methods and blocks for a kernel of n by m examples; ``blocks_of`` is the user's own block size."""
-    methods = choose(layers, method, n_outputs, n, m, trace=trace)
+    methods = choose(layers, method, n_outputs, n, m, trace=trace, symmetric=symmetric)
     size = blocks_of or block_size(layers, methods, n_outputs, n_generic, dtype)
     return Plan(tuple(methods), min(size, max(n, m)))

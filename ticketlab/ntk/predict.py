@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -72,19 +73,27 @@ def gradient_flow_prediction(
     return _predict(k_train, y_train, k_test, lambda v: -torch.expm1(-v * time) / v, f_train, f_test)
 
 
-def _predict(k_train, y_train, k_test, response, f_train, f_test):  # type: ignore[no-untyped-def]
+def _predict(
+    k_train: Tensor,
+    y_train: Tensor,
+    k_test: Tensor,
+    response: Callable[[Tensor], Tensor],
+    f_train: Tensor | None,
+    f_test: Tensor | None,
+) -> Tensor:
     matrix, across = square_matrix(k_train), as_matrix(k_test).double()
     has_outputs = k_train.ndim > 3
-    n = k_train.shape[-2 - int(has_outputs)]
+    n = k_train.shape[-2 - 2 * int(has_outputs)]
     if y_train.ndim != 2 or len(y_train) != n or (has_outputs and y_train.shape[1] != k_train.shape[-1]):
         raise ValueError(
             f"y_train must hold real targets [n, out] of the training inputs: got {tuple(y_train.shape)} for a kernel "
             f"of shape {tuple(k_train.shape)}. Make labels one-hot."
         )
-    if across.shape[-1] != matrix.shape[-1] or k_train.ndim > 3 != k_test.ndim > 3:
+    if across.shape[-1] != matrix.shape[-1] or (k_test.ndim > 3) != has_outputs:
         raise ValueError(
             "k_test must have the test inputs first and the training inputs second, with the output axes of k_train: "
-            f"got {tuple(k_test.shape)} for {tuple(k_train.shape)}. Compute it as kernel(model, params, x_test, x_train)."
+            f"got {tuple(k_test.shape)} for {tuple(k_train.shape)}. "
+            "Compute it as kernel(model, params, x_test, x_train)."
         )
     gap = y_train.double() - (0 if f_train is None else f_train.double())
     gap = gap.flatten(-2)[..., None] if has_outputs else gap

@@ -73,40 +73,35 @@ def problems(
             different lengths, no coordinate at all.
     """
     _refuse_batch_statistics(model)
-    lengths = {n_replicas(model, params)}
-    if masks is not None:
-        masks_.validate(model, masks)
-        lengths |= _lengths(model, masks)
+    replicas = n_replicas(model, params)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not own:
         raise ValueError(
             "the kernel needs a parameter to differentiate in: every one has requires_grad=False, and frozen "
             "parameters are not coordinates. Call model.requires_grad_(True)."
         )
+    if masks is not None:
+        masks_.validate(model, masks)
     if isinstance(coordinates, Mapping):
         _check_coordinates(own, coordinates)
-        lengths |= _lengths(model, coordinates)
     elif coordinates not in ("live", "all"):
         raise ValueError(f"coordinates must be 'live', 'all' or a dict of bool tensors: got {coordinates!r}.")
-    lengths -= {None}
-    if len(lengths) > 1:
-        raise ValueError(f"params, masks and coordinates must share one replica axis: got lengths {sorted(lengths)}.")
+    wanted = coordinates if isinstance(coordinates, Mapping) else (masks or {}) if coordinates == "live" else {}
+    axes = {replicas} if replicas is not None else set()
+    axes |= _axes(model, masks or {}) | _axes(model, wanted)
+    if len(axes) > 1:
+        raise ValueError(f"params, masks and coordinates must share one replica axis: got lengths {sorted(axes)}.")
 
-    wanted: Mapping[str, Tensor] = coordinates if isinstance(coordinates, Mapping) else {}
-    if coordinates == "live":
-        wanted = masks or {}
     found = []
-    for r in range(lengths.copy().pop() if lengths else 1):
+    for r in range(max(axes, default=1)):
         point = {name: t.detach() for name, t in _replica(model, params, r).items()}
-        mask = None if masks is None else _replica(model, masks, r)
+        point = masked(point, None if masks is None else _replica(model, masks, r))
         live = _replica(model, wanted, r)
-        if not isinstance(coordinates, Mapping):
+        if not isinstance(coordinates, Mapping):  # what has no mask is live
             live = {n: live.get(n, torch.ones_like(point[n], dtype=torch.bool)) for n in own}
-        live = {name: m.to(point[name].device) for name, m in live.items()}
-        found.append(
-            Problem(model, masked(point, mask), _buffers(model, buffers, point, r), live, outputs == "sum_logits")
-        )
-    return found, bool(lengths)
+        live = {name: mask.to(point[name].device) for name, mask in live.items()}
+        found.append(Problem(model, point, _buffers(model, buffers, point, r), live, outputs == "sum_logits"))
+    return found, bool(axes)
 
 
 def check_inputs(problem: Problem, x1: Tensor, x2: Tensor | None) -> None:
@@ -136,7 +131,7 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             why = "is in training mode" if module.training else "keeps no running statistics"
             raise ValueError(
-                f"the kernel needs outputs that do not depend on the other inputs of a batch: batch norm {name!r} {why}. "
+                f"the kernel needs outputs that do not depend on the rest of the batch: batch norm {name!r} {why}. "
                 "Call model.eval() (with track_running_stats=True)."
             )
 
@@ -146,16 +141,22 @@ def _check_coordinates(own: Mapping[str, Tensor], coordinates: Mapping[str, Tens
         if name not in own:
             raise ValueError(f"coordinates must name trainable parameters: {name!r} is not one of {sorted(own)}.")
         shape = tuple(own[name].shape)
-        if mask.dtype != torch.bool or tuple(mask.shape)[mask.ndim - len(shape) :] != shape or mask.ndim > len(shape) + 1:
+        if mask.dtype != torch.bool or not _fits(mask, own[name]):
             raise ValueError(
                 f"coordinates[{name!r}] must be bool of shape {shape} or [replica, *{shape}]: "
                 f"got {mask.dtype} {tuple(mask.shape)}."
             )
 
 
-def _lengths(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[int | None]:
+def _fits(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor has a shape of the model's, with or without a replica axis."""
+    return tensor.shape == own.shape or tensor.shape[1:] == own.shape
+
+
+def _axes(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[int]:
+    """The lengths of the replica axes among named tensors: empty where none is stacked."""
     own = dict(model.named_parameters())
-    return {len(t) if t.ndim > own[name].ndim else None for name, t in tensors.items()}
+    return {len(t) for name, t in tensors.items() if t.ndim > own[name].ndim}
 
 
 def _replica(model: nn.Module, tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
@@ -168,8 +169,12 @@ def _buffers(model: nn.Module, given: Mapping[str, Tensor] | None, point: Params
     dtype = next(iter(point.values())).dtype
     found = {}
     for name, buffer in (own if given is None else given).items():
-        if name not in own or tuple(buffer.shape)[buffer.ndim - own[name].ndim :] != tuple(own[name].shape):
-            raise ValueError(f"buffers[{name!r}] is not a buffer of the model, or not of its shape {tuple(buffer.shape)}.")
+        if name not in own or not _fits(buffer, own[name]):
+            expected = f"shape {tuple(own[name].shape)}" if name in own else f"a name among {sorted(own)}"
+            raise ValueError(
+                f"buffers[{name!r}] must have {expected}, or that shape behind a replica axis: "
+                f"got {tuple(buffer.shape)}."
+            )
         one = buffer[r] if buffer.ndim > own[name].ndim else buffer
         # Statistics kept in float32 must not pull a float64 kernel down with them.
         found[name] = one.detach().to(dtype) if one.is_floating_point() else one.detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ticketlab.ntk.blocks import halve, n_fitting, strips, unit_groups
+from ticketlab.ntk.blocks import n_fitting, picked, strips, unit_groups
 from ticketlab.ntk.layers import Features, Layer
 
 
@@ -20,41 +20,51 @@ def add(out: Tensor, layer: Layer, left: Features, right: Features, *, trace: bo
     m, others = right.inputs.shape[1:]
     dtype = left.inputs.dtype
     for units, columns in unit_groups(layer, max(n * positions, m * others), dtype):
-        x, y = left.inputs[columns], right.inputs[columns]  # [unit, column, n, position]
-        d, e = left.deltas[units], right.deltas[units]
+        x, d = picked(left.inputs, columns), left.deltas[units]  # [unit, column, n, position], [unit, out, n, position]
+        y, e = (x, d) if symmetric else (picked(right.inputs, columns), right.deltas[units])
         per_example = len(units) * positions * m * others
         for rows, cols in strips(n, m, n_fitting(per_example, dtype), symmetric):
             mine, theirs = d[:, :, rows], e[:, :, cols]
             shape = (len(units), mine.shape[2], positions, theirs.shape[2], others)
             similarity = (x[:, :, rows].flatten(2).mT @ y[:, :, cols].flatten(2)).view(shape)
-            halve(similarity, rows, symmetric)
             if trace:
                 gram = (mine.flatten(2).mT @ theirs.flatten(2)).view(shape)
-                out[rows, cols] += similarity.mul_(gram).sum((0, 2, 4))
+                out[rows, cols] += halved(similarity.mul_(gram).sum((0, 2, 4)), symmetric)
             else:
-                second_full(out, similarity, mine, theirs, rows, cols)
+                add_outputs(out, similarity, mine, theirs, rows, cols, symmetric=symmetric)
 
 
-def second_full(out: Tensor, similarity: Tensor, left: Tensor, right: Tensor, rows: slice, columns: slice) -> None:
+def halved(tile: Tensor, symmetric: bool) -> Tensor:
+    """Halve, in place, the leading square of a strip: it is met once more transposed."""
+    if symmetric:
+        tile[:, : len(tile)].mul_(0.5)
+    return tile
+
+
+def add_outputs(
+    out: Tensor, similarity: Tensor, left: Tensor, right: Tensor, rows: slice, columns: slice, *, symmetric: bool
+) -> None:
     """Contract A[unit or 1, n, t, m, t'] with the deltas of both sides, one example of the left at a time.
 
-    Summing over t first keeps the cost at O T^2 + O^2 T a unit and pair of examples, not O^2 T^2.
+    Summing over t first keeps the cost at O T^2 + O^2 T a unit and pair of examples, not O^2 T^2. Of a
+    symmetric strip example n needs the examples from n on, itself by half.
     """
     units, n_out, _, positions = left.shape
     m, others = right.shape[2:]
-    if positions == others == 1:
-        right_flat = right.reshape(units, n_out * m)
-    else:
-        right_flat = right.permute(2, 0, 3, 1).reshape(m, units * others, n_out)
+    single = positions == others == 1
+    flat = None if single else right.permute(2, 0, 3, 1).reshape(m, units * others, n_out)
     for i, n in enumerate(range(rows.start, rows.stop)):
-        mine, a = left[:, :, i], similarity[:, i]  # [unit, out, t], [unit or 1, t, m, t']
-        if positions == others == 1:
-            weighted = a[:, 0, :, 0][:, None] * right.squeeze(-1)  # [unit, out', m]
-            out[:, n, :, columns] += (mine[:, :, 0].mT @ weighted.view_as(right_flat)).view(n_out, n_out, m)
+        first = i if symmetric else 0
+        a = similarity[:, i, :, first:]  # [unit or 1, t, m, t']
+        if symmetric:
+            a[:, :, 0].mul_(0.5)
+        where = slice(columns.start + first, columns.stop)
+        if flat is None:
+            weighted = (a[:, 0, :, 0][:, None] * right[:, :, first:, 0]).flatten(1)  # [unit, out' m]
+            out[:, n, :, where] += (left[:, :, i, 0].mT @ weighted).view(n_out, n_out, m - first)
         else:
-            if len(a) == 1:  # shared by all units: one product instead of a batch
-                half = mine.reshape(units * n_out, positions) @ a[0].flatten(1)
-            else:
-                half = mine @ a.flatten(2)
-            half = half.view(units, n_out, m, others).permute(2, 1, 0, 3).reshape(m, n_out, units * others)
-            out[:, n, :, columns] += (half @ right_flat).permute(1, 2, 0)
+            # Shared by all units, it is one product instead of a batch.
+            mine = left[:, :, i]
+            half = mine.reshape(-1, positions) @ a[0].flatten(1) if len(a) == 1 else mine @ a.flatten(2)
+            half = half.view(units, n_out, m - first, others).permute(2, 1, 0, 3).reshape(m - first, n_out, -1)
+            out[:, n, :, where] += (half @ flat[first:]).permute(1, 2, 0)

@@ -52,6 +52,8 @@ def spectrum(source: Tensor | LiveJacobian | KernelOperator, *, top: int = 10) -
     Raises:
         ValueError: A kernel that is not square, symmetric and finite, or a ``top`` that the form cannot give.
     """
+    if top < 0:
+        raise ValueError(f"top must be a number of eigenvectors, at least 0: got {top}.")
     if isinstance(source, KernelOperator):
         return _of_operator(source, top)
     if isinstance(source, LiveJacobian):
@@ -61,8 +63,6 @@ def spectrum(source: Tensor | LiveJacobian | KernelOperator, *, top: int = 10) -
         rising, columns = torch.linalg.eigh(matrix)
         values, vectors = rising.flip(-1), columns.flip(-1)
         floor = values[..., :1] * _noise(source.dtype, matrix.shape[-1])
-    if not 0 <= top:
-        raise ValueError(f"top must be a number of eigenvectors, at least 0: got {top}.")
     share = values.clamp(min=0)
     total = share.sum(-1)
     p = share / total[..., None]
@@ -87,27 +87,26 @@ def _of_jacobian(source: LiveJacobian) -> tuple[Tensor, Tensor, Tensor]:
     rows = source.values.flatten(-3, -2)  # [*replica, d, k]
     d, k = rows.shape[-2:]
     left, singular, _ = torch.linalg.svd(rows, full_matrices=False)
-    values = singular.double().square()
-    floor = values[..., :1] * _noise(rows.dtype, max(d, k)) ** 2
     # Beyond rank k the kernel has eigenvalues that are zero by construction.
-    return torch.nn.functional.pad(values, (0, d - values.shape[-1])), left.double(), floor
+    values = torch.nn.functional.pad(singular.double().square(), (0, d - singular.shape[-1]))
+    return values, left.double(), values[..., :1] * _noise(rows.dtype, max(d, k)) ** 2
 
 
 def _of_operator(source: KernelOperator, top: int) -> Spectrum:
     if not 0 < top < source.size:
         raise ValueError(f"top must lie in 1 to {source.size - 1} for an operator of size {source.size}: got {top}.")
-    like = {"dtype": source.problem.dtype, "device": source.problem.device}
+    dtype, device = source.problem.dtype, source.problem.device
 
     def product(vector: np.ndarray) -> np.ndarray:
-        return source.product(torch.as_tensor(vector.ravel(), **like)).double().cpu().numpy()
+        return source.product(torch.as_tensor(vector.ravel(), dtype=dtype, device=device)).double().cpu().numpy()
 
     linear = LinearOperator((source.size, source.size), matvec=product, dtype=np.float64)
     # A fixed start, so that the same kernel gives the same bits; uniform entries would miss antisymmetric vectors.
     start = np.random.default_rng(0).standard_normal(source.size)
-    tolerance = float(torch.finfo(source.problem.dtype).eps)
+    tolerance = float(torch.finfo(dtype).eps)
     rising, columns = eigsh(linear, k=top, which="LA", v0=start, tol=tolerance)
     order = np.argsort(rising)[::-1].copy()
-    unknown = torch.full((), torch.nan, dtype=torch.float64, device=source.problem.device)
-    values = torch.as_tensor(rising[order], device=source.problem.device)
-    vectors = torch.as_tensor(columns[:, order], device=source.problem.device)
+    unknown = torch.full((), torch.nan, dtype=torch.float64, device=device)
+    values = torch.as_tensor(rising[order], device=device)
+    vectors = torch.as_tensor(columns[:, order], device=device)
     return Spectrum(values, vectors, source.trace(), unknown, unknown, unknown, unknown)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ticketlab.ntk.blocks import add_gram, halve, n_fitting, strips
+from ticketlab.ntk.blocks import add_gram, n_fitting, strips
 from ticketlab.ntk.layers import Features, Layer
-from ticketlab.ntk.rows import second_full
+from ticketlab.ntk.rows import add_outputs, halved
 
 
 def add(out: Tensor, layer: Layer, left: Features, right: Features, *, trace: bool, symmetric: bool) -> None:
@@ -41,16 +41,22 @@ def _columns(layer: Layer, features: Features, group: int) -> Tensor:
 
 
 def _add_single(out: Tensor, inputs: tuple, deltas: tuple, *, trace: bool, symmetric: bool) -> None:
-    (a, b), (d, e) = inputs, deltas
+    a, b = inputs
+    d, e = (delta.squeeze(-1) for delta in deltas)
     similarity = a.flatten(1).mT @ b.flatten(1)  # [n, m]
-    gram = out.new_zeros(out.shape)
     if trace:
-        add_gram(gram, d.reshape(-1, d.shape[2]), e.reshape(-1, e.shape[2]), symmetric)
+        gram = torch.zeros_like(out)
+        add_gram(gram, d.flatten(0, 1), e.flatten(0, 1), symmetric)
         out.addcmul_(similarity, gram)
-    else:
-        rows, columns = d.flatten(1), e.flatten(1)  # [unit, out n]
-        add_gram(gram.view(rows.shape[1], columns.shape[1]), rows, columns, symmetric)
-        out.addcmul_(similarity[:, None, :], gram)
+        return
+    n_out, n, m = d.shape[1], d.shape[2], e.shape[2]
+    step = max(1, min(n_fitting(n * n_out * m, d.dtype), -(-128 // n)))
+    for start in range(0, n_out, step):  # strips of outputs here: they are the outer index
+        rows, columns = slice(start, min(start + step, n_out)), slice(start if symmetric else 0, n_out)
+        gram = (d[:, rows].flatten(1).mT @ e[:, columns].flatten(1)).view(-1, n, columns.stop - columns.start, m)
+        if symmetric:
+            gram[:, :, : len(gram)].mul_(0.5)
+        out[rows, :, columns].addcmul_(similarity[:, None], gram)
 
 
 def _add_sequence(out: Tensor, inputs: tuple, deltas: tuple, *, trace: bool, symmetric: bool) -> None:
@@ -61,11 +67,11 @@ def _add_sequence(out: Tensor, inputs: tuple, deltas: tuple, *, trace: bool, sym
         mine, theirs = d[:, :, rows], e[:, :, columns]
         r, c = mine.shape[2], theirs.shape[2]
         similarity = (a[:, rows].flatten(1).mT @ b[:, columns].flatten(1)).view(r, positions, c, others)
-        halve(similarity, rows, symmetric)
         if trace:
             gram = mine.reshape(units * n_out, -1).mT @ theirs.reshape(units * n_out, -1)
-            out[rows, columns] += (similarity * gram.view_as(similarity)).sum((1, 3))
+            out[rows, columns] += halved((similarity * gram.view_as(similarity)).sum((1, 3)), symmetric)
             continue
         size = n_fitting(n_out * c * others, d.dtype)
         for some, same in zip(mine.split(size), theirs.split(size), strict=True):
-            second_full(out, similarity[None], some, same, rows, columns)
+            # A copy: the diagonal is halved in place, once for each chunk of units.
+            add_outputs(out, similarity[None].clone(), some, same, rows, columns, symmetric=symmetric)

@@ -1,0 +1,352 @@
+"""Levels, rewinding, treatments in the stack, the store: exact counts, equal bits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from cases import blobs, small_conv_bn, small_mlp
+from reference import prune_sorted, train_alone
+from safetensors.torch import load_file
+from torch import nn
+
+import ticketlab as tl
+from ticketlab import masks as mask_ops
+from ticketlab.functional import State
+
+RECIPE = tl.Recipe(steps=30, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)
+CONFIG = tl.ImpConfig(levels=3, rewind_step=5, init_seeds=(3, 4), recipe=RECIPE, dtype="float64")
+EVERYTHING = ("ticket", "reinit", "random_mask", "layerwise_shuffle", "dense_restart", "sibling")
+
+
+def levels(config=CONFIG, **options):
+    return list(tl.imp(config, **{"model": small_mlp, "task": blobs(), "store": None, **options}))
+
+
+def assert_same(a: tl.Level, b: tl.Level) -> None:
+    """Bit for bit, wall time aside."""
+    assert (a.level, a.density) == (b.level, b.density)
+    for name, mask in a.masks.items():
+        assert torch.equal(mask, b.masks[name])
+    pairs = [(a.start, b.start), (a.end, b.end), *((a.snapshots[k], b.snapshots[k]) for k in a.snapshots)]
+    for mine, others in pairs:
+        for part, other in zip(mine, others, strict=True):
+            assert part.keys() == other.keys()
+            assert all(torch.equal(tensor, other[name]) for name, tensor in part.items())
+    pd.testing.assert_frame_equal(a.metrics, b.metrics, check_exact=True)
+    pd.testing.assert_frame_equal(a.curves, b.curves, check_exact=True)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_every_ticket_is_what_plain_loops_find(scope):
+    config = replace(CONFIG, scope=scope, levels=2)
+    found = levels(config)
+    task = blobs()
+    for r, seed in enumerate(config.init_seeds):
+        model = tl.initialise(small_mlp, seed).double()
+        names = mask_ops.prunable(model)
+        masks = {n: torch.ones_like(dict(model.named_parameters())[n], dtype=torch.bool) for n in names}
+        rewound = train_alone(model, masks, task, replace(RECIPE, steps=5), seed)
+        trained = train_alone(model, masks, task, RECIPE, seed)
+        for level in found:
+            ticket = level.select(treatment="ticket", init_seed=seed)
+            for name, p in trained.named_parameters():
+                torch.testing.assert_close(ticket.theta_end[name], p.detach(), rtol=1e-10, atol=1e-10)
+            for name in names:
+                assert torch.equal(ticket.masks[name], masks[name])
+                start = dict(rewound.named_parameters())[name].detach() * masks[name]
+                torch.testing.assert_close(ticket.theta_start[name], start, rtol=1e-10, atol=1e-10)
+            scores = {n: p.detach().abs() for n, p in trained.named_parameters() if n in masks}
+            if scope == "global":
+                masks = prune_sorted(masks, scores, mask_ops.n_removed(int(mask_ops.kept(masks)), 0.2))
+            else:
+                rates = {n: 0.1 if n == names[-1] else 0.2 for n in names}
+                for n, rate in rates.items():
+                    part = prune_sorted({n: masks[n]}, scores, mask_ops.n_removed(int(masks[n].sum()), rate))
+                    masks = {**masks, **part}
+            trained = train_alone(rewound, masks, task, RECIPE, seed, first_step=5)
+        assert r < 2
+
+
+def test_counts_are_exact_nested_and_asserted_after_training():
+    found, alive = levels(replace(CONFIG, levels=6)), 6 * 8 + 8 * 5 + 5 * 3
+    for before, level in zip([None, *found], found, strict=False):
+        if before is not None:
+            alive -= mask_ops.n_removed(alive, 0.2)
+            for name, mask in level.masks.items():
+                assert not (mask[:2] & ~before.masks[name][:2]).any()
+        assert mask_ops.kept(level.masks, stacked=True).tolist() == [alive] * len(level.metrics)
+        assert level.metrics["kept"].tolist() == [alive] * len(level.metrics)
+        assert level.density == alive / 103
+        assert sum(int((level.theta_end[n] != 0).sum()) for n in level.masks) == alive * len(level.metrics)
+
+
+def test_treatments_stand_in_one_stack_and_share_what_they_should():
+    level = levels(replace(CONFIG, treatments=EVERYTHING, levels=1))[1]
+    ticket = level.select(treatment="ticket", init_seed=3)
+    for treatment in EVERYTHING:
+        other = level.select(treatment=treatment, init_seed=3)
+        same_mask = all(torch.equal(m, other.masks[n]) for n, m in ticket.masks.items())
+        assert same_mask == (treatment in ("ticket", "reinit", "sibling"))
+        assert int(mask_ops.kept(other.masks)) == (103 if treatment == "dense_restart" else 103 - 21)
+        if treatment != "reinit":  # biases are never masked, so they show where a network starts
+            assert torch.equal(other.theta_start["fc1.bias"], ticket.theta_start["fc1.bias"])
+        assert (other.metrics["order_seed"].item() == 3) == (treatment not in ("sibling", "dense_restart"))
+    per_layer = {n: int(m.sum()) for n, m in ticket.masks.items()}
+    shuffled = level.select(treatment="layerwise_shuffle", init_seed=3)
+    assert {n: int(m.sum()) for n, m in shuffled.masks.items()} == per_layer
+    assert level.metrics.set_index(["treatment", "init_seed"]).loc[("dense_restart", 3), "density"] == 1.0
+
+
+def test_rewinding_restores_buffers_and_level_zero_keeps_its_snapshots():
+    config = replace(CONFIG, snapshot_steps=(0, 12), levels=1)
+    task = blobs(180, (1, 8, 8))
+    dense, first = tl.imp(config, model=small_conv_bn, task=task, store=None)
+    assert sorted(dense.snapshots) == [0, 5, 12]
+    assert dense.snapshots[0].buffers["1.num_batches_tracked"].tolist() == [0, 0]
+    ticket = first.select(treatment="ticket")
+    assert ticket.start.buffers["1.num_batches_tracked"].tolist() == [5, 5]
+    assert ticket.end.buffers["1.num_batches_tracked"].tolist() == [30, 30]
+    assert torch.equal(ticket.start.buffers["1.running_mean"], dense.start.buffers["1.running_mean"])
+    assert not torch.equal(dense.start.buffers["1.running_mean"], dense.end.buffers["1.running_mean"])
+    assert first.select(treatment="reinit").start.buffers["1.num_batches_tracked"].tolist() == [0, 0]
+
+
+def test_costs_by_closed_form():
+    dense, first = levels(replace(CONFIG, levels=1))
+    assert dense.metrics["macs_dense"].tolist() == [3 * 103 * 16 * 30] * 2
+    assert first.metrics["macs_live"].tolist() == [3 * 82 * 16 * 25] * 4
+    assert first.metrics["steps"].tolist() == [25] * 4
+
+
+def test_one_shot_pruning_is_a_single_level_and_random_is_a_criterion():
+    config = replace(CONFIG, levels=1, prune_fraction=0.9, scope="layer", output_fraction=0.5, criterion="random")
+    one, again = levels(config)[1], levels(config)[1]
+    per_layer = {n: m[0].sum().item() for n, m in one.masks.items()}
+    assert per_layer == {"fc1.weight": 5, "fc2.weight": 4, "output.weight": 7}
+    assert all(torch.equal(m, again.masks[n]) for n, m in one.masks.items())
+    assert not torch.equal(one.masks["fc1.weight"][0], one.masks["fc1.weight"][1])
+
+
+# ------------------------------------------------------------------------------------------------- the store
+
+
+def test_what_is_stored_is_what_was_yielded(tmp_path):
+    trained = levels(store=tmp_path)
+    run = tl.load_run(next(tmp_path.iterdir()))
+    assert len(run) == 4 and run.config.levels == 3 and run.config.recipe == RECIPE
+    for level, stored in zip(trained, run, strict=True):
+        assert_same(level, stored)
+        assert level.wall_seconds == stored.wall_seconds
+    with pytest.raises(IndexError, match="levels 0 to 3: got 4"):
+        run[4]
+
+
+def test_stopped_extended_and_resumed_runs_have_the_bits_of_an_uninterrupted_one(tmp_path):
+    whole = levels()
+    generator = tl.imp(CONFIG, model=small_mlp, task=blobs(), store=tmp_path)
+    next(generator), next(generator)
+    generator.close()
+    shorter = levels(replace(CONFIG, levels=2), store=tmp_path)
+    resumed = levels(store=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    for a, b in zip(whole, resumed, strict=True):
+        assert_same(a, b)
+    assert_same(shorter[2], resumed[2])
+
+
+def test_a_finished_run_is_only_read(tmp_path):
+    levels(store=tmp_path)
+    folder = next(tmp_path.iterdir())
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    levels(store=tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+SCRIPT = """
+import sys; sys.path.insert(0, "tests")
+import torch; torch.set_num_threads(2)
+from test_imp import CONFIG, blobs, small_mlp, tl
+from dataclasses import replace
+config = replace(CONFIG, levels=6, recipe=replace(CONFIG.recipe, steps=200))
+for level in tl.imp(config, model=small_mlp, task=blobs(), store=sys.argv[1]):
+    print(level.level, flush=True)
+"""
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path):
+    config = replace(CONFIG, levels=6, recipe=replace(RECIPE, steps=200))
+    whole = levels(config, store=tmp_path / "whole")
+    for delay in (0.0, 0.17, 0.41):  # after the first line of output
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "killed")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    for a, b in zip(whole, levels(config, store=tmp_path / "killed"), strict=True):
+        assert_same(a, b)
+    mine, other = (next((tmp_path / name).iterdir()) for name in ("whole", "killed"))
+    assert mine.name == other.name
+    for path in sorted(mine.rglob("level_*/*")):
+        if path.name != "manifest.json":  # that one has the wall time
+            assert path.read_bytes() == (other / path.relative_to(mine)).read_bytes()
+
+
+def test_files_are_readable_without_the_package(tmp_path):
+    level = levels(store=tmp_path)[1]
+    folder = next(tmp_path.iterdir()) / "level_01"
+    weights, masks = load_file(folder / "weights.safetensors"), load_file(folder / "masks.safetensors")
+    assert torch.equal(weights["end/params/fc1.weight"], level.theta_end["fc1.weight"])
+    assert masks["fc1.weight"].dtype == torch.bool and masks["fc1.weight"].shape == (4, 8, 6)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["environment"]) == {"device", "torch", "python"}
+    assert pd.read_csv(folder / "metrics.csv")["treatment"].tolist() == ["ticket"] * 2 + ["reinit"] * 2
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "masks.safetensors", "metrics.csv", "curves.csv"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damage_is_found_named_and_repaired_by_moving_it_away(tmp_path, name, damage):
+    whole = levels(replace(CONFIG, levels=1), store=tmp_path)
+    folder = next(tmp_path.iterdir())
+    path = folder / "level_01" / name
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-5] if damage == "truncate" else content[:-1] + bytes([content[-1] ^ 1]))
+    others = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p != path}
+    with pytest.raises(ValueError, match=rf"level_01/{name} (is missing|does not match its checksum).*move level_01"):
+        levels(replace(CONFIG, levels=1), store=tmp_path)
+    with pytest.raises(ValueError, match="level_01"):
+        list(tl.load_run(folder))
+    assert {p: p.read_bytes() for p in others} == others
+    shutil.rmtree(folder / "level_01")
+    assert_same(levels(replace(CONFIG, levels=1), store=tmp_path)[1], whole[1])
+
+
+def test_a_damaged_manifest_or_config_is_named(tmp_path):
+    levels(replace(CONFIG, levels=1), store=tmp_path)
+    folder = next(tmp_path.iterdir())
+    (folder / "level_00" / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"level_00/manifest.json is not a whole manifest"):
+        levels(replace(CONFIG, levels=1), store=tmp_path)
+    (folder / "config.json").write_text('{"config"')
+    with pytest.raises(ValueError, match=r"config.json must be valid JSON"):
+        tl.load_run(folder)
+    with pytest.raises(ValueError, match="must be a run directory"):
+        tl.load_run(tmp_path)
+
+
+def test_a_directory_of_another_config_is_refused_and_left_alone(tmp_path):
+    levels(replace(CONFIG, levels=0), store=tmp_path)
+    folder = next(tmp_path.iterdir())
+    path = folder / "config.json"
+    stored = json.loads(path.read_text())
+    stored["config"]["prune_fraction"] = 0.5
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"its config.json is of another: prune_fraction 0.5 instead of 0.2"):
+        levels(replace(CONFIG, levels=0), store=tmp_path)
+    assert json.loads(path.read_text()) == stored
+
+
+def test_other_data_or_another_architecture_get_a_directory_of_their_own(tmp_path):
+    config = replace(CONFIG, levels=0)
+    levels(config, store=tmp_path)
+    levels(config, task=blobs(250), store=tmp_path)
+
+    def small_mlp_2():
+        return nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+
+    small_mlp_2.__name__ = "small_mlp"
+    levels(config, model=small_mlp_2, store=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_two_writers_are_refused(tmp_path):
+    first = tl.imp(CONFIG, model=small_mlp, task=blobs(), store=tmp_path)
+    next(first)
+    second = tl.imp(CONFIG, model=small_mlp, task=blobs(), store=tmp_path)
+    next(second)  # what is stored may be read
+    with pytest.raises(ValueError, match="must have one writer"):
+        next(second)
+    first.close()
+    assert len(levels(store=tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"treatments": ("tickets",)}, "unknown treatment 'tickets'. Did you mean 'ticket'"),
+        ({"treatments": ("reinit",)}, "must contain 'ticket'"),
+        ({"criterion": "magnitud"}, "Did you mean 'magnitude'"),
+        ({"scope": "globl"}, "Did you mean 'global'"),
+        ({"prune_fraction": 1.0}, r"prune_fraction must lie in \(0, 1\): got 1.0"),
+        ({"output_fraction": 0.1}, "need scope 'layer'"),
+        ({"levels": -1}, "levels must be at least 0"),
+        ({"rewind_step": 30}, r"rewind_step must lie in \[0, 30\)"),
+        ({"snapshot_steps": (31,)}, r"snapshot_steps must lie in \[0, 30\]"),
+        ({"init_seeds": (1, 1)}, "different seeds"),
+        ({"init_seeds": (-1,)}, r"seeds must lie in \[0, 2\^32\)"),
+        ({"order_seeds": (1,)}, "one for each"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "match"),
+    [
+        ({"levels": 40}, {}, r"every layer must keep a live weight.*level 17 of 40. Use at most 16 levels"),
+        ({"levels": 40, "scope": "layer"}, {}, r"level \d+ of 40 would prune nothing of \d+ live weights"),
+        ({"levels": 4, "scope": "layer", "prune_fraction": 0.9}, {}, r"'fc2.weight'.* at level 2 of 4. Use at most 1"),
+        ({"model": "lenet"}, {"model": None}, "unknown model 'lenet'"),
+        ({"task": "mnits"}, {"task": None}, "Did you mean 'mnist'"),
+        ({"recipe": replace(RECIPE, batch_size=10_000)}, {}, "batch_size must be at most"),
+    ],
+)
+def test_studies_that_cannot_end_are_refused_before_they_begin(change, options, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        tl.imp(replace(CONFIG, **change), **{"model": small_mlp, "task": blobs(), "store": tmp_path, **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_that_pruning_empties_stops_the_run_and_keeps_what_is_stored(tmp_path):
+    def lopsided():
+        net = small_mlp()
+        with torch.no_grad():
+            net.output.weight.mul_(1e-9)
+        return net
+
+    config = replace(CONFIG, levels=6, rewind_step=0, recipe=replace(RECIPE, learning_rate=1e-12))
+    with pytest.raises(ValueError, match=r"every layer a live weight: \['output.weight'\] would be empty"):
+        levels(config, model=lopsided, store=tmp_path)
+    assert len(tl.load_run(next(tmp_path.iterdir()))) == 1
+
+
+def test_select_says_what_there_is():
+    level = levels(replace(CONFIG, levels=1))[1]
+    assert level.select(treatment="ticket").theta_end["fc1.weight"].shape == (2, 8, 6)
+    assert level.select(treatment="ticket", init_seed=4).theta_end["fc1.weight"].shape == (8, 6)
+    assert isinstance(level.select(init_seed=4).start, State)
+    with pytest.raises(ValueError, match=r"no replica of level 1 has treatment='random': it has .*ticket"):
+        level.select(treatment="random")
+    with pytest.raises(ValueError, match="select needs columns of metrics: got 'seed'"):
+        level.select(seed=1)
