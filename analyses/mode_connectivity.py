@@ -69,15 +69,14 @@ class Line:
 
 def run(config: Config) -> Tables:
     """``paths``: loss and error at every alpha. ``barriers``: their heights, by metric, split and baseline."""
+    study = config.study if config.run is None else tl.load_run(config.run).config
+    model, task = tl.model_and_task(study, device=config.device)
     if config.run is None:
-        print(f"run: {tl.run_folder(config.study, config.store)}", file=sys.stderr)
-        study, levels = config.study, tl.imp(config.study, store=config.store, device=config.device)
+        print(f"run: {tl.run_folder(study, config.store)}", file=sys.stderr)
+        levels = tl.imp(study, store=config.store, device=task.device)
     else:
-        stored = tl.load_run(config.run, device=config.device or "cpu")
-        study, levels = stored.config, iter(stored)
-    factory, task = tl.model_and_task(study, device=config.device if config.run is None else config.device or "cpu")
+        levels = iter(tl.load_run(config.run, device=task.device))
     shown = task if config.train_examples is None else task.limit(train=min(config.train_examples, len(task.train)))
-    model = tl.initialise(factory, 0).to(task.device, task.dtype)
     paths, barriers = [], []
     for level in levels:
         lines = list(_lines(study, level, model, task))

@@ -84,4 +84,6 @@ def _heights(
         axes.set_xticks(list(steps.values()), [str(k) for k in steps])
         axes.set_xlabel("k (steps)")
     axes.set_ylabel(ylabel)
+    top = max(0.05, 1.1 * axes.get_ylim()[1])  # a barrier of zero is drawn as one, not on a scale of noise
+    axes.set_ylim(-0.03 * top, top)
     axes.legend(title=f"baseline: {baseline}", title_fontsize=7)

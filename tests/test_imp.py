@@ -212,7 +212,7 @@ def test_files_are_readable_without_the_package(tmp_path):
     assert torch.equal(weights["end/params/fc1.weight"], level.theta_end["fc1.weight"])
     assert masks["fc1.weight"].dtype == torch.bool and masks["fc1.weight"].shape == (4, 8, 6)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest["environment"]) == {"device", "torch", "python"}
+    assert set(manifest["environment"]) == {"device", "torch", "python", "ticketlab", "commit"}
     assert pd.read_csv(folder / "metrics.csv")["treatment"].tolist() == ["ticket"] * 2 + ["reinit"] * 2
 
 
@@ -315,8 +315,16 @@ def test_configs_that_make_no_sense_are_refused(change, match):
     ("change", "options", "match"),
     [
         ({"levels": 40}, {}, r"every layer must keep a live weight.*level 17 of 40. Use at most 16 levels"),
-        ({"levels": 40, "scope": "layer"}, {}, r"level \d+ of 40 would prune nothing of \d+ live weights"),
-        ({"levels": 4, "scope": "layer", "prune_fraction": 0.9}, {}, r"'fc2.weight'.* at level 2 of 4. Use at most 1"),
+        (
+            {"levels": 40, "scope": "layer"},
+            {},
+            r"every level must prune a weight: none of \d+ would go at level \d+ of 40",
+        ),
+        (
+            {"levels": 4, "scope": "layer", "prune_fraction": 0.9},
+            {},
+            r"0 would be left for 'fc1.weight' at level 2 of 4. Use at most 1",
+        ),
         ({"model": "lenet"}, {"model": None}, "unknown model 'lenet'"),
         ({"task": "mnits"}, {"task": None}, "Did you mean 'mnist'"),
         ({"recipe": replace(RECIPE, batch_size=10_000)}, {}, "batch_size must be at most"),

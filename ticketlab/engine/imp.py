@@ -54,7 +54,7 @@ class _Study:
         """What decides every stored bit; not ``levels``, so that a run can be extended."""
         shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
         first = state(initialise(self.factory, self.config.init_seeds[0])).params
-        sums = {name: float(p.double().abs().sum()) for name, p in first.items()}
+        sums = {name: f"{float(p.double().abs().sum()):.5g}" for name, p in first.items()}  # rounding varies by machine
         config = {k: v for k, v in asdict(self.config).items() if k != "levels"}
         fingerprint = {"task": self.task.fingerprint(), "model": runs.identity({"shapes": shapes, "sums": sums})}
         return _plain({"config": config, "fingerprint": fingerprint})
@@ -138,21 +138,27 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     return Run(path, from_json(stored | {"levels": n_levels - 1}), n_levels, device)
 
 
-def model_and_task(
-    config: ImpConfig,
-    *,
-    model: Factory | None = None,
-    task: Task | None = None,
-    device: torch.device | str | None = None,
-) -> tuple[Factory, Task]:
-    """The architecture (a function that makes it) and the data that a config names, or your own in their place."""
+def model_and_task(config: ImpConfig, *, device: torch.device | str | None = None) -> tuple[nn.Module, Task]:
+    """The network, initialised with the first init seed, and the data that a config names.
+
+    Args:
+        config: Of a study with a named model and task.
+        device: Of both; a CUDA device if there is one, otherwise the CPU, when None.
+
+    Raises:
+        ValueError: An unknown name, or data that cannot be loaded.
+    """
+    study = _prepare(config, None, None, device, "auto", False)
+    return study.model, study.task
+
+
+def _task(config: ImpConfig, own: Task | None, device: torch.device | str | None) -> Task:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype)
-    if task is None:
-        task = data.load(config.task, validation_size=config.validation_size, split_seed=config.split_seed, dtype=dtype)
-    task = task.to(device, dtype)
-    shape, n_classes = task.input_shape, task.n_classes
-    return model or (lambda: models.build(config.model, shape, n_classes)), task
+    if own is not None:
+        return own.to(device, dtype)
+    size, seed = config.validation_size, config.split_seed
+    return data.load(config.task, validation_size=size, split_seed=seed, dtype=dtype, device=device)
 
 
 def _prepare(
@@ -163,7 +169,9 @@ def _prepare(
     execution: Execution,
     progress: bool,
 ) -> _Study:
-    factory, loaded = model_and_task(config, model=model, task=task, device=device)
+    loaded = _task(config, task, device)
+    shape, n_classes = loaded.input_shape, loaded.n_classes
+    factory = model or (lambda: models.build(config.model, shape, n_classes))
     name = getattr(model, "__name__", "custom") if model else config.model
     config = replace(config, model=name, task=task.name if task else config.task)
     if config.recipe.batch_size > len(loaded.train):
@@ -176,25 +184,23 @@ def _prepare(
 
 def _check_levels(config: ImpConfig, model: nn.Module) -> None:
     """Refuse levels that counting alone shows to be too many, before hours are spent on them."""
-    alive = {name: mask.numel() for name, mask in mask_ops.ones(model).items()}
+    sizes = {name: mask.numel() for name, mask in mask_ops.ones(model).items()}
     rates = _fractions(config, model)
-    least = 1
-    if not isinstance(rates, dict):
-        alive, rates, least = {"the network": sum(alive.values())}, {"the network": rates}, len(alive)
+    # Groups that are pruned together, and how many layers each has to feed.
+    if isinstance(rates, dict):
+        groups = [([name], n, rates[name]) for name, n in sizes.items()]
+    else:
+        groups = [(list(sizes), sum(sizes.values()), rates)]
     for level in range(1, config.levels + 1):
-        removed = {name: mask_ops.n_removed(n, rates[name]) for name, n in alive.items()}
-        alive = {name: n - removed[name] for name, n in alive.items()}
-        if not any(removed.values()):
-            raise ValueError(
-                f"every level must prune a weight: level {level} of {config.levels} would prune nothing of "
-                f"{sum(alive.values())} live weights. Use at most {level - 1} levels or a larger prune_fraction."
-            )
-        empty = [name for name, n in alive.items() if n < least]
-        if empty:
-            raise ValueError(
-                f"every layer must keep a live weight: {empty} would be too small for it at level {level} of "
-                f"{config.levels}. Use at most {level - 1} levels or a smaller prune_fraction."
-            )
+        where = f"at level {level} of {config.levels}. Use at most {level - 1} levels, or another prune_fraction."
+        before, groups = groups, [(layers, n - mask_ops.n_removed(n, rate), rate) for layers, n, rate in groups]
+        if groups == before:
+            left = sum(n for _, n, _ in groups)
+            raise ValueError(f"every level must prune a weight: none of {left} would go {where}")
+        for layers, n, _ in groups:
+            if n < len(layers):
+                short = repr(layers[0]) if len(layers) == 1 else f"{len(layers)} layers"
+                raise ValueError(f"every layer must keep a live weight: {n} would be left for {short} {where}")
 
 
 def _fractions(config: ImpConfig, model: nn.Module) -> float | dict[str, float]:

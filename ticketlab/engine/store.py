@@ -17,9 +17,11 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,23 @@ class Level:
 def environment(device: torch.device) -> dict[str, str]:
     """What the numbers were made with."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": f"{device.type}: {name}", "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "device": f"{device.type}: {name}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "ticketlab": version("ticketlab"),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Of the checkout that this file runs from; "unknown" where it is installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--show-prefix", "HEAD"]
+    try:
+        prefix, _, commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.strip() if prefix == "ticketlab/engine/" else "unknown"
 
 
 def identity(description: Mapping[str, Any]) -> str:

@@ -51,18 +51,14 @@ class _Work:
         return _Block(len(x), features(self.problem, self.layers, x) if self.layers else [], rest)
 
     def tile(self, a: _Block, b: _Block) -> Tensor:
-        """The kernel between two blocks, exactly symmetric where they are one: [n, m] or [n, out, m, out]."""
-        outs, symmetric = (1 if self.trace else self.n_outputs), a is b
-        shape = (a.n, b.n) if self.trace else (outs, a.n, outs, b.n)
+        """The kernel between two blocks, [out, n, out', m] or [n, m]; where they are one, half of it."""
+        shape = (a.n, b.n) if self.trace else (self.n_outputs, a.n, self.n_outputs, b.n)
         out = torch.zeros(shape, dtype=self.problem.dtype, device=self.problem.device)
         for layer, method, left, right in zip(self.layers, self.plan.methods, a.layers, b.layers, strict=True):
-            _ADD[method](out, layer, left, right, trace=self.trace, symmetric=symmetric)
+            _ADD[method](out, layer, left, right, trace=self.trace, symmetric=a is b)
         if a.rest is not None and b.rest is not None:
-            gather.add_jacobian(out, a.rest, b.rest, trace=self.trace, symmetric=symmetric)
-        if symmetric:
-            half = out.view(outs * a.n, outs * b.n)
-            out = (half + half.mT).view(shape)
-        return out if self.trace else out.permute(1, 0, 3, 2)
+            gather.add_jacobian(out, a.rest, b.rest, trace=self.trace, symmetric=a is b)
+        return out
 
 
 def kernel(
@@ -144,10 +140,9 @@ def _kernel(
     sizes = (n_outputs, n_rest, problem.dtype, n, m)
     steps = plan(layers, method, *sizes, trace=trace, symmetric=x2 is None, blocks_of=block_size)
     theta = _filled(_Work(problem, layers, rest, n_outputs, trace, steps), x1, x2)
-    bad = int((~theta.isfinite()).sum())
-    if bad:
+    if not theta.isfinite().all():
         raise ValueError(
-            f"the kernel must be finite: {bad} of its {theta.numel()} entries are not. "
+            f"the kernel must be finite: {int((~theta.isfinite()).sum())} of its {theta.numel()} entries are not. "
             f"Look at the parameters and inputs, or use a wider dtype than {problem.dtype}."
         )
     return theta
@@ -155,21 +150,28 @@ def _kernel(
 
 def _filled(work: _Work, x1: Tensor, x2: Tensor | None) -> Tensor:
     """All pairs of blocks. Blocks of the second side are made again for each of the first: one pair is held."""
-    size = work.plan.block_size
-    starts, others = range(0, len(x1), size), range(0, len(x1 if x2 is None else x2), size)
-    n, m, o = len(x1), len(x1 if x2 is None else x2), work.n_outputs
-    theta = torch.empty((n, m) if work.trace else (n, o, m, o), dtype=work.problem.dtype, device=work.problem.device)
-    by_pair = theta if work.trace else theta.transpose(1, 2)  # [n, m, ...]
-    for i in starts:
-        a = work.block(x1[i : i + size])
-        for j in others:
-            if x2 is None and j < i:
+    size, symmetric, other = work.plan.block_size, x2 is None, x1 if x2 is None else x2
+    n, m, o = len(x1), len(other), work.n_outputs
+    shape = (n, m) if work.trace else (n, o, m, o)
+    theta = torch.empty(shape, dtype=work.problem.dtype, device=work.problem.device)
+
+    def at(i: int, j: int) -> Tensor:
+        """The place of a tile in the kernel, with the axes of a tile."""
+        square = theta[i : i + size, j : j + size] if work.trace else theta[i : i + size, :, j : j + size]
+        return square if work.trace else square.permute(1, 0, 3, 2)
+
+    for i in range(0, n, size):
+        rows = work.block(x1[i : i + size])
+        for j in range(i if symmetric else 0, m, size):
+            columns = rows if symmetric and j == i else work.block(other[j : j + size])
+            tile = work.tile(rows, columns)
+            mirrored = tile.mT if work.trace else tile.permute(2, 3, 0, 1)
+            if rows is columns:
+                torch.add(tile, mirrored, out=at(i, j))
                 continue
-            b = a if x2 is None and j == i else work.block((x1 if x2 is None else x2)[j : j + size])
-            tile = work.tile(a, b) if work.trace else work.tile(a, b).transpose(1, 2)
-            by_pair[i : i + size, j : j + size] = tile
-            if x2 is None and j > i:
-                by_pair[j : j + size, i : i + size] = tile.transpose(0, 1) if work.trace else tile.permute(1, 0, 3, 2)
+            at(i, j).copy_(tile)
+            if symmetric:
+                at(j, i).copy_(mirrored)
     return theta
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ticketlab.ntk.blocks import CHUNK_BYTES
 from ticketlab.ntk.layers import Layer
 
 LayerMethod = Literal["structured", "rows", "gather"]
@@ -54,19 +55,21 @@ def multiply_adds(
     every = layer.live.numel()
     pairs, singles = (n * m / 2, n) if symmetric else (n * m, n + m)
     if method == "gather":
-        form = o * k * _PASS if t == 1 else o * t * min(2 * _THIN * k, 1.5 * every)
+        # Picked inputs, picked deltas and their product; with positions a product, and its entries picked out.
+        form = o * k * 3 * _PASS if t == 1 else o * t * min(2 * _THIN * k, 1.5 * every) + o * k * 5 * _PASS
         return singles * form + pairs * k * (o if trace else o * o)
     if method == "structured":
         cost = 2 * pairs * t * t * layer.groups * layer.live.shape[1]
     else:
-        cost = _THIN * pairs * t * t * k + singles * t * k * 2 * _PASS
+        cost = _THIN / 2 * pairs * t * t * k + singles * t * k * 2 * _PASS
     if trace:
         return cost + pairs * t * t * (2 * o * units + _PASS * (1 if method == "structured" else units))
     if t > 1:
         return cost + pairs * t * o * units * (t * (1 if method == "structured" else _THIN) + o + 2 * _PASS)
     if method == "structured":
         return cost + pairs * o * o * (units + _PASS)
-    return cost + pairs * o * units * (_PASS + o) + n * _STEP
+    n_groups = 1 + k * max(n, m) * 4 / CHUNK_BYTES
+    return cost + pairs * o * units * (_PASS + o) + n_groups * n * _STEP
 
 
 def allowed(layer: Layer) -> tuple[LayerMethod, ...]:

@@ -1,0 +1,1 @@
+"""Measured against named peers, in one process and alternating, as ratios."""

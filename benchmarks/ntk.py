@@ -1,0 +1,209 @@
+"""The restricted NTK: every method, and the explicit Jacobians that one writes first, in the same rounds.
+
+(a) tutorial: the empirical NTK of the torch.func tutorial, ``vmap(jacrev)`` over each parameter and an einsum; with
+a mask the same with respect to the scattered live vector, one product at the end. (b) each method of
+``tl.ntk.kernel``. Times are medians over alternating rounds; peak memory is that of a process of its own, above what
+it held before the call; error is the largest difference from the float64 oracle, relative to its largest entry.
+
+A contestant that would need more multiply-adds or bytes than the limits allow is left out of the table.
+neural-tangents is not run here: it needs another environment (jax 0.4.30, numpy < 2).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+import ticketlab as tl
+from benchmarks.timing import alternate, hardware, median_ratio
+from ticketlab import ntk
+from ticketlab.functional import Masks, Params, initialise, state
+from ticketlab.ntk.layers import find_layers
+from ticketlab.ntk.plan import allowed, multiply_adds
+from ticketlab.ntk.problem import problems
+
+METHODS = ("structured", "rows", "gather", "auto")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time the full kernel of LeNet-300-100 and Conv-2 on MNIST inputs (random ones without TICKETLAB_DATA)."""
+
+    models: tuple[str, ...] = ("lenet_300_100", "conv_2")
+    """Names of ticketlab.models."""
+    examples: tuple[int, ...] = (100, 300)
+    """N."""
+    densities: tuple[float, ...] = (1.0, 0.2, 0.036, 0.01)
+    """Of random masks; 1 = no mask."""
+    rounds: int = 5
+    """Alternations; medians are over these."""
+    multiply_adds: float = 3e11
+    """Leave out what would need more."""
+    gigabytes: float = 6.0
+    """Leave out explicit Jacobians that would need more."""
+    memory: bool = True
+    """Measure peak memory too, each in a new process."""
+    out: Path | None = None
+    """Write the table to this CSV file too."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network, one mask, one set of inputs: small enough to be sent to another process by name."""
+
+    model: str
+    density: float
+    n: int
+
+    def build(self) -> tuple[nn.Module, Params, Masks | None, Tensor]:
+        model = initialise(lambda: tl.models.build(self.model, (1, 28, 28), 10), 0).eval()
+        generator = torch.Generator().manual_seed(1)
+        masks = {n: torch.rand(m.shape, generator=generator) < self.density for n, m in tl.masks.ones(model).items()}
+        return model, state(model)[0], None if self.density == 1 else masks, inputs(self.n)
+
+
+def inputs(n: int) -> Tensor:
+    """The first n training examples of MNIST where it is at hand, else normal noise."""
+    if os.environ.get("TICKETLAB_DATA"):
+        return tl.load_task("mnist").train.x[:n]
+    return torch.randn(n, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+def tutorial(model: nn.Module, params: Params, masks: Masks | None, x: Tensor) -> Tensor:
+    """The explicit per-example Jacobian and its contraction: [n, out, n, out]."""
+    if masks is not None:
+        return live_vector(model, params, masks, x)
+
+    def single(weights: Params, example: Tensor) -> Tensor:
+        return functional_call(model, weights, (example[None],))[0]
+
+    jacobians = vmap(jacrev(single), (None, 0))(params, x).values()
+    return torch.stack([torch.einsum("nof,mpf->nomp", j.flatten(2), j.flatten(2)) for j in jacobians]).sum(0)
+
+
+def live_vector(model: nn.Module, params: Params, masks: Masks, x: Tensor) -> Tensor:
+    """The same with respect to the live entries alone."""
+    point = {n: p * masks[n] if n in masks else p for n, p in params.items()}
+    where = {n: masks.get(n, torch.ones_like(p, dtype=torch.bool)).flatten().nonzero()[:, 0] for n, p in point.items()}
+    vector = torch.cat([point[n].flatten()[index] for n, index in where.items()])
+
+    def single(live: Tensor, example: Tensor) -> Tensor:
+        parts = live.split([len(index) for index in where.values()])
+        weights = {
+            n: torch.zeros_like(point[n]).flatten().index_copy(0, index, part).view_as(point[n])
+            for (n, index), part in zip(where.items(), parts, strict=True)
+        }
+        return functional_call(model, weights, (example[None],))[0]
+
+    rows = vmap(jacrev(single), (None, 0))(vector, x)
+    return torch.einsum("nof,mpf->nomp", rows, rows)
+
+
+def contestants(case: Case, config: Config) -> dict[str, Callable[[], Tensor]]:
+    """What can run this case within the limits, by name; the tutorial first."""
+    model, params, masks, x = case.build()
+    found: dict[str, Callable[[], Tensor]] = {}
+    (problem,), _ = problems(model, params, masks, "live", None, "full")
+    layers, n_outputs = find_layers(problem, x)
+    k, total = sum(int(live.sum()) for live in problem.live.values()), sum(p.numel() for p in params.values())
+    rows = case.n * n_outputs
+    if rows**2 * k <= config.multiply_adds and 8e-9 * rows * total <= config.gigabytes:  # J, and gradients before it
+        found["tutorial"] = lambda: tutorial(model, params, masks, x)
+    for method in METHODS:
+        size = {"trace": False, "symmetric": True}
+        if method != "auto" and not all(method in allowed(layer) for layer in layers):
+            continue
+        cost = sum(
+            min(multiply_adds(layer, way, n_outputs, case.n, case.n, **size) for way in allowed(layer))
+            if method == "auto"
+            else multiply_adds(layer, method, n_outputs, case.n, case.n, **size)
+            for layer in layers
+        )
+        if cost <= config.multiply_adds:
+            found[method] = lambda method=method: ntk.kernel(model, params, x, masks=masks, method=method)
+    return found
+
+
+def error(case: Case, kernel: Tensor) -> float:
+    """Against ``auto`` in float64, which the tests hold to the oracle at 1e-10."""
+    model, params, masks, x = case.build()
+    params = {n: p.double() for n, p in params.items()}
+    exact = ntk.kernel(model, params, x.double(), masks=masks)
+    return float((kernel - exact).abs().max() / exact.abs().max())
+
+
+def peak_mib(case: Case, config: Config, name: str) -> float:
+    """Peak resident memory of one call above what the process held before it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_here, (case, config, name))
+
+
+def _peak_here(case: Case, config: Config, name: str) -> float:
+    call = contestants(case, config)[name]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def run(config: Config) -> pd.DataFrame:
+    """One row a case and contestant."""
+    rows = []
+    for case in (Case(m, d, n) for m in config.models for n in config.examples for d in config.densities):
+        calls = contestants(case, config)
+        if not calls:
+            continue
+        seconds = alternate({name: _quiet(call) for name, call in calls.items()}, config.rounds)
+        best = min(statistics.median(seconds[name]) for name in calls if name not in ("tutorial", "auto"))
+        for name, call in calls.items():
+            faster = median_ratio(seconds["tutorial"], seconds[name]) if "tutorial" in seconds else float("nan")
+            rows.append(
+                {
+                    "model": case.model,
+                    "n": case.n,
+                    "density": case.density,
+                    "contestant": name,
+                    "ms": 1e3 * statistics.median(seconds[name]),
+                    "times_faster_than_tutorial": faster,
+                    "times_the_best_method": statistics.median(seconds[name]) / best,
+                    "peak_mib": peak_mib(case, config, name) if config.memory else float("nan"),
+                    "relative_error": error(case, call()),
+                    "rounds": config.rounds,
+                    "hardware": hardware(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _quiet(call: Callable[[], Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        call()
+
+    return run
+
+
+def main() -> int:
+    config = tyro.cli(Config, prog="python -m benchmarks.ntk")
+    print("inputs:", "MNIST" if os.environ.get("TICKETLAB_DATA") else "normal noise (set TICKETLAB_DATA for MNIST)")
+    table = run(config)
+    print(table.drop(columns=["hardware", "rounds"]).to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+    print(f"{hardware()}; medians of {config.rounds} alternating rounds")
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(config.out, index=False, float_format="%.6g")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

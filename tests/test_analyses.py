@@ -1,0 +1,124 @@
+"""Every analysis at a tiny config, from the command line too: tables, files, and what bad input costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import ticketlab as tl
+from analyses import imp, mode_connectivity
+from analyses.command import DIGITS, main
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--levels", "2", "--steps", "40", "--eval-every", "20", "--init-seeds", "0", "1"]
+
+
+def command(module, tmp_path, *flags):
+    names = {imp: "imp", mode_connectivity: "mode_connectivity"}
+    argv = [*TINY, "--store", str(tmp_path / "runs"), "--out", str(tmp_path / "results"), *flags]
+    return main(names[module], module.Config, module.run, module.draw, module.summary, argv)
+
+
+def test_imp_writes_its_table_config_and_figure(tmp_path, capsys):
+    assert command(imp, tmp_path, "--treatments", "ticket", "reinit", "dense_restart") == 0
+    out = tmp_path / "results" / "imp"
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "imp.pdf", "imp.png", "levels.csv"]
+    table = pd.read_csv(out / "levels.csv")
+    assert len(table) == 2 + 2 * 6
+    assert table["task"].unique().tolist() == ["digits"]
+    assert json.loads((out / "config.json").read_text())["study"]["recipe"]["steps"] == 40
+    printed = capsys.readouterr().out
+    assert "ticket_test_error_%" in printed and str(out / "imp.png") in printed
+
+
+def test_mode_connectivity_makes_a_run_then_only_reads_it(tmp_path, capsys):
+    flags = ("--snapshot-steps", "10", "--n-alphas", "5")
+    assert command(mode_connectivity, tmp_path, *flags) == 0
+    out = tmp_path / "results" / "mode_connectivity"
+    first = pd.read_csv(out / "barriers.csv")
+    folder = next((tmp_path / "runs").iterdir())
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    argv = ["--run", str(folder), "--out", str(tmp_path / "again"), "--n-alphas", "5"]
+    module = mode_connectivity
+    assert main("mode_connectivity", module.Config, module.run, module.draw, module.summary, argv) == 0
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+    pd.testing.assert_frame_equal(first, pd.read_csv(tmp_path / "again" / "mode_connectivity" / "barriers.csv"))
+    # 2 questions at (level 0, k = 0), (level 0, k = 10), level 1 and level 2; 2 seeds, 2 splits, 2 metrics, 3 baselines
+    assert len(first) == 2 * 4 * 2 * 2 * 2 * 3
+    assert len(pd.read_csv(out / "paths.csv")) == 2 * 4 * 2 * 2 * 5
+    assert "instability_%" in capsys.readouterr().out
+
+
+def test_ends_of_the_lines_are_the_networks_of_the_run(tmp_path):
+    study = replace(mode_connectivity.STUDY, levels=1, snapshot_steps=(), recipe=tl.Recipe(steps=40, eval_every=20))
+    config = mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3)
+    paths = mode_connectivity.run(config)["paths"]
+    levels = list(tl.imp(study, store=tmp_path))
+    ends = (
+        ("theta_k to theta_T", 0, "ticket", 1.0),
+        ("theta_k to theta_T", 1, "ticket", 1.0),
+        ("siblings", 1, "ticket", 0.0),
+        ("siblings", 1, "sibling", 1.0),
+    )
+    for question, level, treatment, alpha in ends:
+        at_end = (paths["question"] == question) & (paths["level"] == level) & (paths["alpha"] == alpha)
+        rows = paths[at_end & (paths["split"] == "test")]
+        expected = levels[level].select(treatment=treatment).metrics
+        np.testing.assert_allclose(rows["error"], expected["test_error"], atol=1e-12)
+        np.testing.assert_allclose(rows["loss_nats"], expected["test_loss_nats"], rtol=1e-5)
+
+
+def test_siblings_are_trained_where_the_run_has_none(tmp_path):
+    recipe = tl.Recipe(steps=40, eval_every=20)
+    with_siblings = replace(mode_connectivity.STUDY, levels=1, snapshot_steps=(15,), recipe=recipe)
+    without = replace(with_siblings, treatments=("ticket",))
+    tables = [
+        mode_connectivity.run(mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3))["paths"]
+        for study in (with_siblings, without)
+    ]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "mnits"], "error: unknown task 'mnits'. Did you mean 'mnist'?"),
+        (["--model", "lenet_300"], "error: unknown model 'lenet_300'. Did you mean 'lenet_300_100'?"),
+        (["--treatments", "tickets"], "error: unknown treatment 'tickets'. Did you mean 'ticket'?"),
+        (["--prune-fraction", "1.5"], "error: prune_fraction must lie in (0, 1): got 1.5."),
+        (["--rewind-step", "40"], "error: rewind_step must lie in [0, 40), before training ends: got 40."),
+        (
+            ["--levels", "90"],
+            "error: every layer must keep a live weight: 2 would be left for 3 layers at level 38 of 90",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
+    assert command(imp, tmp_path, *flags) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in printed if line.startswith("error:")]) == 1
+    assert message in printed[-1]
+    assert not (tmp_path / "results").exists()
+
+
+def test_unknown_flags_and_missing_runs_exit_with_2(tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+
+    unknown = run("analyses.imp", "--levelss", "3")
+    assert unknown.returncode == 2 and "--levels" in unknown.stderr and "Traceback" not in unknown.stderr
+    missing = run("analyses.mode_connectivity", "--run", str(tmp_path / "nowhere"))
+    assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
+    helped = run("analyses.mode_connectivity", "--help")
+    assert helped.returncode == 0 and "--n-alphas" in helped.stdout
+
+
+def test_the_defaults_are_the_digits():
+    assert DIGITS.task == "digits" and imp.Config().study == DIGITS

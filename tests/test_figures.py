@@ -1,0 +1,114 @@
+"""Figures draw from fixture tables, state their n, and are the same bytes each time."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from figures import imp, mode_connectivity
+from figures.__main__ import Config, draw_all
+from figures.style import LABELS, LOOKS, save
+from ticketlab.engine.treatments import TREATMENTS
+
+ABOUT = {"task": "digits", "model": "mlp_100_50"}
+
+
+def levels_table() -> pd.DataFrame:
+    rows = [
+        {
+            **ABOUT,
+            "level": level,
+            "treatment": treatment,
+            "init_seed": seed,
+            "density": 1.0 if treatment == "dense_restart" else 0.8**level,
+            "test_error": 0.02 + 0.001 * level + 0.002 * seed,
+            "early_stop_step": 100 * (1 + level + seed),
+            "first_step": 10,
+            "steps": 490,
+        }
+        for level, treatment, seed in itertools.product(range(4), ("ticket", "reinit", "dense_restart"), range(2))
+        if level > 0 or treatment == "ticket"
+    ]
+    return pd.DataFrame(rows)
+
+
+def connectivity_tables() -> dict[str, pd.DataFrame]:
+    about = {**ABOUT, "n_train": 100, "n_test": 50}
+    places = [(0, 0), (0, 10), (1, 0), (2, 0)]
+    questions, splits = ("theta_k to theta_T", "siblings"), ("train", "test")
+    paths, barriers = [], []
+    for question, (level, k), seed, split in itertools.product(questions, places, range(2), splits):
+        base = {"question": question, "level": level, "density": 0.8**level, "rewind_step": k, "init_seed": seed}
+        for alpha in np.linspace(0, 1, 5):
+            bump = 0.1 * alpha * (1 - alpha)
+            paths.append(
+                {**base, "split": split, "alpha": alpha, "loss_nats": 1 - alpha + bump, "error": bump, **about}
+            )
+        for metric, baseline in itertools.product(("loss_nats", "error"), ("mean", "linear", "max")):
+            barriers.append({**base, "split": split, "metric": metric, "baseline": baseline, "barrier": 0.01 * seed})
+    return {"paths": pd.DataFrame(paths), "barriers": pd.DataFrame(barriers).assign(**about)}
+
+
+def texts(figure) -> str:
+    found = [figure.get_suptitle(), *(t.get_text() for axes in figure.axes for t in axes.texts)]
+    for axes in figure.axes:
+        found += [axes.get_xlabel(), axes.get_ylabel(), axes.get_title()]
+        legend = axes.get_legend()
+        found += [t.get_text() for t in (*legend.get_texts(), legend.get_title())] if legend else []
+    return " | ".join(found)
+
+
+def test_imp_shows_every_replica_and_says_n():
+    table = levels_table()
+    figure = imp.draw({"levels": table})
+    assert "n = 2" in texts(figure) and "weights kept (%)" in texts(figure) and "500 steps" in texts(figure)
+    left = figure.axes[0]
+    shown = np.concatenate([line.get_ydata() for line in left.lines if line.get_linestyle() == "None"])
+    expected = 100 * table["test_error"]
+    assert set(np.round(expected, 9)) <= set(np.round(shown, 9))
+
+
+def test_mode_connectivity_says_n_alphas_and_examples():
+    figure = mode_connectivity.draw(connectivity_tables())
+    found = texts(figure)
+    for text in ("n = 2", "5 alphas", "100 train", "50 test", "stable below 2", "baseline: mean", "baseline: linear"):
+        assert text in found
+    heights = figure.axes[4].lines
+    assert any(np.allclose(line.get_ydata(), 0.5) for line in heights)  # means of 0 and 1 points
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: imp.draw({"levels": levels_table()}), lambda: mode_connectivity.draw(connectivity_tables())]
+)
+def test_the_same_bytes_each_time(draw, tmp_path):
+    first = [path.read_bytes() for path in save(draw(), tmp_path / "first")]
+    second = [path.read_bytes() for path in save(draw(), tmp_path / "second")]
+    assert first == second
+    assert b"Type 3" not in first[0] and b"/FontFile2" in first[0]  # embedded TrueType, fonttype 42
+
+
+def test_every_treatment_has_a_look_that_survives_grey():
+    assert set(LOOKS) == set(TREATMENTS) == set(LABELS)
+    for one, other in itertools.combinations(LOOKS.values(), 2):
+        assert one["marker"] != other["marker"] and one["linestyle"] != other["linestyle"]
+
+
+def test_all_committed_studies_are_drawn(tmp_path):
+    written = draw_all(Config(out=tmp_path))
+    assert written and all(path.stat().st_size > 1000 for path in written)
+
+
+def test_python_m_figures_refuses_what_it_does_not_know(tmp_path):
+    (tmp_path / "pies-mnist").mkdir()
+    with pytest.raises(ValueError, match="must begin with the name of a figure"):
+        draw_all(Config(data=tmp_path, out=tmp_path))
+    root = Path(__file__).parent.parent
+    flags = [sys.executable, "-m", "figures", "--data", str(tmp_path / "none")]
+    done = subprocess.run(flags, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 2 and "must hold folders" in done.stderr
