@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -13,6 +13,7 @@ import matplotlib
 import pandas as pd
 import tyro
 from matplotlib.figure import Figure
+from torch import nn
 
 import ticketlab as tl
 from figures.style import save
@@ -61,6 +62,18 @@ def main(
     print(summary(tables).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print("\n".join(["", *map(str, paths)]))
     return 0
+
+
+def open_run(
+    folder: Path | None, study: tl.ImpConfig, store: Path, device: str | None
+) -> tuple[tl.ImpConfig, nn.Module, tl.Task, Iterator[tl.Level]]:
+    """The study in a run directory, or the one to make or resume; its network, data and levels."""
+    study = study if folder is None else tl.load_run(folder).config
+    model, task = tl.model_and_task(study, device=device)
+    if folder is not None:
+        return study, model, task, iter(tl.load_run(folder, device=task.device))
+    print(f"run: {tl.run_folder(study, store)}", file=sys.stderr)
+    return study, model, task, tl.imp(study, store=store, device=task.device)
 
 
 def write(folder: Path, tables: Tables, config: Mapping[str, object]) -> list[Path]:

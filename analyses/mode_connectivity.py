@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main
+from analyses.command import DIGITS, Tables, main, open_run
 from figures.mode_connectivity import draw
 from ticketlab.connectivity import Path as LinearPath
 from ticketlab.connectivity import linear_path
@@ -69,13 +69,7 @@ class Line:
 
 def run(config: Config) -> Tables:
     """``paths``: loss and error at every alpha. ``barriers``: their heights, by metric, split and baseline."""
-    study = config.study if config.run is None else tl.load_run(config.run).config
-    model, task = tl.model_and_task(study, device=config.device)
-    if config.run is None:
-        print(f"run: {tl.run_folder(study, config.store)}", file=sys.stderr)
-        levels = tl.imp(study, store=config.store, device=task.device)
-    else:
-        levels = iter(tl.load_run(config.run, device=task.device))
+    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
     shown = task if config.train_examples is None else task.limit(train=min(config.train_examples, len(task.train)))
     paths, barriers = [], []
     for level in levels:

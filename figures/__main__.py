@@ -16,13 +16,15 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
-from figures import imp, mode_connectivity
+from figures import imp, mode_connectivity, ntk_spectrum, width_sweep
 from figures.style import save
 
 HERE = Path(__file__).parent
 DRAW: dict[str, Callable[[Mapping[str, pd.DataFrame]], Figure]] = {
     "imp": imp.draw,
     "mode_connectivity": mode_connectivity.draw,
+    "ntk_spectrum": ntk_spectrum.draw,
+    "width_sweep": width_sweep.draw,
 }
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import ticketlab as tl
-from analyses import imp, mode_connectivity
+from analyses import imp, mode_connectivity, ntk_spectrum, width_sweep
 from analyses.command import DIGITS, main
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ TINY = ["--levels", "2", "--steps", "40", "--eval-every", "20", "--init-seeds", 
 
 
 def command(module, tmp_path, *flags):
-    names = {imp: "imp", mode_connectivity: "mode_connectivity"}
+    names = {imp: "imp", mode_connectivity: "mode_connectivity", ntk_spectrum: "ntk_spectrum"}
     argv = [*TINY, "--store", str(tmp_path / "runs"), "--out", str(tmp_path / "results"), *flags]
     return main(names[module], module.Config, module.run, module.draw, module.summary, argv)
 
@@ -84,6 +85,53 @@ def test_siblings_are_trained_where_the_run_has_none(tmp_path):
         for study in (with_siblings, without)
     ]
     pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-5)
+
+
+def test_ntk_spectrum_measures_every_network_against_its_dense_kernel(tmp_path, capsys):
+    flags = ("--n-spectrum", "6", "--n-regression", "30", "--treatments", "ticket", "reinit", "sibling")
+    assert command(ntk_spectrum, tmp_path, *flags) == 0
+    out = tmp_path / "results" / "ntk_spectrum"
+    kernels, spectra = pd.read_csv(out / "kernels.csv"), pd.read_csv(out / "spectra.csv")
+    # levels 0 and 2; 2 seeds; a sibling starts as its ticket does
+    assert kernels.groupby(["level", "treatment"]).size().to_dict() == {
+        (0, "ticket"): 2,
+        (2, "ticket"): 2,
+        (2, "reinit"): 2,
+    }
+    dense = kernels[kernels["level"] == 0]
+    np.testing.assert_allclose(dense["alignment_with_dense"], 1, atol=1e-12)
+    np.testing.assert_allclose(dense["log_spectral_distance"], 0, atol=1e-9)
+    assert (kernels[kernels["level"] == 2]["alignment_with_dense"] < 1).all()
+    assert len(spectra) == 6 * 60
+    sums = spectra.groupby(["level", "treatment", "init_seed"])["eigenvalue"].sum().to_numpy()
+    traces = kernels.groupby(["level", "treatment", "init_seed"])["trace"].sum().to_numpy()
+    np.testing.assert_allclose(sums, traces, rtol=1e-6)
+    assert "effective_rank" in capsys.readouterr().out
+
+
+def test_width_sweep_is_the_gradient_descent_of_a_plain_loop(tmp_path):
+    config = width_sweep.Config(widths=(4, 8, 16), n_examples=10, steps=20, seeds=(0,))
+    tables = width_sweep.run(config)
+    widths, slopes = tables["widths"], tables["slopes"]
+    assert widths["width"].tolist() == [4, 8, 16] and slopes["measure"].tolist() == list(width_sweep.SLOPES)
+    assert (widths["lambda_min"] > 0).all() and (widths["relative_movement"] > 0).all()
+    x = np.log2([4, 8, 16])
+    y = np.log2(widths["relative_movement"])
+    assert slopes["slope"][1] == pytest.approx(np.polyfit(x, y, 1)[0], abs=1e-12)
+    save_to = ["--widths", "4", "8", "16", "--n-examples", "10", "--steps", "5", "--seeds", "0", "--out", str(tmp_path)]
+    module = width_sweep
+    assert main("width_sweep", module.Config, module.run, module.draw, module.summary, save_to) == 0
+    with pytest.raises(ValueError, match="widths must be at least three"):
+        width_sweep.Config(widths=(4, 8))
+
+
+def test_an_ntk_scaled_network_has_the_closed_form_kernel_when_wide():
+    x = torch.eye(3, dtype=torch.float64)[:2] * 3**0.5  # orthogonal, unit mean square
+    model = tl.initialise(lambda: width_sweep.network(3, 20_000, 1), 0).double()
+    kernel = tl.ntk.kernel(model, tl.state(model).params, x, outputs="sum_logits")
+    # Cho & Saul: kappa_1(c) + c kappa_0(c), which is 1 + 1 on the diagonal and 1 / pi for orthogonal inputs
+    expected = torch.tensor([[2.0, 1 / np.pi], [1 / np.pi, 2.0]], dtype=torch.float64)
+    torch.testing.assert_close(kernel, expected, rtol=0.05, atol=0.03)
 
 
 @pytest.mark.parametrize(

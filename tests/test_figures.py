@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from figures import imp, mode_connectivity
+from figures import imp, mode_connectivity, ntk_spectrum, width_sweep
 from figures.__main__ import Config, draw_all
 from figures.style import LABELS, LOOKS, save
 from ticketlab.engine.treatments import TREATMENTS
@@ -55,6 +55,44 @@ def connectivity_tables() -> dict[str, pd.DataFrame]:
     return {"paths": pd.DataFrame(paths), "barriers": pd.DataFrame(barriers).assign(**about)}
 
 
+def ntk_tables() -> dict[str, pd.DataFrame]:
+    about = {**ABOUT, "n_spectrum": 20, "n_regression": 50, "n_test": 50, "rewind_step": 0}
+    kernels, spectra = [], []
+    for level, treatment, seed in itertools.product((0, 2), ("ticket", "reinit"), range(2)):
+        if level > 0 or treatment == "ticket":
+            density = 0.8**level
+            base = {
+                "level": level,
+                "treatment": treatment,
+                "init_seed": seed,
+                "density": density,
+                "level_density": density,
+            }
+            measures = dict.fromkeys([*ntk_spectrum.PANELS, "regression_error", "test_error"], 0.5)
+            kernels.append({**base, **measures, **about})
+            spectra += [{**base, "rank": i, "eigenvalue": 2.0**-i, **about} for i in range(1, 9)]
+    return {"kernels": pd.DataFrame(kernels), "spectra": pd.DataFrame(spectra)}
+
+
+def width_tables() -> dict[str, pd.DataFrame]:
+    rows = [
+        {"width": w, "seed": s, **dict.fromkeys(width_sweep.PANELS, w**-0.5), "depth": 1, "n_examples": 8, "steps": 9}
+        for w, s in itertools.product((4, 8, 16), range(2))
+    ]
+    fits = [
+        {"measure": m, "slope": -0.5, "low": -0.6, "high": -0.4, "intercept": 0.0, "theory": -0.5}
+        for m in width_sweep.PANELS
+    ]
+    return {"widths": pd.DataFrame(rows), "slopes": pd.DataFrame(fits)}
+
+
+def test_ntk_figures_say_what_they_show():
+    found = texts(ntk_spectrum.draw(ntk_tables()))
+    assert "n = 2" in found and "20 training examples" in found and "kernel regression, 50 examples" in found
+    found = texts(width_sweep.draw(width_tables()))
+    assert "slope -0.500 ± 0.100 (95 %)" in found and "8 digits" in found and "n = 2 a width" in found
+
+
 def texts(figure) -> str:
     found = [figure.get_suptitle(), *(t.get_text() for axes in figure.axes for t in axes.texts)]
     for axes in figure.axes:
@@ -84,7 +122,13 @@ def test_mode_connectivity_says_n_alphas_and_examples():
 
 
 @pytest.mark.parametrize(
-    "draw", [lambda: imp.draw({"levels": levels_table()}), lambda: mode_connectivity.draw(connectivity_tables())]
+    "draw",
+    [
+        lambda: imp.draw({"levels": levels_table()}),
+        lambda: mode_connectivity.draw(connectivity_tables()),
+        lambda: ntk_spectrum.draw(ntk_tables()),
+        lambda: width_sweep.draw(width_tables()),
+    ],
 )
 def test_the_same_bytes_each_time(draw, tmp_path):
     first = [path.read_bytes() for path in save(draw(), tmp_path / "first")]

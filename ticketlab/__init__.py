@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from ticketlab import connectivity, functional, masks, models
+from ticketlab import connectivity, functional, masks, models, ntk
 from ticketlab.data import Split, Task
 from ticketlab.data import load as load_task
 from ticketlab.engine.config import ImpConfig
@@ -38,6 +38,7 @@ __all__ = [
     "masks",
     "model_and_task",
     "models",
+    "ntk",
     "run_folder",
     "state",
     "train",

@@ -94,7 +94,7 @@ def train(
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
     looks = {*range(0, recipe.steps, recipe.eval_every), recipe.steps}
     stops = sorted(step for step in looks | set(snapshot_steps) if step > first_step)
-    hidden = None if progress else True  # None: only where the output is no terminal
+    hidden = None if progress else True  # None: tqdm hides itself where the output is not a terminal
     with tqdm(total=recipe.steps - first_step, desc=description, unit="step", disable=hidden) as bar:
         for begin, end in pairwise([first_step, *stops]):
             advance(range(begin, end), watch.alive)

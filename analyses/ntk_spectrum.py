@@ -1,0 +1,168 @@
+"""The restricted neural tangent kernel of tickets and their controls, against the dense kernel.
+
+For every network of chosen levels, at the point where its training starts: the spectrum of Theta_m in live
+coordinates, how much of the dense network's spectrum it has kept, its alignment with the targets, what kernel
+regression with it predicts, and how far it has moved when training ends. The dense kernel is that of the same init
+seed at the rewind step; a reinitialised network is held against it too, having no dense kernel of its own.
+
+With no arguments it makes a run on the bundled digits and measures it in about a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ticketlab as tl
+from analyses.command import DIGITS, Tables, main, open_run
+from figures.ntk_spectrum import draw
+from ticketlab import ntk
+
+STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Spectra of the restricted NTK against density, for every treatment of a run."""
+
+    run: Path | None = None
+    """Measure this run directory; None: make or resume the run that the flags below describe."""
+    at_levels: tuple[int, ...] | None = None
+    """Levels to measure; None: every second one and the last."""
+    n_spectrum: int = 100
+    """Training examples of the full kernel, whose side is n * classes."""
+    n_regression: int = 1000
+    """Training examples of kernel regression, and at most as many test examples."""
+    store: Path = Path("runs")
+    """Folder of run directories."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+    device: str | None = None
+    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
+    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs of the kernels."""
+
+    spectrum: tl.Split
+    train: tl.Split
+    test: tl.Split
+    n_classes: int
+
+
+def run(config: Config) -> Tables:
+    """``kernels``: one row a network. ``spectra``: one row a network and rank."""
+    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    model.eval()
+    cut = task.limit(min(config.n_regression, len(task.train)), None, min(config.n_regression, len(task.test)))
+    first = task.limit(min(config.n_spectrum, len(task.train))).train
+    data = Data(first, cut.train, cut.test, task.n_classes)
+    wanted = config.at_levels or {*range(0, study.levels + 1, 2), study.levels}
+    dense: dict[int, tuple[Tensor, ntk.Spectrum]] = {}
+    rows, spectra = [], []
+    for level in levels:
+        if level.level not in wanted and level.level > 0:
+            continue
+        networks = list(_networks(level))
+        for network in tqdm(networks, desc=f"kernels of level {level.level}", unit="network", disable=None):
+            seed = int(network.metrics["init_seed"].iloc[0])
+            kernel = _kernel(model, network, network.start, data.spectrum.x)
+            spectrum = ntk.spectrum(kernel)
+            if level.level == 0:
+                dense[seed] = kernel, spectrum
+            about = network.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
+            about["level_density"] = level.density
+            row = {**about, **_measures(kernel, spectrum, *dense[seed], data)}
+            end = _kernel(model, network, network.end, data.spectrum.x)
+            row["relative_change"] = float(ntk.drift(kernel, end).relative_change)
+            row["regression_error"] = _regression_error(model, network, data)
+            rows.append(row)
+            values = spectrum.eigenvalues.cpu().numpy()
+            spectra.append(pd.DataFrame({**about, "rank": np.arange(1, len(values) + 1), "eigenvalue": values}))
+    names = {"task": study.task, "model": study.model, "n_spectrum": len(first), "n_regression": len(cut.train)}
+    names |= {"n_test": len(cut.test), "rewind_step": study.rewind_step}
+    return {
+        "kernels": pd.DataFrame(rows).assign(**names),
+        "spectra": pd.concat(spectra, ignore_index=True).assign(**names),
+    }
+
+
+def _networks(level: tl.Level) -> Iterator[tl.Level]:
+    """Each replica by itself; siblings start as their tickets do."""
+    for treatment, seed in level.metrics[["treatment", "init_seed"]].itertuples(index=False):
+        if treatment != "sibling":
+            yield level.select(treatment=treatment, init_seed=seed)
+
+
+def _kernel(model: nn.Module, network: tl.Level, at: tl.State, x: Tensor) -> Tensor:
+    """Theta_m in float64, where its small eigenvalues can be told from rounding."""
+    params = {name: p.double() for name, p in at.params.items()}
+    return ntk.kernel(model, params, x.double(), masks=network.masks, buffers=at.buffers)
+
+
+def _measures(
+    kernel: Tensor, spectrum: ntk.Spectrum, dense: Tensor, reference: ntk.Spectrum, data: Data
+) -> dict[str, float]:
+    kept = ntk.preservation(reference, spectrum)
+    found = {
+        "trace": spectrum.trace,
+        "effective_rank": spectrum.effective_rank,
+        "participation_ratio": spectrum.participation_ratio,
+        "condition_number": spectrum.condition_number,
+        "log_spectral_distance": kept.log_spectral_distance,
+        "subspace_overlap": kept.subspace_overlap,
+        "alignment_with_dense": ntk.alignment(dense, kernel),
+        "target_alignment": ntk.target_alignment(kernel, data.spectrum.y),
+    }
+    return {name: float(value) for name, value in found.items()}
+
+
+def _regression_error(model: nn.Module, network: tl.Level, data: Data) -> float:
+    """Test error of kernel regression with the trace kernel, one-hot targets and the network's outputs as prior.
+
+    The ridge, 1e-6 of the mean diagonal, stands for float32 rounding.
+    """
+    params, masks, buffers = network.start.params, network.masks, network.start.buffers
+    trace = partial(ntk.kernel, model, params, masks=masks, buffers=buffers, outputs="trace")
+    train, across = (trace(x, data.train.x) / data.n_classes for x in (data.train.x, data.test.x))
+    with torch.no_grad():
+        f_train, f_test = (
+            tl.apply(model, params, x, masks=masks, buffers=buffers) for x in (data.train.x, data.test.x)
+        )
+    targets = F.one_hot(data.train.y, data.n_classes).to(train.dtype)
+    ridge = 1e-6 * float(train.diagonal().mean())
+    found = ntk.kernel_regression(train, targets, across, ridge, f_train=f_train, f_test=f_test)
+    return float((found.argmax(1) != data.test.y).double().mean())
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    """Means over replicas at the sparsest level measured."""
+    table = tables["kernels"]
+    last = table[table["level"].isin([0, table["level"].max()])]
+    columns = [
+        "effective_rank",
+        "log_spectral_distance",
+        "subspace_overlap",
+        "target_alignment",
+        "regression_error",
+        "test_error",
+    ]
+    return last.groupby(["level", "treatment"], sort=False)[["density", *columns]].mean().reset_index()
+
+
+if __name__ == "__main__":
+    sys.exit(main("ntk_spectrum", Config, run, draw, summary))

@@ -1,0 +1,142 @@
+"""How a network approaches its kernel as it widens: the signature of over-parameterisation.
+
+Fully connected ReLU networks under NTK scaling (weights N(0, 1), each layer times sqrt(2 / fan-in)) regress the parity
+of the bundled digits by full-batch gradient descent, at every width for the same time. The theory (Du et al. 2019;
+Allen-Zhu et al. 2019): lambda_min of the kernel settles above 0; the relative movement of the weights and the relative
+change of the kernel fall as width^(-1/2) (the kernel's between -1/2 and -1).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+import ticketlab as tl
+from analyses.command import Tables, main
+from figures.width_sweep import draw
+from ticketlab import ntk
+
+SLOPES = {"lambda_min": None, "relative_movement": -0.5, "kernel_change": -0.5}
+"""What is fitted against width, and what the theory expects; lambda_min settles instead."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """lambda_min, movement of the weights and change of the kernel against width, under NTK scaling."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
+    """Units of each hidden layer."""
+    depth: int = 1
+    """Hidden layers."""
+    n_examples: int = 64
+    """Digits that are regressed."""
+    steps: int = 1000
+    """Gradient descent steps at half the largest stable rate of the widest kernel."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Networks at each width."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+
+    def __post_init__(self) -> None:
+        if min(self.widths) < 1 or len(set(self.widths)) < 3:
+            raise ValueError(f"widths must be at least three different numbers of units: got {self.widths}.")
+        if min(self.depth, self.n_examples, self.steps) < 1 or not self.seeds:
+            raise ValueError("depth, n_examples, steps and the number of seeds must be at least 1.")
+
+
+class NtkLinear(nn.Module):
+    """x W' sqrt(gain / fan_in), with W from N(0, 1): the parametrisation in which the kernel has a limit."""
+
+    def __init__(self, fan_in: int, units: int, gain: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(units, fan_in))
+        self.scale = math.sqrt(gain / fan_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scale)
+
+
+def network(inputs: int, width: int, depth: int) -> nn.Module:
+    """``depth`` hidden ReLU layers and one output."""
+    sizes = [inputs, *[width] * depth]
+    hidden = [part for a, b in pairwise(sizes) for part in (NtkLinear(a, b, 2.0), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, NtkLinear(width, 1, 1.0))
+
+
+def run(config: Config) -> Tables:
+    """``widths``: one row a width and seed. ``slopes``: log-log slopes over the widths with standard errors."""
+    task = tl.load_task("digits", dtype=torch.float64).limit(train=config.n_examples)
+    x, y = task.train.x, (task.train.y % 2).double()[:, None] * 2 - 1
+    x = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * math.sqrt(x[0].numel())  # unit mean square
+    rows = []
+    jobs = [(width, seed) for width in config.widths for seed in config.seeds]
+    rate = 0.5 * 2 / _largest(x, max(config.widths), config)
+    for width, seed in tqdm(jobs, desc="widths", unit="network", disable=None):
+        rows.append({"width": width, "seed": seed, **_measure(x, y, width, seed, rate, config)})
+    table = pd.DataFrame(rows).assign(depth=config.depth, n_examples=len(x), steps=config.steps)
+    return {"widths": table, "slopes": _slopes(table)}
+
+
+def _largest(x: Tensor, width: int, config: Config) -> float:
+    model = tl.initialise(lambda: network(x[0].numel(), width, config.depth), 0).double()
+    return float(ntk.spectrum(ntk.kernel(model, tl.state(model).params, x, outputs="sum_logits")).eigenvalues[0])
+
+
+def _measure(x: Tensor, y: Tensor, width: int, seed: int, rate: float, config: Config) -> dict[str, float]:
+    model = tl.initialise(lambda: network(x[0].numel(), width, config.depth), seed).double()
+    start = tl.state(model).params
+    end, loss = _descend(model, start, x, y, rate, config.steps)
+    kernels = [ntk.kernel(model, params, x, outputs="sum_logits") for params in (start, end)]
+    moved = sum(float((end[n] - p).square().sum()) for n, p in start.items())
+    return {
+        "lambda_min": float(ntk.spectrum(kernels[0]).eigenvalues[-1]),
+        "relative_movement": math.sqrt(moved / sum(float(p.square().sum()) for p in start.values())),
+        "kernel_change": float(ntk.drift(*kernels).relative_change),
+        "loss": loss,
+    }
+
+
+def _descend(
+    model: nn.Module, start: tl.functional.Params, x: Tensor, y: Tensor, rate: float, steps: int
+) -> tuple[tl.functional.Params, float]:
+    """Gradient descent on half the sum of squared errors; the loss is that of the last point."""
+    params = {name: p.clone().requires_grad_() for name, p in start.items()}
+    for _ in range(steps):
+        loss = 0.5 * (functional_call(model, params, (x,)) - y).square().sum()
+        gradients = torch.autograd.grad(loss, list(params.values()))
+        with torch.no_grad():
+            for p, g in zip(params.values(), gradients, strict=True):
+                p.sub_(g, alpha=rate)
+    end = {name: p.detach() for name, p in params.items()}
+    return end, float(0.5 * (functional_call(model, end, (x,)) - y).square().sum())
+
+
+def _slopes(table: pd.DataFrame) -> pd.DataFrame:
+    """Least squares of log2 on log2 over all networks; 95 % intervals by Student's t."""
+    rows = []
+    for column, expected in SLOPES.items():
+        fit = stats.linregress(np.log2(table["width"]), np.log2(table[column]))
+        reach = stats.t.ppf(0.975, len(table) - 2) * fit.stderr
+        row = {"measure": column, "slope": fit.slope, "standard_error": fit.stderr, "low": fit.slope - reach}
+        rows.append({**row, "high": fit.slope + reach, "intercept": fit.intercept, "theory": expected, "n": len(table)})
+    return pd.DataFrame(rows)
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    return tables["slopes"].drop(columns="intercept")
+
+
+if __name__ == "__main__":
+    sys.exit(main("width_sweep", Config, run, draw, summary))

@@ -1,0 +1,44 @@
+"""lambda_min, movement and kernel change against width, with fitted slopes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from figures.style import LOOKS, TWO_COLUMNS, mean_and_replicas, paper
+
+PANELS = {
+    "lambda_min": r"$\lambda_{\min}$ of the kernel at $\theta_0$",
+    "relative_movement": r"$\|\theta_T - \theta_0\| / \|\theta_0\|$",
+    "kernel_change": r"$\|\Theta_T - \Theta_0\| / \|\Theta_0\|$",
+}
+
+
+def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Three log-log panels from ``widths`` and ``slopes``; the dotted line has the slope of the theory, -1/2."""
+    widths, slopes = tables["widths"], tables["slopes"].set_index("measure")
+    with paper():
+        figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.5))
+        for place, (column, label) in zip(axes, PANELS.items(), strict=True):
+            mean_and_replicas(place, widths["width"], widths[column], label="mean; dots: networks", **LOOKS["ticket"])
+            fit = slopes.loc[column]
+            x = np.array(sorted(widths["width"].unique()), dtype=float)
+            place.plot(x, 2 ** (fit["intercept"] + fit["slope"] * np.log2(x)), color="0.4", lw=0.9, label="fit")
+            if np.isfinite(fit["theory"]):
+                anchor = widths.loc[widths["width"] == x[0], column].mean()
+                place.plot(x, anchor * (x / x[0]) ** fit["theory"], color="0.4", ls=":", label="slope -1/2")
+            reach = fit["high"] - fit["slope"]
+            place.set_title(f"slope {fit['slope']:.3f} ± {reach:.3f} (95 %)")
+            place.set_xscale("log", base=2)
+            place.set_yscale("log")
+            place.set_xlabel("width")
+            place.set_ylabel(label)
+        axes[1].legend()
+        depth, n_examples, steps = (widths[column].iloc[0] for column in ("depth", "n_examples", "steps"))
+        about = f"{depth} hidden layer{'s' * (depth > 1)}, {n_examples} digits, {steps} steps"
+        figure.suptitle(f"NTK scaling, {about}, n = {widths['seed'].nunique()} a width", fontsize=8)
+    return figure
