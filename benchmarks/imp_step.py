@@ -1,7 +1,8 @@
 """Milliseconds a replica-step of the engine, against a plain loop and against the floor of the arithmetic.
 
 (a) plain: one LeNet-300-100 as an ``nn.Sequential``, data in memory, an indexed batch, cross-entropy, backward,
-gradients times masks, ``torch.optim.Adam`` as it comes. (b) the engine's training segment for R replicas.
+gradients times masks, ``torch.optim.Adam`` as it comes; and the same with ``fused=True``, to tell what comes of the
+optimizer alone. (b) the engine's training segment for R replicas.
 
 The floor is what no program with this arithmetic can beat on this machine: multiply-adds of the forward pass, the
 weight gradients and the inner input gradients at the rate of a large matrix product, plus the bytes that weights
@@ -64,15 +65,15 @@ def masks_of(model: torch.nn.Module, density: float, seed: int) -> Masks:
     return {n: torch.rand(m.shape, generator=generator) < density for n, m in tl.masks.ones(model).items()}
 
 
-def plain(task: tl.Task, config: Config, batch_size: int) -> Callable[[], None]:
-    """The loop that one writes first."""
+def plain(task: tl.Task, config: Config, batch_size: int, *, fused: bool | None = None) -> Callable[[], None]:
+    """The loop that one writes first; with ``fused`` the one that knows torch.optim well."""
     net = tl.initialise(lenet, 0).to(task.device)
     masks = {n: m.float().to(task.device) for n, m in masks_of(net, config.density, 0).items()}
     params = dict(net.named_parameters())
     with torch.no_grad():
         for name, mask in masks.items():
             params[name].mul_(mask)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1.2e-3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1.2e-3, fused=fused)
     x, y = task.train.x, task.train.y
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).to(task.device)
 
@@ -122,13 +123,14 @@ def _one_batch_size(config: Config, task: tl.Task, batch_size: int) -> pd.DataFr
     source = {r: torch.randn(r * MOVED // 8, device=task.device) for r in config.replicas}
     target = {r: torch.empty_like(tensor) for r, tensor in source.items()}
     contestants = {"plain": plain(task, config, batch_size), "product": partial(_repeat, partial(torch.mm, a, b))}
+    contestants["plain, fused Adam"] = plain(task, config, batch_size, fused=True)
     for r in config.replicas:
         contestants[f"engine R={r}"] = engine(task, config, batch_size, r)
         contestants[f"copy R={r}"] = partial(_repeat, partial(target[r].copy_, source[r]))
     seconds = alternate(contestants, config.rounds, warmup=2)
     macs_per_second = REPEATS * MATRIX**3 / statistics.median(seconds["product"])
     rows = []
-    for name, r in [("plain", 1), *((f"engine R={r}", r) for r in config.replicas)]:
+    for name, r in [("plain", 1), ("plain, fused Adam", 1), *((f"engine R={r}", r) for r in config.replicas)]:
         like = r if r in config.replicas else config.replicas[0]
         bytes_per_second = REPEATS * 8 * source[like].numel() / statistics.median(seconds[f"copy R={like}"])
         ms = statistics.median(1e3 * s / config.steps / r for s in seconds[name])

@@ -11,9 +11,9 @@ neural-tangents is not run here: it needs another environment (jax 0.4.30, numpy
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -54,7 +54,7 @@ class Config:
     gigabytes: float = 6.0
     """Leave out explicit Jacobians that would need more."""
     memory: bool = True
-    """Measure peak memory too, each in a new process."""
+    """Measure peak memory too, each in a new process; Linux with glibc only."""
     out: Path | None = None
     """Write the table to this CSV file too."""
 
@@ -152,9 +152,17 @@ def peak_mib(case: Case, config: Config, name: str) -> float:
 
 def _peak_here(case: Case, config: Config, name: str) -> float:
     call = contestants(case, config)[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # What the allocator keeps of freed memory would hide the call's own; ru_maxrss starts from the parent's.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _kib("VmRSS")
     call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_kib("VmHWM") - before) / 1024
+
+
+def _kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def run(config: Config) -> pd.DataFrame:

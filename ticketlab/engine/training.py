@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import pandas as pd
@@ -157,11 +158,14 @@ def _loop(
         forward = partial(functional_call, net, {**leaves, **{n: b[r] for n, b in live.buffers.items()}})
         replicas.append((forward, pruned, optimizer, seed))
 
+    busy = [Lock() for _ in order_seeds]
+
     def run(r: int, steps: range) -> None:
         forward, pruned, optimizer, seed = replicas[r]
-        for step, index in zip(steps, _orders(task, recipe, [seed], steps)[0], strict=True):
-            x, y = _batch(task, index, seed, step)
-            _descend(optimizer, pruned, F.cross_entropy(forward((x,)), y), recipe.learning_rate_at(step))
+        with busy[r]:  # its earlier steps, begun before in another thread, come first
+            for step, index in zip(steps, _orders(task, recipe, [seed], steps)[0], strict=True):
+                x, y = _batch(task, index, seed, step)
+                _descend(optimizer, pruned, F.cross_entropy(forward((x,)), y), recipe.learning_rate_at(step))
 
     def advance(steps: range, alive: Sequence[int]) -> None:
         cores = torch.get_num_threads() if task.device.type == "cpu" else 1
@@ -170,9 +174,12 @@ def _loop(
             for r in alive:
                 run(r, steps)
             return
+        # Cut so that every thread gets as many parts: five replicas on two threads would leave one idle.
+        size = -(-len(steps) // (workers // math.gcd(workers, len(alive))))
+        parts = [(r, steps[i : i + size]) for i in range(0, len(steps), size) for r in alive]
         try:
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
-                list(pool.map(partial(run, steps=steps), alive))
+                list(pool.map(run, *zip(*parts, strict=True)))
         finally:
             torch.set_num_threads(cores)  # threads made later start from the last value set anywhere
 
