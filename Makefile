@@ -5,7 +5,7 @@ PYTHON := python3
 endif
 BIN := .venv/bin
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test lint figures bench-peers clean
 
 demo: .venv/ready
 	$(BIN)/python -m analyses.mode_connectivity
@@ -21,6 +21,16 @@ lint: .venv/ready
 figures: .venv/ready
 	$(BIN)/python -m figures
 
+# What benchmarks.ntk runs beside ours: python -m benchmarks.ntk --peer-python .venv-peers/bin/python
+bench-peers: .venv-peers/ready
+
+# The last jax on which every implementation of neural-tangents 0.6.5 runs: 0.4.26 lacks what structured ones import.
+.venv-peers/ready: Makefile
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet jax==0.4.25 jaxlib==0.4.25 numpy==1.26.4 scipy==1.12.0 \
+		tensorflow==2.21.0 neural-tangents==0.6.5
+	touch $@
+
 # torch comes first and by itself: its CPU build where pip has one, and no other package may change it.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,4 +39,4 @@ figures: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-peers build *.egg-info

@@ -6,7 +6,8 @@ a mask the same with respect to the scattered live vector, one product at the en
 it held before the call; error is the largest difference from the float64 oracle, relative to its largest entry.
 
 A contestant that would need more multiply-adds or bytes than the limits allow is left out of the table.
-neural-tangents is not run here: it needs another environment (jax 0.4.30, numpy < 2).
+(c) with ``--peer-python``, each implementation of neural-tangents in the environment of ``make bench-peers``, on
+LeNet-300-100; with a mask, of the scattered live vector. Its times are its own clock's, its memory is not measured.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import ctypes
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import tyro
@@ -55,6 +60,8 @@ class Config:
     """Leave out explicit Jacobians that would need more."""
     memory: bool = True
     """Measure peak memory too, each in a new process; Linux with glibc only."""
+    peer_python: Path | None = None
+    """Python of `make bench-peers`, to run neural-tangents in the same rounds; None: leave it out."""
     out: Path | None = None
     """Write the table to this CSV file too."""
 
@@ -136,6 +143,78 @@ def contestants(case: Case, config: Config) -> dict[str, Callable[[], Tensor]]:
     return found
 
 
+@dataclass(frozen=True)
+class Peer:
+    """neural-tangents in its own process, spoken to as peer_neural_tangents.py says."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    methods: tuple[str, ...]
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def ask(self, line: str) -> str:
+        print(line, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"neural-tangents stopped with {self.process.wait()}; its message is above.")
+        return line.strip()
+
+    def time(self, method: str) -> None:
+        self.seconds.setdefault(method, []).append(float(self.ask(method)))
+
+    def kernel(self, method: str) -> Tensor:
+        return torch.from_numpy(np.load(self.ask(f"save {method} {self.folder / 'kernel.npy'}")))
+
+
+@contextmanager
+def peer(case: Case, config: Config) -> Iterator[Peer | None]:
+    """neural-tangents, compiled and warm, where it is asked for and something of it fits the limits."""
+    methods = peer_methods(case, config)
+    if config.peer_python is None or not methods:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        problem, script = Path(folder, "problem.npz"), Path(__file__).with_name("peer_neural_tangents.py")
+        np.savez(problem, **peer_arrays(case))
+        command = [str(config.peer_python), str(script), str(problem), *methods]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                found = Peer(process, Path(folder), methods)
+                found.answer()  # ready
+                yield found
+            finally:
+                process.kill()
+
+
+def peer_methods(case: Case, config: Config) -> tuple[str, ...]:
+    """The implementations within the limits; structured derivatives have no rule for the scatter of a live vector."""
+    if case.model != "lenet_300_100":
+        return ()
+    model, params, masks, x = case.build()
+    total = sum(p.numel() for p in params.values())
+    k = total - sum(int((~m).sum()) for m in (masks or {}).values())
+    rows = case.n * model(x[:1]).shape[1]
+    costs = {"jacobian-contraction": rows**2 * k, "ntk-vector-products": rows * case.n * total}
+    explicit = [name for name, cost in costs.items() if cost <= config.multiply_adds]
+    explicit = explicit if 8e-9 * rows * total <= config.gigabytes else []
+    return tuple(explicit) if masks is not None else (*explicit, "structured-derivatives")
+
+
+def peer_arrays(case: Case) -> dict[str, np.ndarray]:
+    """The case as peer_neural_tangents.py reads it."""
+    _, params, masks, x = case.build()
+    arrays = {"x": x.flatten(1).numpy()}
+    for index, weight in enumerate((n for n in params if n.endswith(".weight")), start=1):
+        bias = params[weight.replace(".weight", ".bias")]
+        arrays |= {f"w{index}": params[weight].numpy(), f"b{index}": bias.numpy()}
+        if masks is not None:
+            arrays[f"m{index}"] = masks[weight].numpy()
+    return arrays
+
+
 def error(case: Case, kernel: Tensor) -> float:
     """Against ``auto`` in float64, which the tests hold to the oracle at 1e-10."""
     model, params, masks, x = case.build()
@@ -167,31 +246,47 @@ def _kib(field: str) -> int:
 
 def run(config: Config) -> pd.DataFrame:
     """One row a case and contestant."""
-    rows = []
+    tables = []
     for case in (Case(m, d, n) for m in config.models for n in config.examples for d in config.densities):
-        calls = contestants(case, config)
-        if not calls:
-            continue
-        seconds = alternate({name: _quiet(call) for name, call in calls.items()}, config.rounds)
-        best = min(statistics.median(seconds[name]) for name in calls if name not in ("tutorial", "auto"))
-        for name, call in calls.items():
-            faster = median_ratio(seconds["tutorial"], seconds[name]) if "tutorial" in seconds else float("nan")
-            rows.append(
-                {
-                    "model": case.model,
-                    "n": case.n,
-                    "density": case.density,
-                    "contestant": name,
-                    "ms": 1e3 * statistics.median(seconds[name]),
-                    "times_faster_than_tutorial": faster,
-                    "times_the_best_method": statistics.median(seconds[name]) / best,
-                    "peak_mib": peak_mib(case, config, name) if config.memory else float("nan"),
-                    "relative_error": error(case, call()),
-                    "rounds": config.rounds,
-                    "hardware": hardware(),
-                }
-            )
-    return pd.DataFrame(rows)
+        with peer(case, config) as other:
+            calls = contestants(case, config)
+            timed, kernels = {name: _quiet(call) for name, call in calls.items()}, dict(calls)
+            for method in other.methods if other else ():
+                timed[f"neural-tangents {method}"] = lambda method=method, other=other: other.time(method)
+                kernels[f"neural-tangents {method}"] = lambda method=method, other=other: other.kernel(method)
+            if not timed:
+                continue
+            seconds = alternate(timed, config.rounds)
+            if other is not None:  # its own clock's, without the pipe and the warm-up
+                seconds |= {f"neural-tangents {m}": s[-config.rounds :] for m, s in other.seconds.items()}
+            tables += _rows(case, config, seconds, kernels)
+    return pd.DataFrame(tables)
+
+
+def _rows(
+    case: Case, config: Config, seconds: dict[str, list[float]], kernels: dict[str, Callable[[], Tensor]]
+) -> list[dict[str, object]]:
+    ours = [name for name in seconds if name in METHODS]
+    best = min((statistics.median(seconds[name]) for name in ours if name != "auto"), default=float("nan"))
+    nan = [float("nan")] * config.rounds
+    return [
+        {
+            "model": case.model,
+            "n": case.n,
+            "density": case.density,
+            "contestant": name,
+            "ms": 1e3 * statistics.median(times),
+            "times_faster_than_tutorial": median_ratio(seconds.get("tutorial", nan), times),
+            "times_the_best_method": statistics.median(times) / best,
+            "peak_mib": peak_mib(case, config, name)
+            if config.memory and (name in ours or name == "tutorial")
+            else nan[0],
+            "relative_error": error(case, kernels[name]()),
+            "rounds": config.rounds,
+            "hardware": hardware(),
+        }
+        for name, times in seconds.items()
+    ]
 
 
 def _quiet(call: Callable[[], Tensor]) -> Callable[[], None]:

@@ -39,6 +39,6 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             place.set_ylabel(label)
         axes[1].legend()
         depth, n_examples, steps = (widths[column].iloc[0] for column in ("depth", "n_examples", "steps"))
-        about = f"{depth} hidden layer{'s' * (depth > 1)}, {n_examples} digits, {steps} steps"
+        about = f"{depth} hidden layer{'' if depth == 1 else 's'}, {n_examples} digits, {steps} steps"
         figure.suptitle(f"NTK scaling, {about}, n = {widths['seed'].nunique()} a width", fontsize=8)
     return figure

@@ -183,7 +183,7 @@ def resolve(execution: Execution, model: nn.Module, device: torch.device) -> Lit
 
     On an accelerator launches dominate and ``vmap`` shares them. On a CPU it pays for small fully connected
     networks alone, where Python's overhead dominates too; convolutions take a slow grouped path under it, and
-    from about 10^5 weights on a thread for each replica is faster (measured by ``benchmarks/imp_step.py``).
+    from about 10^5 weights on a thread for each replica is faster (measured by ``benchmarks/execution.py``).
     """
     if execution not in ("auto", "loop", "vmap"):
         raise ValueError(f"execution must be 'auto', 'loop' or 'vmap': got {execution!r}.")

@@ -1,0 +1,96 @@
+"""How a stack of replicas is best computed: a loop over replicas, or ``vmap``. What ``functional.resolve`` rests on.
+
+Each case trains R replicas for a segment of steps both ways, in the same rounds, on random inputs of the task's shape.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+import tyro
+
+import ticketlab as tl
+from benchmarks.timing import alternate, hardware, median_ratio
+from ticketlab.engine.training import _loop, _vmap
+from ticketlab.functional import resolve, stack, stack_states
+
+CASES = (("mlp_100_50", (1, 8, 8)), ("lenet_300_100", (1, 8, 8)), ("lenet_300_100", (1, 28, 28)), ("conv_2", (1, 8, 8)))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time loop against vmap over families, sizes and numbers of replicas."""
+
+    replicas: tuple[int, ...] = (1, 3, 6, 18)
+    """Stack sizes."""
+    rounds: int = 5
+    """Alternations; medians are over these."""
+    steps: int = 20
+    """Steps in each timing."""
+    device: str = "cpu"
+    """Where."""
+    out: Path | None = None
+    """Write the table to this CSV file too."""
+
+
+def segment(
+    make: Callable[..., Callable], name: str, shape: tuple[int, ...], replicas: int, config: Config
+) -> Callable[[], None]:
+    """Training of a stack of dense networks between two evaluations."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3000, *shape, generator=generator), torch.randint(0, 10, (3000,), generator=generator)
+    task = tl.Task.from_tensors(x, y, n_classes=10).to(config.device)
+    nets = [tl.initialise(partial(tl.models.build, name, shape, 10), r) for r in range(replicas)]
+    masks = {n: m.to(task.device) for n, m in stack([tl.masks.ones(net) for net in nets]).items()}
+    live = stack_states([tl.state(net) for net in nets]).to(task.device, task.dtype)
+    advance = make(nets[0], live, masks, task, tl.Recipe(steps=10**6), range(replicas))
+    return lambda: advance(range(config.steps), range(replicas))
+
+
+def run(config: Config) -> pd.DataFrame:
+    """One row a case and number of replicas."""
+    rows = []
+    for name, shape in CASES:
+        model = tl.initialise(partial(tl.models.build, name, shape, 10), 0)
+        for r in config.replicas:
+            ways = {"loop": _loop, "vmap": _vmap}
+            seconds = alternate({w: segment(make, name, shape, r, config) for w, make in ways.items()}, config.rounds)
+            ms = {f"{w}_ms": 1e3 * statistics.median(s) / config.steps / r for w, s in seconds.items()}
+            rows.append(
+                {
+                    "model": name,
+                    "input": "x".join(map(str, shape)),
+                    "weights": sum(p.numel() for p in model.parameters()),
+                    "replicas": r,
+                    **ms,
+                    "loop_over_vmap": median_ratio(seconds["loop"], seconds["vmap"]),
+                    "chosen": resolve("auto", model, torch.device(config.device)),
+                    "n": config.rounds,
+                    "hardware": hardware(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def main() -> int:
+    config = tyro.cli(Config, prog="python -m benchmarks.execution")
+    table = run(config)
+    print(table.drop(columns="hardware").to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+    print(
+        f"milliseconds a replica-step; {table['hardware'].iloc[0]}; medians of n = {config.rounds} alternating rounds"
+    )
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(config.out, index=False, float_format="%.6g")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
