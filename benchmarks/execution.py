@@ -71,7 +71,7 @@ def run(config: Config) -> pd.DataFrame:
                     "replicas": r,
                     **ms,
                     "loop_over_vmap": median_ratio(seconds["loop"], seconds["vmap"]),
-                    "chosen": resolve("auto", model, torch.device(config.device)),
+                    "chosen": resolve("auto", model, torch.device(config.device), r),
                     "n": config.rounds,
                     "hardware": hardware(),
                 }

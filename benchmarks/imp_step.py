@@ -97,7 +97,7 @@ def engine(task: tl.Task, config: Config, batch_size: int, replicas: int) -> Cal
     start = stack_states([tl.state(net) for net in nets]).to(task.device, task.dtype)
     live = State({n: p * masks[n] if n in masks else p for n, p in start.params.items()}, start.buffers)
     recipe = tl.Recipe(steps=10**6, batch_size=batch_size)
-    make = {"loop": _loop, "vmap": _vmap}[resolve("auto", nets[0], task.device)]
+    make = {"loop": _loop, "vmap": _vmap}[resolve("auto", nets[0], task.device, replicas)]
     advance = make(nets[0], live, masks, task, recipe, range(replicas))
     return lambda: advance(range(config.steps), range(replicas))
 

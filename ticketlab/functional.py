@@ -178,17 +178,22 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def resolve(execution: Execution, model: nn.Module, device: torch.device) -> Literal["loop", "vmap"]:
+def resolve(
+    execution: Execution, model: nn.Module, device: torch.device, replicas: int | None = None
+) -> Literal["loop", "vmap"]:
     """How a stack of replicas is computed: the one place where this is chosen.
 
     On an accelerator launches dominate and ``vmap`` shares them. On a CPU it pays for small fully connected
     networks alone, where Python's overhead dominates too; convolutions take a slow grouped path under it, and
     from about 10^5 weights on a thread for each replica is faster (measured by ``benchmarks/execution.py``).
+    A single replica has nothing to share.
     """
     if execution not in ("auto", "loop", "vmap"):
         raise ValueError(f"execution must be 'auto', 'loop' or 'vmap': got {execution!r}.")
     if execution != "auto":
         return execution
+    if replicas == 1:
+        return "loop"
     small = sum(p.numel() for p in model.parameters()) < 100_000
     return "vmap" if device.type != "cpu" or (small and all(p.ndim <= 2 for p in model.parameters())) else "loop"
 
@@ -247,7 +252,7 @@ def apply(
         Outputs [n, ...], or [replica, n, ...] for a stack.
     """
     replicas, fit = fitted(model, params, masks, buffers)
-    return _forward(model, replicas, fit, x, resolve(execution, model, x.device))
+    return _forward(model, replicas, fit, x, resolve(execution, model, x.device, replicas))
 
 
 def _forward(
@@ -288,7 +293,7 @@ def evaluate(
     if not 0 < len(x) == len(y):
         raise ValueError(f"evaluate needs at least one example and a label for each: got {len(x)} and {len(y)}.")
     replicas, fit = fitted(model, params, masks, buffers)
-    how = resolve(execution, model, x.device)
+    how = resolve(execution, model, x.device, replicas)
     loss = torch.zeros((), dtype=torch.float64, device=x.device)
     wrong = torch.zeros((), dtype=torch.int64, device=x.device)
     for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):

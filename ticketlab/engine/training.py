@@ -89,7 +89,7 @@ def train(
     _check(model, start, masks, recipe, order_seeds, first_step, snapshot_steps)
     began = time.perf_counter()
     live = State(masked(start.params, masks), start.buffers).clone()
-    make = {"loop": _loop, "vmap": _vmap}[resolve(execution, model, task.device)]
+    make = {"loop": _loop, "vmap": _vmap}[resolve(execution, model, task.device, len(order_seeds))]
     advance = make(model, live, masks, task, recipe, order_seeds)
     watch = _Watch(model, live, task, execution)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
