@@ -57,7 +57,10 @@ def main(
         return 2
     matplotlib.use("Agg")
     folder = config.out / name
-    paths = write(folder, tables, asdict(config))  # type: ignore[call-overload]
+    described = asdict(config)  # type: ignore[call-overload]
+    if described.get("run"):  # then the flags of the study were not used, but those of the run
+        described["study"] = asdict(tl.load_run(described["run"]).config)
+    paths = write(folder, tables, described)
     paths += save(draw(tables), folder / name)
     print(summary(tables).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print("\n".join(["", *map(str, paths)]))

@@ -51,6 +51,8 @@ def test_mode_connectivity_makes_a_run_then_only_reads_it(tmp_path, capsys):
     assert main("mode_connectivity", module.Config, module.run, module.draw, module.summary, argv) == 0
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
     pd.testing.assert_frame_equal(first, pd.read_csv(tmp_path / "again" / "mode_connectivity" / "barriers.csv"))
+    described = json.loads((tmp_path / "again" / "mode_connectivity" / "config.json").read_text())
+    assert described["study"]["recipe"]["steps"] == 40 and described["study"]["levels"] == 2
     # 2 questions at (level 0, k = 0), (level 0, k = 10), level 1 and level 2; 2 seeds, 2 splits, 2 metrics, 3 baselines
     assert len(first) == 2 * 4 * 2 * 2 * 2 * 3
     assert len(pd.read_csv(out / "paths.csv")) == 2 * 4 * 2 * 2 * 5
