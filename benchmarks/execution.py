@@ -17,7 +17,7 @@ import torch
 import tyro
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio
+from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab.engine.training import _loop, _vmap
 from ticketlab.functional import resolve, stack, stack_states
 
@@ -72,7 +72,7 @@ def run(config: Config) -> pd.DataFrame:
                     **ms,
                     "loop_over_vmap": median_ratio(seconds["loop"], seconds["vmap"]),
                     "chosen": resolve("auto", model, torch.device(config.device), r),
-                    "n": config.rounds,
+                    "n_rounds": config.rounds,
                     "hardware": hardware(),
                 }
             )
@@ -81,15 +81,7 @@ def run(config: Config) -> pd.DataFrame:
 
 def main() -> int:
     config = tyro.cli(Config, prog="python -m benchmarks.execution")
-    table = run(config)
-    print(table.drop(columns="hardware").to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    print(
-        f"milliseconds a replica-step; {table['hardware'].iloc[0]}; medians of n = {config.rounds} alternating rounds"
-    )
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(config.out, index=False, float_format="%.6g")
-    return 0
+    return report(run(config), "milliseconds a replica-step", config.out)
 
 
 if __name__ == "__main__":

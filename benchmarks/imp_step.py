@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import tyro
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio
+from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab.engine.training import _loop, _vmap
 from ticketlab.functional import Masks, State, resolve, stack, stack_states
 from ticketlab.models import mlp
@@ -145,7 +145,7 @@ def _one_batch_size(config: Config, task: tl.Task, batch_size: int) -> pd.DataFr
                 "times_the_floor": ms / floor,
                 "gflops": 2e-9 * macs_per_second,
                 "copy_gb_per_second": 1e-9 * bytes_per_second,
-                "n": config.rounds,
+                "n_rounds": config.rounds,
                 "hardware": hardware(),
             }
         )
@@ -159,13 +159,7 @@ def _repeat(call: Callable[[], object]) -> None:
 
 def main() -> int:
     config = tyro.cli(Config, prog="python -m benchmarks.imp_step")
-    table = run(config)
-    print(table.drop(columns="hardware").to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    print(f"{table['hardware'].iloc[0]}; medians of n = {config.rounds} alternating rounds of {config.steps} steps")
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(config.out, index=False, float_format="%.6g")
-    return 0
+    return report(run(config), "milliseconds a replica-step", config.out)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio
+from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab import ntk
 from ticketlab.functional import Masks, Params, initialise, state
 from ticketlab.ntk.layers import find_layers
@@ -282,7 +282,7 @@ def _rows(
             if config.memory and (name in ours or name == "tutorial")
             else nan[0],
             "relative_error": error(case, kernels[name]()),
-            "rounds": config.rounds,
+            "n_rounds": config.rounds,
             "hardware": hardware(),
         }
         for name, times in seconds.items()
@@ -299,13 +299,7 @@ def _quiet(call: Callable[[], Tensor]) -> Callable[[], None]:
 def main() -> int:
     config = tyro.cli(Config, prog="python -m benchmarks.ntk")
     print("inputs:", "MNIST" if os.environ.get("TICKETLAB_DATA") else "normal noise (set TICKETLAB_DATA for MNIST)")
-    table = run(config)
-    print(table.drop(columns=["hardware", "rounds"]).to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    print(f"{hardware()}; medians of {config.rounds} alternating rounds")
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(config.out, index=False, float_format="%.6g")
-    return 0
+    return report(run(config), "milliseconds a kernel", config.out)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 
@@ -30,6 +31,17 @@ def alternate(contestants: Mapping[str, Callable[[], None]], rounds: int, warmup
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """Median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def report(table: pd.DataFrame, unit: str, out: Path | None) -> int:
+    """Print a benchmark's table with its hardware and n (columns of it), write it to ``out``; the exit code 0."""
+    shown = table.drop(columns=["hardware", "n_rounds"])
+    print(shown.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    print(f"{unit}; {table['hardware'].iloc[0]}; medians of n = {table['n_rounds'].iloc[0]} alternating rounds")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(out, index=False, float_format="%.6g")
+    return 0
 
 
 def hardware() -> str:

@@ -12,8 +12,9 @@ from ticketlab import connectivity, functional, masks, models, ntk
 from ticketlab.data import Split, Task
 from ticketlab.data import load as load_task
 from ticketlab.engine.config import ImpConfig
-from ticketlab.engine.imp import Run, imp, load_run, model_and_task, run_folder
+from ticketlab.engine.imp import imp, model_and_task, run_folder
 from ticketlab.engine.recipe import Recipe
+from ticketlab.engine.run import Run, load_run
 from ticketlab.engine.store import Level
 from ticketlab.engine.training import Outcome, train
 from ticketlab.functional import State, apply, evaluate, initialise, state

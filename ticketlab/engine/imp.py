@@ -21,7 +21,7 @@ from ticketlab import masks as mask_ops
 from ticketlab.data import Task
 from ticketlab.engine import cost
 from ticketlab.engine import store as runs
-from ticketlab.engine.config import ImpConfig, from_json
+from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.store import Level
 from ticketlab.engine.training import train
@@ -100,42 +100,6 @@ def run_folder(config: ImpConfig, store: str | Path = "runs", **given: Any) -> P
     """Where ``imp(config, store=store, model=..., task=...)`` keeps its levels."""
     study = _prepare(config, given.get("model"), given.get("task"), "cpu", "auto", False)
     return _folder(study, Path(store))
-
-
-@dataclass(frozen=True)
-class Run:
-    """A stored study: its config and its levels, read one at a time."""
-
-    folder: Path
-    config: ImpConfig
-    n_levels: int
-    device: torch.device | str = "cpu"
-    """Where the tensors of a level are put."""
-
-    def __len__(self) -> int:
-        return self.n_levels
-
-    def __getitem__(self, level: int) -> Level:
-        if not 0 <= level < self.n_levels:
-            raise IndexError(f"{self.folder} has levels 0 to {self.n_levels - 1}: got {level}.")
-        return runs.read_level(self.folder, level, self.device)
-
-    def __iter__(self) -> Iterator[Level]:
-        return (self[level] for level in range(self.n_levels))
-
-
-def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
-    """Open a run directory for reading.
-
-    Raises:
-        ValueError: Not a run directory, or no level in it is whole.
-    """
-    path = Path(folder)
-    stored = runs.read_config(path)["config"]
-    n_levels = runs.n_stored(path)
-    if n_levels == 0:
-        raise ValueError(f"{path} must hold at least level 0: it has none. Resume the run with analyses.imp.")
-    return Run(path, from_json(stored | {"levels": n_levels - 1}), n_levels, device)
 
 
 def model_and_task(config: ImpConfig, *, device: torch.device | str | None = None) -> tuple[nn.Module, Task]:
