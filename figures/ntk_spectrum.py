@@ -29,7 +29,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         for place, (column, label) in zip(axes.flat[1:5], PANELS.items(), strict=True):
             _against_density(place, kernels, column, label)
         _errors(axes[1, 2], kernels)
-        axes[0, 1].legend()
+        axes[0, 2].legend(loc="upper left")
         n, k = kernels["init_seed"].nunique(), kernels["rewind_step"].iloc[0]
         about = f"{kernels['n_spectrum'].iloc[0]} training examples, all outputs, at step {k}"
         figure.suptitle(f"Restricted NTK, {name_task(kernels)}: n = {n} replicas, {about}", fontsize=8)
@@ -54,6 +54,7 @@ def _spectra(axes: Axes, spectra: pd.DataFrame) -> None:
         axes.loglog(curve.index, curve, label=label, **look)
     axes.set_xlabel("rank")
     axes.set_ylabel("eigenvalue / trace")
+    axes.set_ylim(bottom=max(1e-12, axes.get_ylim()[0]))  # below is the rounding of float64
     axes.set_title(f"at {100 * last['level_density'].iloc[0]:.2g} % of the weights")
 
 
