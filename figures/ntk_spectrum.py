@@ -58,7 +58,7 @@ def _spectra(axes: Axes, spectra: pd.DataFrame) -> None:
     axes.set_title(f"at {100 * last['level_density'].iloc[0]:.2g} % of the weights")
 
 
-def _against_density(axes: Axes, kernels: pd.DataFrame, column: str, label: str, **extra: object) -> None:
+def _against_density(axes: Axes, kernels: pd.DataFrame, column: str, label: str) -> None:
     for treatment in _treatments(kernels):
         rows = kernels[(kernels["treatment"] == treatment) | (kernels["level"] == 0)]
         mean_and_replicas(axes, rows["level_density"], rows[column], label=LABELS[treatment], **LOOKS[treatment])

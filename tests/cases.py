@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ticketlab.data import Task
 from ticketlab.functional import initialise
-from ticketlab.models import conv, mlp
+from ticketlab.models import mlp
 
 FLOAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -58,4 +58,4 @@ def half_masks(model: nn.Module, seed: int) -> dict[str, Tensor]:
     return {name: torch.rand(p.shape, generator=generator) < 0.5 for name, p in model.named_parameters() if p.ndim > 1}
 
 
-__all__ = ["FLOAT_TOLERANCE", "blobs", "build", "conv", "half_masks", "images", "small_conv_bn", "small_mlp"]
+__all__ = ["FLOAT_TOLERANCE", "blobs", "build", "half_masks", "images", "small_conv_bn", "small_mlp"]

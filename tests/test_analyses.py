@@ -111,7 +111,7 @@ def test_ntk_spectrum_measures_every_network_against_its_dense_kernel(tmp_path, 
     assert "effective_rank" in capsys.readouterr().out
 
 
-def test_width_sweep_is_the_gradient_descent_of_a_plain_loop(tmp_path):
+def test_width_sweep_measures_every_network_and_fits_their_slopes(tmp_path):
     config = width_sweep.Config(widths=(4, 8, 16), n_examples=10, steps=20, seeds=(0,))
     tables = width_sweep.run(config)
     widths, slopes = tables["widths"], tables["slopes"]

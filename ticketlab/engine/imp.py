@@ -96,9 +96,11 @@ def imp(
     return _levels(study, folder)
 
 
-def run_folder(config: ImpConfig, store: str | Path = "runs", **given: Any) -> Path:
+def run_folder(
+    config: ImpConfig, store: str | Path = "runs", *, model: Factory | None = None, task: Task | None = None
+) -> Path:
     """Where ``imp(config, store=store, model=..., task=...)`` keeps its levels."""
-    study = _prepare(config, given.get("model"), given.get("task"), "cpu", "auto", False)
+    study = _prepare(config, model, task, "cpu", "auto", False)
     return _folder(study, Path(store))
 
 
