@@ -68,8 +68,8 @@ def multiply_adds(
         return cost + pairs * t * o * units * (t * (1 if method == "structured" else _THIN) + o + 2 * _PASS)
     if method == "structured":
         return cost + pairs * o * o * (units + _PASS)
-    n_groups = 1 + k * max(n, m) * 4 / CHUNK_BYTES
-    return cost + pairs * o * units * (_PASS + o) + n_groups * n * _STEP
+    n_packs = 1 + k * max(n, m) / CHUNK_BYTES
+    return cost + pairs * o * units * (_PASS + o) + n_packs * n * _STEP
 
 
 def allowed(layer: Layer) -> tuple[LayerMethod, ...]:
