@@ -56,12 +56,13 @@ def _add_single(out: Tensor, groups: Iterable[Group], left: Features, right: Fea
         d, e = (side.deltas[units, :, :, 0].permute(2, 1, 0).contiguous() for side in (left, right))  # [n, out, unit]
         for rows, cols in strips(n, m, n_fitting(len(units) * m, dtype), symmetric):
             similarity = [(p[:, :, rows].mT @ q[:, :, cols]).permute(1, 2, 0) for p, q in zip(x, y, strict=True)]
-            for i, a in enumerate(torch.cat(similarity, 2)):  # [m, unit]
+            weights = torch.cat(similarity, 2)  # [n, m, unit]
+            if symmetric:  # an example with itself is met once more transposed
+                weights.diagonal().mul_(0.5)
+            for i, a in enumerate(weights):
                 first = i if symmetric else 0
                 where = slice(cols.start + first, cols.stop)
                 pairs = (a[first:, None] * d[rows.start + i]) @ e[where].mT  # [m, out, out']
-                if symmetric:
-                    pairs[0].mul_(0.5)
                 out[:, rows.start + i, :, where] += pairs.permute(1, 2, 0)
 
 
