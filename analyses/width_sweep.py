@@ -36,12 +36,14 @@ SLOPES = {"lambda_min": None, "relative_movement": -0.5, "kernel_change": -0.5}
 class Config:
     """lambda_min, movement of the weights and change of the kernel against width, under NTK scaling."""
 
+    task: str = "digits"
+    """Data set; the parity of its labels is regressed."""
     widths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048)
     """Units of each hidden layer."""
     depth: int = 1
     """Hidden layers."""
     n_examples: int = 64
-    """Digits that are regressed."""
+    """Training examples."""
     steps: int = 1000
     """Gradient descent steps at half the largest stable rate of the widest kernel."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -77,7 +79,7 @@ def network(inputs: int, width: int, depth: int) -> nn.Module:
 
 def run(config: Config) -> Tables:
     """``widths``: one row a width and seed. ``slopes``: log-log slopes over the widths with standard errors."""
-    task = tl.load_task("digits", dtype=torch.float64).limit(train=config.n_examples)
+    task = tl.load_task(config.task, dtype=torch.float64).limit(train=config.n_examples)
     x, y = task.train.x, (task.train.y % 2).double()[:, None] * 2 - 1
     x = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * math.sqrt(x[0].numel())  # unit mean square
     rows = []
@@ -85,7 +87,7 @@ def run(config: Config) -> Tables:
     rate = 0.5 * 2 / _largest(x, max(config.widths), config)
     for width, seed in tqdm(jobs, desc="widths", unit="network", disable=None):
         rows.append({"width": width, "seed": seed, **_measure(x, y, width, seed, rate, config)})
-    table = pd.DataFrame(rows).assign(depth=config.depth, n_examples=len(x), steps=config.steps)
+    table = pd.DataFrame(rows).assign(task=config.task, depth=config.depth, n_examples=len(x), steps=config.steps)
     return {"widths": table, "slopes": _slopes(table)}
 
 

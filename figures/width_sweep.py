@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from figures.style import LOOKS, TWO_COLUMNS, mean_and_replicas, paper
+from figures.style import LOOKS, TASKS, TWO_COLUMNS, mean_and_replicas, paper
 
 PANELS = {
     "lambda_min": r"$\lambda_{\min}$ of the kernel at $\theta_0$",
@@ -38,7 +38,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             place.set_xlabel("width")
             place.set_ylabel(label)
         axes[1].legend()
-        depth, n_examples, steps = (widths[column].iloc[0] for column in ("depth", "n_examples", "steps"))
-        about = f"{depth} hidden layer{'' if depth == 1 else 's'}, {n_examples} digits, {steps} steps"
+        task, depth, n_examples, steps = (widths[c].iloc[0] for c in ("task", "depth", "n_examples", "steps"))
+        about = f"{TASKS.get(task, task)}, {depth} hidden layer{'' if depth == 1 else 's'}, {n_examples} examples, {steps} steps"
         figure.suptitle(f"NTK scaling, {about}, n = {widths['seed'].nunique()} a width", fontsize=8)
     return figure

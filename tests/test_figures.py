@@ -75,8 +75,9 @@ def ntk_tables() -> dict[str, pd.DataFrame]:
 
 
 def width_tables() -> dict[str, pd.DataFrame]:
+    about = {"task": "digits", "depth": 1, "n_examples": 8, "steps": 9}
     rows = [
-        {"width": w, "seed": s, **dict.fromkeys(width_sweep.PANELS, w**-0.5), "depth": 1, "n_examples": 8, "steps": 9}
+        {"width": w, "seed": s, **dict.fromkeys(width_sweep.PANELS, w**-0.5), **about}
         for w, s in itertools.product((4, 8, 16), range(2))
     ]
     fits = [
@@ -90,7 +91,7 @@ def test_ntk_figures_say_what_they_show():
     found = texts(ntk_spectrum.draw(ntk_tables()))
     assert "n = 2" in found and "20 training examples" in found and "kernel regression, 50 examples" in found
     found = texts(width_sweep.draw(width_tables()))
-    assert "slope -0.500 ± 0.100 (95 %)" in found and "8 digits" in found and "n = 2 a width" in found
+    assert "slope -0.500 ± 0.100 (95 %)" in found and "8 examples" in found and "n = 2 a width" in found
 
 
 def texts(figure) -> str:
