@@ -22,7 +22,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -52,6 +54,8 @@ class Config:
     """N."""
     densities: tuple[float, ...] = (1.0, 0.2, 0.036, 0.01)
     """Of random masks; 1 = no mask."""
+    outputs: Literal["full", "trace"] = "full"
+    """Every pair of outputs, or their trace: then ours alone."""
     rounds: int = 5
     """Alternations; medians are over these."""
     multiply_adds: float = 3e11
@@ -73,6 +77,7 @@ class Case:
     model: str
     density: float
     n: int
+    outputs: Literal["full", "trace"] = "full"
 
     def build(self) -> tuple[nn.Module, Params, Masks | None, Tensor]:
         model = initialise(lambda: tl.models.build(self.model, (1, 28, 28), 10), 0).eval()
@@ -126,10 +131,13 @@ def contestants(case: Case, config: Config) -> dict[str, Callable[[], Tensor]]:
     layers, n_outputs = find_layers(problem, x)
     k, total = sum(int(live.sum()) for live in problem.live.values()), sum(p.numel() for p in params.values())
     rows = case.n * n_outputs
-    if rows**2 * k <= config.multiply_adds and 8e-9 * rows * total <= config.gigabytes:  # J, and gradients before it
+    full = case.outputs == "full"
+    if (
+        full and rows**2 * k <= config.multiply_adds and 8e-9 * rows * total <= config.gigabytes
+    ):  # J, and gradients before it
         found["tutorial"] = lambda: tutorial(model, params, masks, x)
     for method in METHODS:
-        size = {"trace": False, "symmetric": True}
+        size = {"trace": not full, "symmetric": True}
         if method != "auto" and not all(method in allowed(layer) for layer in layers):
             continue
         cost = sum(
@@ -139,7 +147,7 @@ def contestants(case: Case, config: Config) -> dict[str, Callable[[], Tensor]]:
             for layer in layers
         )
         if cost <= config.multiply_adds:
-            found[method] = lambda method=method: ntk.kernel(model, params, x, masks=masks, method=method)
+            found[method] = partial(ntk.kernel, model, params, x, masks=masks, outputs=case.outputs, method=method)
     return found
 
 
@@ -191,7 +199,7 @@ def peer(case: Case, config: Config) -> Iterator[Peer | None]:
 
 def peer_methods(case: Case, config: Config) -> tuple[str, ...]:
     """The implementations within the limits; structured derivatives have no rule for the scatter of a live vector."""
-    if case.model != "lenet_300_100":
+    if case.model != "lenet_300_100" or case.outputs != "full":
         return ()
     model, params, masks, x = case.build()
     total = sum(p.numel() for p in params.values())
@@ -219,7 +227,7 @@ def error(case: Case, kernel: Tensor) -> float:
     """Against ``auto`` in float64, which the tests hold to the oracle at 1e-10."""
     model, params, masks, x = case.build()
     params = {n: p.double() for n, p in params.items()}
-    exact = ntk.kernel(model, params, x.double(), masks=masks)
+    exact = ntk.kernel(model, params, x.double(), masks=masks, outputs=case.outputs)
     return float((kernel - exact).abs().max() / exact.abs().max())
 
 
@@ -247,7 +255,9 @@ def _kib(field: str) -> int:
 def run(config: Config) -> pd.DataFrame:
     """One row a case and contestant."""
     tables = []
-    for case in (Case(m, d, n) for m in config.models for n in config.examples for d in config.densities):
+    for case in (
+        Case(m, d, n, config.outputs) for m in config.models for n in config.examples for d in config.densities
+    ):
         with peer(case, config) as other:
             calls = contestants(case, config)
             timed, kernels = {name: _quiet(call) for name, call in calls.items()}, dict(calls)
@@ -272,6 +282,7 @@ def _rows(
     return [
         {
             "model": case.model,
+            "outputs": case.outputs,
             "n": case.n,
             "density": case.density,
             "contestant": name,
