@@ -1,0 +1,126 @@
+"""Where gradients are taken: networks at m * theta, their live coordinates and the data, all of it checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ticketlab import masks as mask_ops
+from ticketlab.functional import Buffers, Params, apply, evaluate, fitted
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network or a stack of them at m * theta, in evaluation mode."""
+
+    model: nn.Module
+    weights: Params
+    """m * theta, detached."""
+    buffers: Buffers
+    """Floating ones in the dtype of the weights."""
+    live: dict[str, Bool[Tensor, "..."]]
+    """The coordinates: for each trainable parameter a bool tensor of its shape."""
+    replicas: int | None
+    """Length of the replica axis; None where there is none."""
+
+    @property
+    def lead(self) -> int:
+        """Number of axes before a parameter's own."""
+        return int(self.replicas is not None)
+
+    def logits(self, weights: Mapping[str, Tensor], x: Tensor) -> Float[Tensor, "*replica n classes"]:
+        """Outputs at other weights of the same names; what ``weights`` lacks stays as it is here."""
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
+            y = apply(self.model, {**self.weights, **weights}, x, buffers=self.buffers)
+        if y.ndim != 2 + self.lead:
+            raise ValueError(
+                f"the model must return logits [n, classes] of one network: got {tuple(y.shape[self.lead :])}. "
+                "Wrap it in a module that flattens its outputs."
+            )
+        return y
+
+    def loss_sum(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Float[Tensor, "*replica"]:
+        """Sum of the cross-entropies in nats, one a replica."""
+        logits = self.logits(weights, x)
+        low, high, last = int(y.min()), int(y.max()), logits.shape[-1] - 1
+        if low < 0 or high > last:
+            raise ValueError(
+                f"labels must lie in 0..{last}, the outputs: got {low}..{high}. Number the classes from 0."
+            )
+        targets = y.long().expand(logits.shape[:-1])
+        return -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].sum(-1)
+
+    def mean_loss(self, weights: Params, x: Tensor, y: Tensor, batch_size: int) -> Float[Tensor, "*replica"]:
+        """Mean cross-entropy in nats, in float64 and without a graph."""
+        with sdpa_kernel(SDPBackend.MATH):  # nor have they a batching rule
+            return evaluate(self.model, weights, x, y, buffers=self.buffers, batch_size=batch_size)[0]
+
+    def leaves(self) -> Params:
+        """The trainable weights as leaves of a new graph."""
+        return {name: self.weights[name].clone().requires_grad_() for name in self.live}
+
+    def flat(self, tensors: Mapping[str, Tensor]) -> Float[Tensor, "*replica d"]:
+        """Trainable parameters one after the other, pruned coordinates at 0, in float64."""
+        parts = [torch.where(live, tensors[name], 0).double() for name, live in self.live.items()]
+        return torch.cat([self._rows(part) for part in parts], -1)
+
+    def n_live(self) -> Int[Tensor, "*replica"]:
+        return torch.stack([self._rows(live).sum(-1) for live in self.live.values()]).sum(0)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(*tensor.shape[: self.lead], -1)  # a scalar parameter is a row too
+
+
+def point(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None,
+    buffers: Mapping[str, Tensor] | None,
+) -> Point:
+    """The network at m * theta, or a stack of them.
+
+    Raises:
+        ValueError: Names or shapes that do not fit, masks that are not bool or do not cover every prunable
+            parameter, batch norm without running statistics, or a model without a trainable parameter.
+    """
+    if masks is not None:
+        mask_ops.validate(model, masks)
+    replicas, fit = fitted(model, params, masks, buffers)
+    norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+    if norms:
+        raise ValueError(
+            f"outputs must not depend on the rest of the batch: batch norms {norms} keep no running statistics. "
+            "Build them with track_running_stats=True."
+        )
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if not names:
+        raise ValueError("a gradient needs a trainable parameter: all have requires_grad=False. Set it to True.")
+    weights = {name: p.detach() for name, p in fit.params.items()}
+    dtype = weights[names[0]].dtype
+    # Statistics kept in float32 must not meet inputs in float64.
+    held = {n: b.detach().to(dtype) if b.is_floating_point() else b.detach() for n, b in fit.buffers.items()}
+    everything = {name: torch.ones_like(weights[name], dtype=torch.bool) for name in names}
+    live = {name: ones & masks[name] if masks and name in masks else ones for name, ones in everything.items()}
+    return Point(model, weights, held, live, replicas)
+
+
+def check_data(at: Point, x: Tensor, y: Tensor, batch_size: int) -> None:
+    """Raise a ValueError unless inputs and labels go together and with the weights, and a batch holds something."""
+    if x.ndim < 1 or y.ndim != 1 or not 0 < len(x) == len(y):
+        raise ValueError(
+            "a gradient needs at least one example and one label for each: "
+            f"got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}. Pass y as [n]."
+        )
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(f"labels must be integer class indices: got {y.dtype}. Convert them with .long().")
+    weight = next(iter(at.weights.values()))
+    if x.is_floating_point() and x.dtype != weight.dtype:
+        raise ValueError(f"x must have the dtype of params, {weight.dtype}: got {x.dtype}. Cast one of the two.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 example: got {batch_size}.")
