@@ -1,0 +1,333 @@
+"""Upper bounds on the risk, each with the statement that it makes.
+
+The sample is n i.i.d. examples, the loss lies in [0, 1], and the prior (the code) is fixed before the sample is
+seen. With probability at least 1 - delta over the sample a certificate holds for every hypothesis that it covers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ticketlab.bounds.binomial import upper_inverse
+from ticketlab.bounds.kl import Value, kl_inverse, nats, plain, probability
+
+_SAMPLE = "n i.i.d. examples; loss in [0, 1]"
+_CODE = f"{_SAMPLE}; a prefix-free code fixed before the sample, in which the description has this length"
+_DESCRIBED = "the hypothesis described, and every other at the cost of its own description"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound on the risk, and what it certifies. Fields are arrays where arrays were given."""
+
+    name: str
+    value: Value
+    """As the formula gives it, so that Hoeffding forms can exceed 1."""
+    empirical: Value
+    """The loss on the sample."""
+    complexity: Value
+    """value - empirical: what the description, delta and n add."""
+    n: int
+    delta: float
+    vacuous: bool | np.ndarray
+    """Whether it is no better than chance, 1 - 1 / n_classes (than 1 where the number of classes is not given)."""
+    certificate: bool
+    """Whether the value bounds the risk of what it covers; otherwise it is a formula and no more."""
+    covers: str
+    """The hypotheses that it speaks of."""
+    assumptions: str
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+
+def mdl(
+    train_error: ArrayLike,
+    kept: ArrayLike,
+    total: ArrayLike,
+    n: int,
+    delta: float = 0.05,
+    *,
+    weights: Literal["trained", "seed"] = "trained",
+    n_classes: int | None = None,
+) -> Bound:
+    r"""The formula in which sparser masks generalise better, in natural logarithms, as it is usually stated.
+
+    .. math:: \hat L + \sqrt{\frac{\|m\|_0 \ln d + \ln (1 / \delta)}{2 n}}
+
+    It is :func:`occam_hoeffding` with k ln d nats for the mask and nothing for the values. As the sum over
+    k >= 2 of C(d, k) d^-k is below e - 2 < 1, it certifies masks of at least two weights over weights that a seed
+    fixes before the sample is seen. Trained weights, rewound to theta_k or not, have further bits that it leaves
+    out: for them it is a formula and no certificate.
+
+    Args:
+        train_error: Mean loss on the sample, in [0, 1].
+        kept: k, in 0..total.
+        total: d, the number of prunable weights, at least 1.
+        n: Number of examples.
+        delta: In (0, 1).
+        weights: ``trained``, or ``seed`` where nothing but the mask depends on the sample.
+        n_classes: Decides what is vacuous.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+    if weights not in ("trained", "seed"):
+        raise ValueError(f"weights must be 'trained' or 'seed': got {weights!r}.")
+    k, d = np.asarray(kept, dtype=np.float64), np.asarray(total, dtype=np.float64)
+    if not ((d >= 1) & (k >= 0) & (k <= d) & (k % 1 == 0) & (d % 1 == 0)).all():
+        raise ValueError(
+            f"kept must be a count in 0..total: got {kept!r} of {total!r}. Take them from masks.kept and total."
+        )
+    error, log_delta = _loss(train_error), _sample(n, delta)
+    value = error + np.sqrt((k * np.log(d) - log_delta) / (2 * n))
+    if weights == "seed":
+        covers = "masks of at least two weights over weights that a seed fixes before the sample is seen"
+    else:
+        covers = "the mask alone: the bits of trained values are left out, so no trained network"
+    certified = weights == "seed" and bool((k >= 2).all())
+    return _bound("mdl", error, value, n, delta, n_classes, certified, covers, f"{_SAMPLE}; k ln d nats a mask")
+
+
+def occam_hoeffding(
+    train_error: ArrayLike,
+    description_nats: ArrayLike,
+    n: int,
+    delta: float = 0.05,
+    *,
+    n_classes: int | None = None,
+    covers: str = _DESCRIBED,
+) -> Bound:
+    r"""Occam's razor with Hoeffding's inequality (Blumer et al. 1987; Shalev-Shwartz & Ben-David 2014, thm. 7.7).
+
+    .. math:: \hat L + \sqrt{\frac{\ln (1 / \pi(h)) + \ln (1 / \delta)}{2 n}}
+
+    Args:
+        train_error: Mean loss on the sample, in [0, 1].
+        description_nats: ln 1 / pi(h), at least 0; such as ``description_length(...).nats``.
+        n: Number of examples.
+        delta: In (0, 1).
+        n_classes: Decides what is vacuous.
+        covers: What the description describes.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+    error, budget = _loss(train_error), nats("description_nats", description_nats) - _sample(n, delta)
+    value = error + np.sqrt(budget / (2 * n))
+    return _bound("occam_hoeffding", error, value, n, delta, n_classes, True, covers, _CODE)
+
+
+def occam_kl(
+    train_error: ArrayLike,
+    description_nats: ArrayLike,
+    n: int,
+    delta: float = 0.05,
+    *,
+    n_classes: int | None = None,
+    covers: str = _DESCRIBED,
+) -> Bound:
+    r"""Occam's razor with the relative-entropy form of Chernoff's inequality (Langford 2005).
+
+    .. math:: kl^{-1} \Big( \hat L, \frac{\ln (1 / \pi(h)) + \ln (1 / \delta)}{n} \Big)
+
+    Never above :func:`occam_hoeffding`, by Pinsker's inequality. Arguments as there.
+    """
+    error, budget = _loss(train_error), nats("description_nats", description_nats) - _sample(n, delta)
+    value = kl_inverse(error, budget / n)
+    return _bound("occam_kl", error, value, n, delta, n_classes, True, covers, _CODE)
+
+
+def binomial_tail(
+    train_error: ArrayLike,
+    description_nats: ArrayLike,
+    n: int,
+    delta: float = 0.05,
+    *,
+    n_classes: int | None = None,
+    covers: str = _DESCRIBED,
+) -> Bound:
+    r"""Occam's razor with the binomial tail itself: the tightest of the three, for 0/1 loss (Langford 2005, thm. 4.1).
+
+    .. math:: \max \{ p : P(Bin(n, p) \le n \hat L) \ge \delta \, \pi(h) \}
+
+    Never above :func:`occam_kl`, by Chernoff's inequality. Arguments as for :func:`occam_hoeffding`, except that
+    the loss must be 0/1: n times the training error must be an integer.
+
+    Raises:
+        ValueError: A number out of range, or a training error that is no number of errors among n.
+    """
+    error, budget = _loss(train_error), nats("description_nats", description_nats) - _sample(n, delta)
+    value = np.vectorize(upper_inverse, otypes=[float])(_errors(error, n), n, -budget)
+    assumptions = _CODE.replace("loss in [0, 1]", "0/1 loss")
+    return _bound("binomial_tail", error, value, n, delta, n_classes, True, covers, assumptions)
+
+
+def pac_bayes_kl(
+    train_error: ArrayLike, kl_nats: ArrayLike, n: int, delta: float = 0.05, *, n_classes: int | None = None
+) -> Bound:
+    r"""PAC-Bayes in relative entropy, with Maurer's (2004) constant.
+
+    .. math:: kl^{-1} \Big( \hat L(Q), \frac{KL(Q \| P) + \ln (2 \sqrt n / \delta)}{n} \Big)
+
+    Args:
+        train_error: Mean loss of the Gibbs classifier Q on the sample, exact or itself bounded from above.
+        kl_nats: KL(Q || P), at least 0, for a prior P fixed before the sample.
+        n: Number of examples.
+        delta: In (0, 1).
+        n_classes: Decides what is vacuous.
+
+    Raises:
+        ValueError: A number out of range.
+    """
+    error, budget = _pac_bayes(train_error, kl_nats, n, delta)
+    return _gibbs("pac_bayes_kl", error, kl_inverse(error, budget / n), n, delta, n_classes)
+
+
+def pac_bayes_mcallester(
+    train_error: ArrayLike, kl_nats: ArrayLike, n: int, delta: float = 0.05, *, n_classes: int | None = None
+) -> Bound:
+    r"""McAllester's square-root form with Maurer's constant, which Pinsker's inequality makes of `pac_bayes_kl`.
+
+    .. math:: \hat L(Q) + \sqrt{\frac{KL(Q \| P) + \ln (2 \sqrt n / \delta)}{2 n}}
+
+    Arguments as for :func:`pac_bayes_kl`.
+    """
+    error, budget = _pac_bayes(train_error, kl_nats, n, delta)
+    return _gibbs("pac_bayes_mcallester", error, error + np.sqrt(budget / (2 * n)), n, delta, n_classes)
+
+
+def pac_bayes_catoni(
+    train_error: ArrayLike,
+    kl_nats: ArrayLike,
+    n: int,
+    delta: float = 0.05,
+    *,
+    betas: tuple[float, ...] = (1.0,),
+    n_classes: int | None = None,
+) -> Bound:
+    r"""Catoni's (2007, thm. 1.2.6) form, the least over a grid of betas that is fixed before the sample.
+
+    .. math:: \min_\beta \frac{1 - \exp(-\beta \hat L(Q) - (KL(Q \| P) + \ln (B / \delta)) / n)}{1 - e^{-\beta}}
+
+    B is the number of betas: choosing among them costs ln B, the union bound. Other arguments as for
+    :func:`pac_bayes_kl`.
+
+    Raises:
+        ValueError: A number out of range, or no beta.
+    """
+    if not betas or not all(0 < beta < math.inf for beta in betas):
+        raise ValueError(f"betas must be one or more positive numbers: got {betas}. Try (0.5, 1, 2, 4).")
+    error, kl = _loss(train_error), nats("kl_nats", kl_nats)
+    budget = (kl + math.log(len(betas)) - _sample(n, delta)) / n
+    value = np.min([np.expm1(-beta * error - budget) / math.expm1(-beta) for beta in betas], axis=0)
+    return _gibbs("pac_bayes_catoni", error, value, n, delta, n_classes)
+
+
+def held_out(
+    test_error: ArrayLike,
+    n_test: int,
+    delta: float = 0.05,
+    *,
+    method: Literal["kl", "binomial"] = "kl",
+    n_classes: int | None = None,
+) -> Bound:
+    r"""What the test set says of one network: the yardstick beside every other bound.
+
+    .. math:: kl^{-1} \Big( \hat L_{test}, \frac{\ln (1 / \delta)}{n_{test}} \Big)
+
+    Args:
+        test_error: Mean loss on the test set, in [0, 1].
+        n_test: Number of test examples.
+        delta: In (0, 1).
+        method: ``kl`` for any loss in [0, 1]; ``binomial`` for 0/1 loss, tighter (Clopper & Pearson 1934).
+        n_classes: Decides what is vacuous.
+
+    Raises:
+        ValueError: A number out of range, an unknown method.
+    """
+    if method not in ("kl", "binomial"):
+        raise ValueError(f"method must be 'kl' or 'binomial': got {method!r}.")
+    bound = {"kl": occam_kl, "binomial": binomial_tail}[method]
+    found = bound(test_error, 0.0, n_test, delta)
+    assumptions = f"n i.i.d. test examples; {'0/1 loss' if method == 'binomial' else 'loss in [0, 1]'}"
+    covers = "one network, fixed before the test set was looked at"
+    return _bound("held_out", found.empirical, found.value, n_test, delta, n_classes, True, covers, assumptions)
+
+
+def _pac_bayes(train_error: ArrayLike, kl_nats: ArrayLike, n: int, delta: float) -> tuple[np.ndarray, np.ndarray]:
+    error, kl = _loss(train_error), nats("kl_nats", kl_nats)
+    return error, kl + math.log(2 * math.sqrt(n)) - _sample(n, delta)
+
+
+def _gibbs(name: str, error: Value, value: Value, n: int, delta: float, n_classes: int | None) -> Bound:
+    covers = "the Gibbs classifier that draws a hypothesis from Q at each input, for every Q at once"
+    return _bound(
+        name, error, value, n, delta, n_classes, True, covers, f"{_SAMPLE}; a prior P fixed before the sample"
+    )
+
+
+def _bound(
+    name: str,
+    error: Value,
+    value: Value,
+    n: int,
+    delta: float,
+    n_classes: int | None,
+    certificate: bool,
+    covers: str,
+    assumptions: str,
+) -> Bound:
+    if n_classes is not None and n_classes < 2:
+        raise ValueError(f"n_classes must be at least 2: got {n_classes}.")
+    chance = 1.0 if n_classes is None else 1 - 1 / n_classes
+    value, error = np.broadcast_arrays(value, error)
+    vacuous = value >= chance
+    return Bound(
+        name=name,
+        value=plain(value),
+        empirical=plain(error),
+        complexity=plain(value - error),
+        n=n,
+        delta=delta,
+        vacuous=vacuous if vacuous.ndim else bool(vacuous),
+        certificate=certificate,
+        covers=covers,
+        assumptions=assumptions,
+    )
+
+
+def _loss(given: ArrayLike) -> np.ndarray:
+    """As float64; the bounds know no loss but one in [0, 1]."""
+    try:
+        return probability("the loss", given)
+    except ValueError:
+        raise ValueError(
+            f"the loss must lie in [0, 1]: got {given!r}. Pass an error rate as a fraction. Cross-entropy is "
+            "unbounded: map it into [0, 1] with bounds.bounded_cross_entropy."
+        ) from None
+
+
+def _sample(n: int, delta: float) -> float:
+    """ln delta, with n and delta checked."""
+    if not (n >= 1 and n % 1 == 0):
+        raise ValueError(f"n must be a number of examples, at least 1: got {n}.")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie in (0, 1), the probability that the bound fails: got {delta}. Try 0.05.")
+    return math.log(delta)
+
+
+def _errors(error: np.ndarray, n: int) -> np.ndarray:
+    """n times the error rate as the integer that it must be."""
+    count = np.rint(n * error)
+    if not (np.abs(n * error - count) <= 1e-6 * np.maximum(1, n * error)).all():
+        raise ValueError(
+            f"n * train_error must be a number of errors: got {n} * {error}. Pass errors / n of the same n examples, "
+            "unrounded; for a loss that is not 0/1 use occam_kl."
+        )
+    return count.astype(np.int64)
