@@ -19,13 +19,16 @@ def train_alone(
     recipe: Recipe,
     order_seed: int,
     first_step: int = 0,
+    frozen: bool = False,
+    learning_rate: float | None = None,
 ) -> nn.Module:
     """A plain PyTorch loop over one network: masks on weights and gradients, an unfused optimizer."""
     net = copy.deepcopy(model).train()
     named = dict(net.named_parameters())
+    dead = {name: named[name].detach().clone()[~mask] * float(frozen) for name, mask in masks.items()}
     with torch.no_grad():
         for name, mask in masks.items():
-            named[name][~mask] = 0.0
+            named[name][~mask] = dead[name]
     options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "foreach": False, "fused": False}
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(net.parameters(), momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
@@ -35,7 +38,7 @@ def train_alone(
         optimizer = torch.optim.AdamW(net.parameters(), **options)
     for step in range(first_step, recipe.steps):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(step)
+            group["lr"] = recipe.learning_rate_at(step) if learning_rate is None else learning_rate
         index = batch_indices(len(task.train), recipe.batch_size, order_seed, step)
         x, y = task.train.x[index], task.train.y[index]
         if task.augmentation == "crop_flip":
@@ -47,7 +50,7 @@ def train_alone(
         optimizer.step()
         with torch.no_grad():
             for name, mask in masks.items():
-                named[name][~mask] = 0.0
+                named[name][~mask] = dead[name]
     return net
 
 

@@ -70,6 +70,48 @@ def test_pruned_weights_stay_zero_and_live_ones_move(execution):
 
 
 @pytest.mark.parametrize("execution", ["loop", "vmap"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("recipe", ["sgd", "adam"])
+def test_frozen_replicas_keep_their_pruned_weights(recipe, problem, execution):
+    factory, make_task = PROBLEMS[problem]
+    recipe = {"sgd": Recipe(**{**SGD.__dict__, "weight_decay": 0.0}), "adam": ADAM}[recipe]
+    task, seeds, frozen = make_task(), (3, 4, 5), (True, False, True)
+    models, masks = stacked(factory, seeds)
+    start = stack_states([state(m) for m in models])
+    outcome = train(models[0], start, stack(masks), task, recipe, seeds, frozen=frozen, execution=execution)
+    for r, (model, mask, seed) in enumerate(zip(models, masks, seeds, strict=True)):
+        alone = train_alone(model, mask, task, recipe, seed, frozen=frozen[r])
+        torch.testing.assert_close(outcome.end.select(r).params, state(alone).params, rtol=1e-10, atol=1e-10)
+        assert outcome.metrics["test_error"][r] == loss_and_error(alone, task.test.x, task.test.y)[1]
+        for name, m in mask.items():
+            expected = start.params[name][r][~m] * float(frozen[r])
+            assert torch.equal(outcome.end.params[name][r][~m], expected)  # to the bit, where they started
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_each_replica_at_its_own_constant_rate(recipe, problem):
+    factory, make_task = PROBLEMS[problem]
+    task, seeds, rates = make_task(), (3, 4, 5), (None, 1e-3, 7e-3)
+    models, masks = stacked(factory, seeds)
+    start = stack_states([state(m) for m in models])
+    outcome = train(models[0], start, stack(masks), task, recipe, seeds, first_step=4, learning_rates=rates)
+    for r, (model, mask, seed) in enumerate(zip(models, masks, seeds, strict=True)):
+        alone = train_alone(model, mask, task, recipe, seed, first_step=4, learning_rate=rates[r])
+        torch.testing.assert_close(outcome.end.select(r).params, state(alone).params, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("execution", ["loop", "vmap"])
+def test_without_frozen_weights_rates_or_dynamics_the_bits_are_the_same(execution):
+    models, masks = stacked(small_mlp, (0, 1))
+    start = stack_states([state(m) for m in models])
+    none = {"frozen": (False, False), "learning_rates": (None, None), "dynamics": (None, None)}
+    plain = train(models[0], start, stack(masks), blobs(), SGD, (0, 1), execution=execution)
+    given = train(models[0], start, stack(masks), blobs(), SGD, (0, 1), execution=execution, **none)
+    assert all(torch.equal(plain.end.params[n], given.end.params[n]) for n in start.params)
+
+
+@pytest.mark.parametrize("execution", ["loop", "vmap"])
 def test_going_on_from_a_snapshot_takes_the_same_batches_and_rates(execution):
     recipe = RECIPES["nesterov_step"]
     models, masks = stacked(small_mlp, (0, 1))
@@ -196,6 +238,15 @@ def test_inputs_that_do_not_fit_are_refused():
         train(model, start, masks, blobs(), SGD, (0, 1), snapshot_steps=(41,))
     with pytest.raises(ValueError, match="masks must be stacked like the parameters"):
         train(model, start, half_masks(model, 0), blobs(), SGD, (0, 1))
+    for each in ({"frozen": (True,)}, {"learning_rates": (None, None, 0.1)}):
+        with pytest.raises(ValueError, match=r"must have an entry for each of 2 replicas: got [13]\."):
+            train(model, start, masks, blobs(), ADAM, (0, 1), **each)
+    with pytest.raises(ValueError, match=r"weight decay would move frozen weights: got 0\.001"):
+        train(model, start, masks, blobs(), SGD, (0, 1), frozen=(False, True))
+    with pytest.raises(ValueError, match=r"positive and finite, or None for the schedule: got \[0\.0\]"):
+        train(model, start, masks, blobs(), SGD, (0, 1), learning_rates=(None, 0.0))
+    with pytest.raises(ValueError, match="need the loop"):
+        train(model, start, masks, blobs(), SGD, (0, 1), learning_rates=(None, 0.1), execution="vmap")
     with pytest.raises(ValueError, match="dropout"):
         with_dropout = nn.Sequential(OrderedDict([*model.named_children(), ("drop", nn.Dropout(0.5))]))
         train(with_dropout, start, masks, blobs(), SGD, (0, 1))

@@ -1,9 +1,10 @@
 """The one training loop: R replicas of one architecture, each with its own start, mask and batch order.
 
 The data set lies on the device as tensors, an optimizer of torch.optim works in place on the stacked
-weights, and a pruned weight stays exactly zero because its gradient is masked: with zero weight, zero
-gradient and zero state, SGD, Adam and AdamW all leave it there. How the stack is computed (a loop over
-replicas, a thread each, or ``vmap``) is chosen in ``functional.resolve``; the numbers are the same.
+weights, and a pruned weight stays where it starts, at zero or ``frozen`` at its own value, because its
+gradient is masked: SGD and Adam with zero gradient and zero state leave a weight where it is. Weight decay
+leaves a zero where it is too, but nothing else, so the two exclude each other. How the stack is computed
+(a loop over replicas, a thread each, or ``vmap``) is chosen in ``functional.resolve``; the numbers are the same.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from threading import Lock
@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
-from ticketlab.data import Split, Task, batch_indices, crop_flip
+from ticketlab.data import Task, batch_indices, crop_flip
+from ticketlab.engine.dynamic import Dynamics, validate
 from ticketlab.engine.recipe import Recipe
-from ticketlab.functional import Execution, Masks, State, evaluate, masked, n_replicas, resolve
+from ticketlab.engine.watch import Watch, put_back
+from ticketlab.functional import Execution, Masks, State, masked, n_replicas, resolve, select
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Outcome:
     curves: pd.DataFrame
     """replica, step, loss_nats, error on the validation set."""
     wall_seconds: float
+    masks: Masks
+    """As given, or where ``dynamics`` have moved them; of a diverged replica, where they were when it did."""
 
 
 Advance = Callable[[range, Sequence[int]], None]
@@ -59,6 +63,9 @@ def train(
     *,
     first_step: int = 0,
     snapshot_steps: Sequence[int] = (),
+    frozen: Sequence[bool] | None = None,
+    learning_rates: Sequence[float | None] | None = None,
+    dynamics: Sequence[Dynamics | None] | None = None,
     execution: Execution = "auto",
     description: str = "train",
     progress: bool = True,
@@ -69,6 +76,9 @@ def train(
     ``order_seeds[r]`` gives to step t. A replica whose validation loss turns non-finite is reported by a
     warning, put back to its last finite evaluation and left there; the others are not touched.
 
+    Where replicas have rates or dynamics of their own, each has its own optimizer too: such a stack is trained by
+    the loop and never by ``vmap``.
+
     Args:
         model: The architecture; its own weights, buffers and mode are not used or changed.
         start: Stacked parameters and buffers, on the task's device.
@@ -78,20 +88,35 @@ def train(
         order_seeds: R seeds of batch orders.
         first_step: The rewind step k.
         snapshot_steps: Steps in [first_step, steps] at which the networks are kept.
+        frozen: For each replica, whether pruned weights stay at their values in ``start`` instead of becoming
+            zero (Zhou et al. 2019); none when None.
+        learning_rates: For each replica, a constant rate in place of the recipe's schedule, as in fine-tuning
+            at the final rate, or None; none when None.
+        dynamics: For each replica, how its mask moves while it trains (RigL, SET, gradual pruning), or None
+            where it stays; all stay when None. The early-stop network has the mask of its own step.
         execution: How the stack is computed.
         description: Label of the progress bar.
         progress: Show a progress bar where the output is a terminal.
 
     Raises:
-        ValueError: Shapes that do not fit, steps out of range, or a model with active dropout, whose
-            random numbers no seed of ours reaches.
+        ValueError: Shapes or lengths that do not fit, steps or rates out of range, frozen weights under weight
+            decay or beside dynamics, which would move them, ``vmap`` where the loop is needed, or a model with
+            active dropout, whose random numbers no seed of ours reaches.
     """
     _check(model, start, masks, recipe, order_seeds, first_step, snapshot_steps)
+    _check_each(masks, recipe, order_seeds, frozen, learning_rates, dynamics, execution)
     began = time.perf_counter()
     live = State(masked(start.params, masks), start.buffers).clone()
-    make = {"loop": _loop, "vmap": _vmap}[resolve(execution, model, task.device, len(order_seeds))]
-    advance = make(model, live, masks, task, recipe, order_seeds)
-    watch = _Watch(model, live, task, execution)
+    masks = {name: mask.clone() for name, mask in masks.items()}
+    if frozen and any(frozen):
+        kept = [r for r, stays in enumerate(frozen) if stays]
+        put_back(live, kept, start.select(kept))
+    if _own_optimizers(learning_rates, dynamics):
+        advance = _loop(model, live, masks, task, recipe, order_seeds, learning_rates, dynamics)
+    else:
+        make = {"loop": _loop, "vmap": _vmap}[resolve(execution, model, task.device, len(order_seeds))]
+        advance = make(model, live, masks, task, recipe, order_seeds)
+    watch = Watch(model, live, task, execution)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
     looks = {*range(0, recipe.steps, recipe.eval_every), recipe.steps}
     stops = sorted(step for step in looks | set(snapshot_steps) if step > first_step)
@@ -104,8 +129,8 @@ def train(
             if end in snapshot_steps:
                 snapshots[end] = live.clone()
             bar.update(end - begin)
-    metrics = watch.metrics()
-    return Outcome(live, snapshots, metrics, pd.DataFrame(watch.rows), time.perf_counter() - began)
+    metrics, curves = watch.metrics(), pd.DataFrame(watch.rows)
+    return Outcome(live, snapshots, metrics, curves, time.perf_counter() - began, masks)
 
 
 def _check(
@@ -135,6 +160,39 @@ def _check(
         raise ValueError("dropout draws from a global generator and cannot be replayed: set p = 0 in every Dropout.")
 
 
+def _check_each(
+    masks: Masks,
+    recipe: Recipe,
+    order_seeds: Sequence[int],
+    frozen: Sequence[bool] | None,
+    learning_rates: Sequence[float | None] | None,
+    dynamics: Sequence[Dynamics | None] | None,
+    execution: Execution,
+) -> None:
+    """What is given replica by replica."""
+    for name, each in (("frozen", frozen), ("learning_rates", learning_rates), ("dynamics", dynamics)):
+        if each is not None and len(each) != len(order_seeds):
+            raise ValueError(f"{name} must have an entry for each of {len(order_seeds)} replicas: got {len(each)}.")
+    if frozen and any(frozen) and recipe.weight_decay:
+        raise ValueError(
+            f"weight decay would move frozen weights: got {recipe.weight_decay}. Set weight_decay = 0, or freeze none."
+        )
+    wrong = [rate for rate in learning_rates or () if rate is not None and not 0 < rate < math.inf]
+    if wrong:
+        raise ValueError(f"learning rates must be positive and finite, or None for the schedule: got {wrong}.")
+    for r, moves in enumerate(dynamics or ()):
+        if moves is not None:
+            if frozen and frozen[r]:
+                raise ValueError(f"a mask that moves needs pruned weights at zero: replica {r} is frozen. Choose one.")
+            validate(moves, select(masks, r), recipe.steps)
+    if execution == "vmap" and _own_optimizers(learning_rates, dynamics):
+        raise ValueError("replicas with rates or dynamics of their own need the loop: leave execution at 'auto'.")
+
+
+def _own_optimizers(learning_rates: Sequence[float | None] | None, dynamics: Sequence[Dynamics | None] | None) -> bool:
+    return any(each is not None for each in (*(learning_rates or ()), *(dynamics or ())))
+
+
 def make_optimizer(recipe: Recipe, params: Sequence[Tensor]) -> torch.optim.Optimizer:
     """The recipe's optimizer in its fused form: one pass over weights, gradients and state."""
     shared: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": True}
@@ -143,29 +201,74 @@ def make_optimizer(recipe: Recipe, params: Sequence[Tensor]) -> torch.optim.Opti
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](params, **shared)
 
 
+@dataclass(frozen=True)
+class _Replica:
+    """One network of the loop: its tensors are slices of the stack, its optimizer is its own."""
+
+    forward: Callable[[tuple[Tensor, ...]], Tensor]
+    pruned: list[tuple[Tensor, Tensor]]
+    """Weights, and their masks in the same dtype, in the order of ``masks``."""
+    masks: Masks
+    optimizer: torch.optim.Optimizer
+    order_seed: int
+    learning_rate: float | None
+    dynamics: Dynamics | None
+
+    def run(self, task: Task, recipe: Recipe, steps: range) -> None:
+        updates = self.dynamics.update_steps(recipe.steps) if self.dynamics else ()
+        for step, index in zip(steps, _orders(task, recipe, [self.order_seed], steps)[0], strict=True):
+            x, y = _batch(task, index, self.order_seed, step)
+            loss = F.cross_entropy(self.forward((x,)), y)
+            if step in updates:
+                self._move_masks(loss, step, recipe.steps)
+            else:
+                rate = recipe.learning_rate_at(step) if self.learning_rate is None else self.learning_rate
+                _descend(self.optimizer, self.pruned, loss, rate)
+
+    def _move_masks(self, loss: Tensor, step: int, steps: int) -> None:
+        """In place of a descent. What does not stay has neither weight nor optimizer state from here on."""
+        assert self.dynamics is not None
+        self.optimizer.zero_grad()
+        loss.backward()
+        for (name, old), (weight, mask) in zip(self.masks.items(), self.pruned, strict=True):
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # None: not used
+            new = self.dynamics.next_mask(name, old, weight.detach(), gradient, step, steps)
+            # .data: a detached slice shares the stack's version counter, and a backward pass may run beside us
+            for tensor in (weight.data, *self.optimizer.state[weight].values()):
+                if isinstance(tensor, Tensor) and tensor.shape == weight.shape:  # Adam's step counter is a scalar
+                    tensor.mul_(new & old)
+            old.copy_(new)
+            mask.copy_(new)
+
+
 def _loop(
-    model: nn.Module, live: State, masks: Masks, task: Task, recipe: Recipe, order_seeds: Sequence[int]
+    model: nn.Module,
+    live: State,
+    masks: Masks,
+    task: Task,
+    recipe: Recipe,
+    order_seeds: Sequence[int],
+    learning_rates: Sequence[float | None] | None = None,
+    dynamics: Sequence[Dynamics | None] | None = None,
 ) -> Advance:
     """Each replica by itself on its slice of the stack; on a CPU a thread works on one replica at a time."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     replicas = []
-    for r, seed in enumerate(order_seeds):
+    nothing: list[None] = [None] * len(order_seeds)
+    for r, each in enumerate(zip(order_seeds, learning_rates or nothing, dynamics or nothing, strict=True)):
         # A leaf shares the storage of its slice, so the optimizer writes into the stack.
         leaves = {n: p[r].detach().requires_grad_(n in trainable) for n, p in live.params.items()}
         pruned = [(leaves[n], m[r].to(leaves[n].dtype)) for n, m in masks.items()]
         optimizer = make_optimizer(recipe, [leaves[n] for n in trainable])
         net = copy.deepcopy(model).to(task.device).train()  # functional_call swaps tensors: a module each
         forward = partial(functional_call, net, {**leaves, **{n: b[r] for n, b in live.buffers.items()}})
-        replicas.append((forward, pruned, optimizer, seed))
+        replicas.append(_Replica(forward, pruned, select(masks, r), optimizer, *each))
 
     busy = [Lock() for _ in order_seeds]
 
     def run(r: int, steps: range) -> None:
-        forward, pruned, optimizer, seed = replicas[r]
         with busy[r]:  # its earlier steps, begun before in another thread, come first
-            for step, index in zip(steps, _orders(task, recipe, [seed], steps)[0], strict=True):
-                x, y = _batch(task, index, seed, step)
-                _descend(optimizer, pruned, F.cross_entropy(forward((x,)), y), recipe.learning_rate_at(step))
+            replicas[r].run(task, recipe, steps)
 
     def advance(steps: range, alive: Sequence[int]) -> None:
         cores = torch.get_num_threads() if task.device.type == "cpu" else 1
@@ -197,8 +300,8 @@ def _vmap(
     forward = vmap(lambda tensors, x: functional_call(net, tensors, (x,)))
 
     def advance(steps: range, alive: Sequence[int]) -> None:
-        frozen = sorted(set(range(len(order_seeds))) - set(alive))
-        kept = live.select(frozen) if frozen else None
+        stopped = sorted(set(range(len(order_seeds))) - set(alive))
+        kept = live.select(stopped) if stopped else None
         orders = _orders(task, recipe, order_seeds, steps)
         for step, index in zip(steps, orders.transpose(0, 1), strict=True):
             batches = [_batch(task, i, seed, step) for i, seed in zip(index, order_seeds, strict=True)]
@@ -208,7 +311,7 @@ def _vmap(
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / recipe.batch_size
             _descend(optimizer, pruned, loss, recipe.learning_rate_at(step))
         if kept is not None:
-            _put_back(live, frozen, kept)
+            put_back(live, stopped, kept)
 
     return advance
 
@@ -234,73 +337,3 @@ def _descend(
         if weight.grad is not None:  # None: the forward pass does not use this weight
             weight.grad.mul_(mask)
     optimizer.step()
-
-
-@torch.no_grad()
-def _put_back(live: State, replicas: Sequence[int], kept: State) -> None:
-    for part, saved in zip(live, kept, strict=True):
-        for name, tensor in part.items():
-            tensor[list(replicas)] = saved[name]
-
-
-@dataclass
-class _Watch:
-    """Evaluation during training: validation curves, the early-stop network, and who is still finite."""
-
-    model: nn.Module
-    live: State
-    task: Task
-    execution: Execution
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        replicas = len(next(iter(self.live.params.values())))
-        self.alive = list(range(replicas))
-        self.last, self.best = self.live.clone(), self.live.clone()
-        self.best_loss = [math.inf] * replicas
-        self.best_step: list[int | None] = [None] * replicas
-        self.diverged_step: list[int | None] = [None] * replicas
-
-    def look(self, step: int) -> None:
-        loss, error = self._evaluate(self.live, self.task.validation)
-        for r in list(self.alive):
-            if not math.isfinite(loss[r]):
-                self._freeze(r, step)
-                continue
-            self.rows.append({"replica": r, "step": step, "loss_nats": loss[r], "error": error[r]})
-            if loss[r] < self.best_loss[r]:
-                self.best_loss[r], self.best_step[r] = loss[r], step
-                _put_back(self.best, [r], self.live.select([r]))
-        self.last = self.live.clone()
-
-    def metrics(self) -> pd.DataFrame:
-        replicas = range(len(self.best_loss))
-        steps = {"early_stop_step": self.best_step, "diverged_step": self.diverged_step}
-        table = pd.DataFrame({"replica": replicas, **steps}).astype(dict.fromkeys(steps, "Int64"))
-        splits = {"train": self.task.train, "validation": self.task.validation, "test": self.task.test}
-        for name, split in splits.items():
-            table[f"{name}_loss_nats"], table[f"{name}_error"] = self._evaluate(self.live, split)
-        for name in ("validation", "test"):
-            loss, error = self._evaluate(self.best, splits[name])
-            table[f"early_stop_{name}_loss_nats"], table[f"early_stop_{name}_error"] = loss, error
-        # A training that diverged has no result, whatever its last finite weights score.
-        results = [c for c in table if c.endswith(("_nats", "_error"))]
-        table.loc[table["diverged_step"].notna(), results] = math.nan
-        return table
-
-    def _freeze(self, r: int, step: int) -> None:
-        _put_back(self.live, [r], self.last.select([r]))
-        self.alive.remove(r)
-        self.diverged_step[r] = step
-        warnings.warn(
-            f"replica {r} has a non-finite validation loss at step {step}: it is frozen at its last finite "
-            "evaluation and its results are NaN. Lower the learning rate or warm it up.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-    def _evaluate(self, state: State, split: Split) -> tuple[list[float], list[float]]:
-        loss, error = evaluate(
-            self.model, state.params, split.x, split.y, buffers=state.buffers, execution=self.execution
-        )
-        return loss.tolist(), error.tolist()

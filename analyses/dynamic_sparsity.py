@@ -1,0 +1,289 @@
+"""Sparse training that moves its mask against tickets: the same live weights, and the same cost of training.
+
+At chosen levels of an IMP run, networks from the same initialisations, with the same batches and exactly as many live
+weights as the ticket are trained by RigL, SET, static random masks (spread over layers by Erdos-Renyi-Kernel) and
+gradual magnitude pruning, for the T steps that one round of IMP takes. That is far less than IMP, which trains all
+levels before it too, so RigL is also extended: to as many optimizer *steps* as IMP took in all its rounds up to that
+level, or to as many multiply-adds (*macs*), where live weights alone count and RigL's updates need a dense gradient.
+
+With no arguments it makes a run on the bundled digits and trains beside it in about a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pandas as pd
+import tyro
+from scipy import stats
+from torch import nn
+
+import ticketlab as tl
+from analyses.command import DIGITS, Tables, main, open_run
+from figures.dynamic_sparsity import draw
+from ticketlab import masks as mask_ops
+from ticketlab.engine import cost
+from ticketlab.engine.dynamic import DropGrow, Dynamics, Gradual, Spread, layer_counts, sparse_masks
+from ticketlab.functional import Masks, State, select, stack
+
+STUDY = replace(DIGITS, treatments=("ticket",))
+METHODS = ("static", "set", "rigl", "gradual")
+Extend = Literal["none", "steps", "macs"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """RigL, SET, static masks, gradual pruning and IMP at equal density and at equal training cost."""
+
+    run: Path | None = None
+    """Take IMP from this run directory; None: make or resume the run that the flags below describe."""
+    at_levels: tuple[int, ...] | None = None
+    """Levels whose density is compared; None: every second one of the sparser half."""
+    n_seeds: int | None = None
+    """Use the first n init seeds of the run; None: all."""
+    spread: Spread = "erdos_renyi_kernel"
+    """How live weights are spread over layers, by all methods but IMP."""
+    update_every: int = 100
+    """Steps between two updates of a mask."""
+    extend: Extend = "steps"
+    """Train RigL also as long as IMP in all: in steps, in macs, or not at all."""
+    extend_at: tuple[int, ...] | None = None
+    """Levels at which RigL is extended; None: all that are compared."""
+    store: Path = Path("runs")
+    """Folder of run directories."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+    device: str | None = None
+    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
+    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every network is trained from."""
+
+    model: nn.Module
+    task: tl.Task
+    recipe: tl.Recipe
+    init: State
+    """Stacked initial weights, one for each seed."""
+    init_seeds: tuple[int, ...]
+    order_seeds: tuple[int, ...]
+    uses: dict[str, int]
+    """How often an example uses each weight."""
+    config: Config
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: mask.numel() for name, mask in mask_ops.ones(self.model).items()}
+
+
+def run(config: Config) -> Tables:
+    """``networks``: one row a network. ``layers``: live weights of each layer. ``contrasts``: pairs of methods."""
+    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    wanted = _wanted(config, study)
+    problem: Problem | None = None
+    spent = pd.DataFrame()
+    tables, layers = [], []
+    for level in levels:
+        tickets = level.metrics[level.metrics["treatment"] == "ticket"].set_index("init_seed")
+        spent = tickets[["steps", "macs_live"]] if level.level == 0 else spent + tickets[["steps", "macs_live"]]
+        problem = problem or _problem(config, study, model, task, level)
+        if level.level == 0:
+            tables.append(_imp("dense", level, spent, problem))
+        elif level.level in wanted:
+            imp = _imp("imp", level, spent, problem)
+            tables += [imp, *_beside(problem, level, imp)]
+            layers.append(_layers(problem, level))
+    about = {"task": study.task, "model": study.model, "spread": config.spread, "update_every": config.update_every}
+    networks = pd.concat(tables, ignore_index=True)
+    dense = networks.loc[networks["method"] == "dense", "macs"].iloc[0]
+    networks.insert(networks.columns.get_loc("macs") + 1, "dense_trainings", networks["macs"] / dense)
+    found = {"networks": networks, "layers": pd.concat(layers, ignore_index=True), "contrasts": _contrasts(networks)}
+    return {name: table.assign(**about) for name, table in found.items()}
+
+
+def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
+    half = range(study.levels, max(0, study.levels // 2 - 1), -2)
+    wanted = set(half if config.at_levels is None else config.at_levels)
+    if not wanted or not wanted <= set(range(1, study.levels + 1)):
+        raise ValueError(f"at_levels must lie in 1..{study.levels}, the levels of the run: got {sorted(wanted)}.")
+    if not set(config.extend_at or ()) <= wanted:
+        raise ValueError(f"extend_at must be among the compared levels {sorted(wanted)}: got {config.extend_at}.")
+    return wanted
+
+
+def _problem(config: Config, study: tl.ImpConfig, model: nn.Module, task: tl.Task, dense: tl.Level) -> Problem:
+    n = len(study.init_seeds) if config.n_seeds is None else config.n_seeds
+    if not 2 <= n <= len(study.init_seeds):
+        raise ValueError(f"n_seeds must be 2 to the run's {len(study.init_seeds)} init seeds: got {n}.")
+    seeds, orders = study.init_seeds[:n], (study.order_seeds or study.init_seeds)[:n]
+    init = dense.snapshots[0].select(list(range(n)))
+    return Problem(model, task, study.recipe, init, seeds, orders, cost.positions(model, task.train.x), config)
+
+
+def _imp(method: str, level: tl.Level, spent: pd.DataFrame, problem: Problem) -> pd.DataFrame:
+    """IMP's networks, with the steps and the macs of all rounds up to this one."""
+    rows = level.metrics[level.metrics["treatment"] == "ticket"].set_index("init_seed").loc[list(problem.init_seeds)]
+    totals = spent.loc[rows.index].rename(columns={"macs_live": "macs"})
+    columns = ["order_seed", "density", "kept", "prunable", "test_error", "test_loss_nats"]
+    table = pd.concat([rows[columns], totals], axis=1).reset_index()
+    return table.assign(method=method, level=level.level)
+
+
+def _beside(problem: Problem, level: tl.Level, imp: pd.DataFrame) -> list[pd.DataFrame]:
+    """All methods at the density of a level, and RigL again with IMP's cost."""
+    config, recipe = problem.config, problem.recipe
+    kept = int(imp["kept"].iloc[0])
+    counts = layer_counts(problem.model, kept / int(imp["prunable"].iloc[0]), config.spread)
+    assert sum(counts.values()) == kept
+    tables = [_train(problem, level.level, counts, recipe, METHODS)]
+    if config.extend != "none" and (config.extend_at is None or level.level in config.extend_at):
+        longer = _extended(problem, counts, recipe, imp)
+        tables.append(_train(problem, level.level, counts, longer, ("rigl",), suffix=f"_{config.extend}"))
+    return tables
+
+
+def _extended(problem: Problem, counts: dict[str, int], recipe: tl.Recipe, imp: pd.DataFrame) -> tl.Recipe:
+    """The recipe stretched to IMP's steps or macs; milestones, warm-up and looks in proportion."""
+    if problem.config.extend == "steps":
+        steps = int(imp["steps"].iloc[0])
+    else:
+        once = _macs(problem, counts, DropGrow(every=problem.config.update_every), recipe)
+        steps = round(recipe.steps * float(imp["macs"].iloc[0]) / once)
+    factor = steps / recipe.steps
+    return replace(
+        recipe,
+        steps=steps,
+        milestones=tuple(round(m * factor) for m in recipe.milestones),
+        warmup_steps=round(recipe.warmup_steps * factor),
+        eval_every=max(1, round(recipe.eval_every * factor)),
+    )
+
+
+def _train(
+    problem: Problem, level: int, counts: dict[str, int], recipe: tl.Recipe, methods: tuple[str, ...], suffix: str = ""
+) -> pd.DataFrame:
+    """Methods x seeds in one stack."""
+    jobs = [(method, r) for method in methods for r in range(len(problem.init_seeds))]
+    dynamics = [_dynamics(problem, method, counts, problem.init_seeds[r]) for method, r in jobs]
+    masks = stack([_start_mask(problem, method, counts, problem.init_seeds[r]) for method, r in jobs])
+    outcome = tl.train(
+        problem.model,
+        problem.init.repeat(len(methods)),
+        masks,
+        problem.task,
+        recipe,
+        [problem.order_seeds[r] for _, r in jobs],
+        dynamics=dynamics,
+        description=f"level {level}, {', '.join(methods)}{suffix}",
+    )
+    results = outcome.metrics[["test_error", "test_loss_nats"]]
+    rows = []
+    for i, (method, r) in enumerate(jobs):
+        last = select(outcome.masks, i)
+        rows.append(
+            {
+                "init_seed": problem.init_seeds[r],
+                "order_seed": problem.order_seeds[r],
+                "density": float(mask_ops.density(last)),
+                "kept": int(mask_ops.kept(last)),
+                "prunable": mask_ops.total(last),
+                "steps": recipe.steps,
+                "macs": _macs(problem, counts, dynamics[i], recipe),
+                "method": method + suffix,
+                "level": level,
+                "moved": _moved(select(masks, i), last),
+            }
+        )
+    return pd.concat([pd.DataFrame(rows), results], axis=1)
+
+
+def _dynamics(problem: Problem, method: str, counts: dict[str, int], seed: int) -> Dynamics | None:
+    every = problem.config.update_every
+    if method == "gradual":
+        return Gradual(counts, every=every)
+    growth = {"rigl": "gradient", "set": "random"}
+    return DropGrow(growth[method], every=every, seed=seed) if method in growth else None  # type: ignore[arg-type]
+
+
+def _start_mask(problem: Problem, method: str, counts: dict[str, int], seed: int) -> Masks:
+    """RigL, SET and static training start from the same random mask, gradual pruning from a dense network."""
+    masks = mask_ops.ones(problem.model) if method == "gradual" else sparse_masks(problem.model, counts, seed)
+    return {name: mask.to(problem.task.device) for name, mask in masks.items()}
+
+
+def _macs(problem: Problem, counts: dict[str, int], dynamics: Dynamics | None, recipe: tl.Recipe) -> int:
+    """Multiply-adds of a training in which live weights alone cost anything.
+
+    A descent costs three forward passes of the live network (``cost.training_macs``). An update takes its place: with
+    RigL a forward pass and the gradient of the activations, both sparse, and a dense gradient of the weights (Evci et
+    al. 2020, appendix H); with SET and gradual pruning nothing.
+    """
+    live, dense = cost.forward_macs(problem.uses, counts), cost.forward_macs(problem.uses, problem.sizes)
+    updates = dynamics.update_steps(recipe.steps) if dynamics else range(0)
+    if isinstance(dynamics, Gradual):
+        return sum(
+            cost.training_macs(
+                cost.forward_macs(
+                    problem.uses,
+                    {name: dynamics.kept_at(name, size, step, recipe.steps) for name, size in problem.sizes.items()},
+                ),
+                recipe.batch_size,
+                1,
+            )
+            for step in range(recipe.steps)
+            if step not in updates
+        )
+    descents = cost.training_macs(live, recipe.batch_size, recipe.steps - len(updates))
+    looks = isinstance(dynamics, DropGrow) and dynamics.growth == "gradient"
+    return descents + (len(updates) * recipe.batch_size * (2 * live + dense) if looks else 0)
+
+
+def _moved(before: Masks, after: Masks) -> float:
+    """The share of live weights at the end that were dead at the start."""
+    new = sum(int((after[name] & ~before[name]).sum()) for name in after)
+    return new / int(mask_ops.kept(after))
+
+
+def _layers(problem: Problem, level: tl.Level) -> pd.DataFrame:
+    """Live weights of each layer in the ticket of the first seed and in the other methods' masks."""
+    ticket = level.select(treatment="ticket", init_seed=problem.init_seeds[0]).masks
+    counts = layer_counts(problem.model, float(mask_ops.density(ticket)), problem.config.spread)
+    rows = [
+        {"level": level.level, "layer": name, "size": size, "imp": int(ticket[name].sum()), "others": counts[name]}
+        for name, size in problem.sizes.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _contrasts(networks: pd.DataFrame) -> pd.DataFrame:
+    """Differences in test error between every two methods, paired by seed, with 95 % intervals by Student's t."""
+    rows = []
+    for level, group in networks[networks["level"] > 0].groupby("level"):
+        wide = group.pivot(index="init_seed", columns="method", values="test_error")
+        for a, b in combinations(sorted(wide), 2):
+            d = (wide[a] - wide[b]).dropna()
+            spread = float(d.std(ddof=1))
+            reach = float(stats.t.ppf(0.975, len(d) - 1)) * spread / len(d) ** 0.5 if len(d) > 1 else float("nan")
+            row = {"level": level, "density": group["density"].iloc[0], "a": a, "b": b, "error_a_minus_b": d.mean()}
+            rows.append({**row, "sd": spread, "low": d.mean() - reach, "high": d.mean() + reach, "n": len(d)})
+    return pd.DataFrame(rows)
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    """Test error by level and method: mean and standard deviation over seeds."""
+    groups = tables["networks"].groupby(["level", "density", "method"])
+    error = 100 * groups["test_error"].agg(["mean", "std"])
+    columns = {"test_error_%": error["mean"], "sd_%": error["std"], "steps": groups["steps"].first()}
+    return pd.DataFrame(
+        {**columns, "dense_trainings": groups["dense_trainings"].mean(), "n": groups.size()}
+    ).reset_index()
+
+
+if __name__ == "__main__":
+    sys.exit(main("dynamic_sparsity", Config, run, draw, summary))
