@@ -6,6 +6,11 @@ Two questions, at every level of a run and for every rewind step k that its dens
 - siblings: do two children of theta_k that differ in batch order alone end in one linearly connected region?
   Their error barrier is the instability of Frankle et al. (2020); below 2 % counts as stable.
 
+With ``--align`` a third, at every level:
+
+- independent: do networks of two init seeds end in one region once the hidden units of one are reordered to match
+  the other's (Ainsworth et al. 2022)? Their lines are measured before and after matching.
+
 With no arguments it makes a run on the bundled digits and measures it in about a minute. ``--run`` measures a run
 that exists; otherwise the flags say which run to make or resume.
 """
@@ -25,7 +30,8 @@ from tqdm import tqdm
 
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
-from figures.mode_connectivity import draw
+from figures.mode_connectivity import INDEPENDENT, MATCHED, draw
+from ticketlab import permutation
 from ticketlab.connectivity import Path as LinearPath
 from ticketlab.connectivity import linear_path
 from ticketlab.engine.treatments import sibling_order
@@ -44,6 +50,8 @@ class Config:
     """Points on each line, both ends included."""
     train_examples: int | None = 10_000
     """Training examples that the lines are evaluated on; None: all."""
+    align: bool = False
+    """Also measure the lines between init seeds, before and after matching hidden units."""
     store: Path = Path("runs")
     """Folder of run directories."""
     out: Path = Path("results")
@@ -64,7 +72,10 @@ class Line:
     init_seeds: tuple[int, ...]
     a: State
     b: State
-    masks: Masks
+    masks: Masks | None
+    """None where both ends are m * theta already, under masks of their own."""
+    partners: tuple[int, ...] | None = None
+    """Init seeds of b where they are not those of a."""
 
 
 def run(config: Config) -> Tables:
@@ -74,6 +85,8 @@ def run(config: Config) -> Tables:
     paths, barriers = [], []
     for level in levels:
         lines = list(_lines(study, level, model, task))
+        if config.align:
+            lines += _independent(study, level, model, task)
         for line in tqdm(lines, desc=f"lines of level {level.level}", unit="line", disable=None):
             ends, buffers = (line.a.params, line.b.params), line.b.buffers
             path = linear_path(model, *ends, shown, masks=line.masks, buffers=buffers, n_alphas=config.n_alphas)
@@ -101,6 +114,25 @@ def _lines(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task
         ends = {"theta_k to theta_T": (start, end), "siblings": pair}
         for question, (a, b) in ends.items():
             yield Line(question, level.level, level.density, k, seeds, a, b, masks)
+
+
+def _independent(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task) -> Iterator[Line]:
+    """Each init seed with the next one, at the end of training, as trained and with b's hidden units matched to a's."""
+    seeds = study.init_seeds
+    if len(seeds) < 2:
+        raise ValueError(f"--align needs at least two init seeds to match: the run has {seeds}.")
+    n = len(seeds) if len(seeds) > 2 else 1  # of two seeds there is one pair
+    partners = tuple(seeds[(r + 1) % len(seeds)] for r in range(n))
+    networks = {seed: level.select(treatment="ticket", init_seed=seed).end for seed in seeds}
+    matched = []
+    for seed, partner in tqdm(zip(seeds, partners, strict=False), desc="matching", unit="pair", total=n, disable=None):
+        a, b = networks[seed], networks[partner]
+        found = permutation.align(model, task.train.x[:100], a.params, b.params, buffers_b=b.buffers)
+        matched.append(State(found.params, found.buffers))
+    first = stack_states([networks[seed] for seed in seeds[:n]])
+    ends = {INDEPENDENT: stack_states([networks[p] for p in partners]), MATCHED: stack_states(matched)}
+    for question, second in ends.items():
+        yield Line(question, level.level, level.density, study.rewind_step, seeds[:n], first, second, None, partners)
 
 
 def _children(
@@ -151,6 +183,8 @@ def _labelled(line: Line, table: pd.DataFrame) -> pd.DataFrame:
     labels = {"question": line.question, "level": line.level, "density": line.density, "rewind_step": line.rewind_step}
     seeds = table["replica"].map(dict(enumerate(line.init_seeds)))
     front = pd.DataFrame(labels, index=table.index).assign(init_seed=seeds)
+    if line.partners is not None:
+        front["pairing"] = [f"{line.init_seeds[r]}-{line.partners[r]}" for r in table["replica"]]
     return pd.concat([front, table.drop(columns="replica")], axis=1)
 
 
@@ -168,6 +202,11 @@ def summary(tables: Tables) -> pd.DataFrame:
         "start_end_rise_nats": start_end.groupby(keys)["rise"].mean(),
         "n": siblings.groupby(keys).size(),
     }
+    for name, question in (("independent_%", INDEPENDENT), ("matched_%", MATCHED)):
+        rows = table[table["question"] == question]
+        if len(rows):
+            rows = rows.query("split == 'test' and metric == 'error' and baseline == 'mean'")
+            columns[name] = 100 * rows.groupby(keys)["barrier"].mean()
     return pd.DataFrame(columns).reset_index()
 
 

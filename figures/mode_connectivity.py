@@ -13,14 +13,21 @@ from matplotlib.figure import Figure
 from figures.style import LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
 
 START_END, SIBLINGS = "theta_k to theta_T", "siblings"
+INDEPENDENT, MATCHED = "independent", "independent, matched"
 SHADES = 5  # densities shown as curves; more cannot be told apart
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Six panels from ``paths`` and ``barriers``: one row a question, curves, then height against density and k."""
+    """Six panels from ``paths`` and ``barriers``: one row a question, curves, then height against density and k.
+
+    A third row where lines between init seeds were measured: before and after matching, then both barriers.
+    """
     paths, barriers = tables["paths"], tables["barriers"]
+    with_pairs = bool((barriers["question"] == MATCHED).any())
     with paper():
-        figure, axes = plt.subplots(2, 3, figsize=(TWO_COLUMNS, 4.3))
+        figure, axes = plt.subplots(2 + with_pairs, 3, figsize=(TWO_COLUMNS, 4.3 + 2.1 * with_pairs))
+        if with_pairs:
+            _matching(axes[2], paths, barriers)
         _curves(axes[0, 0], paths, START_END, "train", "loss_nats", "training loss (nats)")
         _curves(axes[1, 0], paths, SIBLINGS, "test", "error", "test error (%)")
         _heights(axes[0, 1], _at_levels(barriers), START_END, "loss_nats", "barrier, loss (nats)")
@@ -36,6 +43,25 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         counts = f"{paths['n_train'].iloc[0]} train, {paths['n_test'].iloc[0]} test examples"
         figure.suptitle(f"{name_task(paths)}: n = {n} replicas, {alphas} alphas, {counts}", fontsize=8)
     return figure
+
+
+def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> None:
+    """Networks of two init seeds: the line between them, before and after hidden units are matched."""
+    _curves(row[0], paths, INDEPENDENT, "test", "error", "test error (%)")
+    _curves(row[1], paths, MATCHED, "test", "error", "test error (%)")
+    row[1].sharey(row[0])
+    row[0].set_title("two init seeds, as trained")
+    row[1].set_title("two init seeds, hidden units matched")
+    for question, look in ((INDEPENDENT, LOOKS["reinit"]), (MATCHED, LOOKS["ticket"])):
+        rows = barriers[(barriers["question"] == question) & (barriers["split"] == "test")]
+        rows = rows[(rows["metric"] == "error") & (rows["baseline"] == "mean")]
+        label = "as trained" if question == INDEPENDENT else "matched"
+        mean_and_replicas(row[2], rows["density"], 100 * rows["barrier"], label=label, **look)
+    density_axis(row[2], rows["density"].to_numpy())
+    row[2].set_ylabel("barrier, error (points)")
+    row[2].set_ylim(min(0, row[2].get_ylim()[0]), 1.35 * row[2].get_ylim()[1])  # room for the legend
+    row[2].set_title(f"test error, {rows['pairing'].nunique()} pairs of seeds")
+    row[2].legend(title="baseline: mean", title_fontsize=7)
 
 
 def _rewind_step(table: pd.DataFrame) -> int:

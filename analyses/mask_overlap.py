@@ -1,0 +1,181 @@
+"""What the tickets of different initialisations share: their masks, held against chance.
+
+For every two tickets of chosen levels: Jaccard and intersection per layer, against random masks of the same layer
+densities, and against random masks that also keep how many live weights each input (pixel) has. For tickets of one
+level and two init seeds also the overlap after the permutation of hidden units that maximises it, against random
+masks aligned in the same way. Beside them: where the live weights of the first layer are, fan-in, fan-out and dead
+units, and how long the weights of a level live.
+
+With no arguments it makes a run on the bundled digits and measures it in about a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from tqdm import tqdm
+
+import ticketlab as tl
+from analyses.command import DIGITS, Tables, main, open_run
+from figures.mask_overlap import draw
+from ticketlab import overlap, permutation
+from ticketlab.functional import Masks, stack
+
+STUDY = replace(DIGITS, treatments=("ticket",))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Overlap of tickets across init seeds and levels, with and without alignment of their hidden units."""
+
+    run: Path | None = None
+    """Measure this run directory; None: make or resume the run that the flags below describe."""
+    at_levels: tuple[int, ...] | None = None
+    """Levels to measure, from 1; None: every second one and the last."""
+    draws: int = 19
+    """Random masks that every aligned overlap is held against."""
+    restarts: int = 2
+    """Starts of every matching of hidden units."""
+    store: Path = Path("runs")
+    """Folder of run directories."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+    device: str | None = None
+    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
+    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+
+
+@dataclass(frozen=True)
+class Tickets:
+    """The masks of the measured levels, one stack of seeds each."""
+
+    seeds: tuple[int, ...]
+    densities: dict[int, float]
+    masks: dict[int, Masks]
+
+
+def run(config: Config) -> Tables:
+    """``overlap``, ``aligned``: one row a pair and layer. ``pixels``, ``units``, ``survival``: one row a thing."""
+    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    if len(study.init_seeds) < 2:
+        raise ValueError(f"an overlap needs at least two init seeds: the run has {study.init_seeds}.")
+    wanted = set(config.at_levels or {*range(2, study.levels + 1, 2), study.levels})
+    if not wanted <= {*range(1, study.levels + 1)}:
+        raise ValueError(f"at_levels must lie in 1 to {study.levels}, the pruned levels: got {sorted(wanted)}.")
+    tickets = Tickets(study.init_seeds, {}, {})
+    for level in levels:
+        if level.level in wanted:
+            tickets.densities[level.level] = level.density
+            parts = [level.select(treatment="ticket", init_seed=seed).masks for seed in study.init_seeds]
+            stacked = stack(parts)
+            tickets.masks[level.level] = {name: stacked[name] for name in tl.masks.prunable(model)}  # from the input on
+    groups = permutation.groups(model, task.train.x[:2])
+    about = {"task": study.task, "model": study.model}
+    tables = {
+        "overlap": _overlap(tickets),
+        "aligned": _aligned(tickets, groups, config),
+        "units": _units(tickets, groups),
+        "survival": _survival(tickets),
+        "pixels": _pixels(tickets, task.input_shape),
+    }
+    long = ("units", "pixels")  # thousands of rows, without the names that all tables would repeat
+    return {n: table if n in long else table.assign(**about) for n, table in tables.items() if len(table)}
+
+
+def _overlap(tickets: Tickets) -> pd.DataFrame:
+    """Every two tickets of the measured levels and seeds; ``given_input`` keeps the live weights of each input."""
+    names = pd.MultiIndex.from_product([list(tickets.masks), tickets.seeds], names=["level", "init_seed"]).to_frame()
+    every: Masks = {n: torch.cat([m[n] for m in tickets.masks.values()]) for n in next(iter(tickets.masks.values()))}
+    table, given = overlap.pairs(every), overlap.pairs(every, given="input")
+    front = {f"{c}_{side}": names[c].to_numpy()[table[side]] for side in "ab" for c in ("level", "init_seed")}
+    behind = {f"{c}_given_input": given[c] for c in ("expected", "variance", "z", "p_value")}
+    return pd.concat([pd.DataFrame(front), table.drop(columns=["a", "b"]).assign(**behind)], axis=1)
+
+
+def _aligned(tickets: Tickets, groups: permutation.Groups, config: Config) -> pd.DataFrame:
+    """Two seeds at one level, hidden units reordered to overlap the most."""
+    rows = []
+    places = [(level, pair) for level in tickets.masks for pair in combinations(range(len(tickets.seeds)), 2)]
+    for level, (a, b) in tqdm(places, desc="aligned overlaps", unit="pair", disable=None):
+        one, other = ({n: m[r] for n, m in tickets.masks[level].items()} for r in (a, b))
+        found = overlap.aligned(groups, one, other, draws=config.draws, restarts=config.restarts)
+        names = {"level": level, "density": tickets.densities[level]}
+        names |= {"init_seed_a": tickets.seeds[a], "init_seed_b": tickets.seeds[b]}
+        rows.append(pd.concat([pd.DataFrame(names, index=found.index), found.assign(draws=config.draws)], axis=1))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _units(tickets: Tickets, groups: permutation.Groups) -> pd.DataFrame:
+    return _named(tickets, {level: overlap.units(groups, masks) for level, masks in tickets.masks.items()})
+
+
+def _survival(tickets: Tickets) -> pd.DataFrame:
+    levels = list(tickets.masks)
+    table = overlap.survival(list(tickets.masks.values()), stacked=True)
+    seeds = np.array(tickets.seeds)[table["replica"]]
+    places = {f"level_{side}": np.array(levels)[table[side]] for side in "ab"}
+    densities = {f"density_{side}": [tickets.densities[level] for level in places[f"level_{side}"]] for side in "ab"}
+    return pd.DataFrame(
+        {**places, **densities, "init_seed": seeds, "layer": table["layer"], "survival": table["survival"]}
+    )
+
+
+def _pixels(tickets: Tickets, shape: tuple[int, ...]) -> pd.DataFrame:
+    """Live weights of each input, channels summed; nothing where the first layer is a convolution or x no image."""
+    first = next(iter(next(iter(tickets.masks.values())).values()))
+    if first.ndim != 3 or len(shape) != 3:
+        return pd.DataFrame()
+    tables = {}
+    for level, masks in tickets.masks.items():
+        live = overlap.input_map(next(iter(masks.values())), shape).sum(1).cpu().numpy()  # [replica, row, column]
+        places = np.indices(live.shape).reshape(3, -1)
+        tables[level] = pd.DataFrame(dict(zip(("replica", "row", "column"), places, strict=True))).assign(
+            live=live.ravel(), units=first.shape[1] * shape[0]
+        )
+    return _named(tickets, tables)
+
+
+def _named(tickets: Tickets, tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
+    """One table behind level, density and init seed."""
+    parts = []
+    for level, table in tables.items():
+        seeds = np.array(tickets.seeds)[table["replica"]]
+        front = pd.DataFrame({"level": level, "density": tickets.densities[level], "init_seed": seeds})
+        parts.append(pd.concat([front, table.drop(columns="replica")], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    """Tickets of two init seeds, means over pairs: overlap over its expectation, before and after alignment."""
+    pairs, aligned = tables["overlap"], tables["aligned"]
+    pairs = pairs[pairs["level_a"] == pairs["level_b"]].rename(columns={"level_a": "level"})
+    aligned = aligned.assign(ratio=aligned["intersection"] / aligned["null_mean"])
+    pairs = pairs.assign(
+        ratio=pairs["intersection"] / pairs["expected"],
+        ratio_input=pairs["intersection"] / pairs["expected_given_input"],
+    )
+    keys = ["level", "layer"]
+    columns = {
+        "density": aligned.groupby(keys)["density"].first(),
+        "jaccard": pairs.groupby(keys)["jaccard"].mean(),
+        "over_chance": pairs.groupby(keys)["ratio"].mean(),
+        "z": pairs.groupby(keys)["z"].mean(),
+        "over_chance_given_input": pairs.groupby(keys)["ratio_input"].mean(),
+        "z_given_input": pairs.groupby(keys)["z_given_input"].mean(),
+        "aligned_over_aligned_chance": aligned.groupby(keys)["ratio"].mean(),
+        "aligned_z": aligned.groupby(keys)["z"].mean(),
+        "pairs": aligned.groupby(keys).size(),
+    }
+    return pd.DataFrame(columns).reset_index()
+
+
+if __name__ == "__main__":
+    sys.exit(main("mask_overlap", Config, run, draw, summary))

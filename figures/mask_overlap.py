@@ -1,0 +1,150 @@
+"""What tickets share beyond chance, where their live weights are, and how long they live."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from figures.style import LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+
+SHADES = list(LOOKS.values())  # one look a layer; the sixth repeats the first
+WHOLE = "all"
+PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
+
+
+def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Six panels: Jaccard of every two tickets, overlap over chance (free and aligned), pixels, survival, units."""
+    pairs, aligned = tables["overlap"], tables["aligned"]
+    with paper():
+        figure, axes = plt.subplots(2, 3, figsize=(TWO_COLUMNS, 4.5))
+        _matrix(figure, axes[0, 0], pairs)
+        _over_chance(axes[0, 1], aligned, pairs)
+        _over_aligned_chance(axes[0, 2], aligned)
+        _pixels(figure, axes[1, 0], tables.get("pixels"))
+        _survival(axes[1, 1], tables["survival"])
+        _units(axes[1, 2], tables["units"])
+        seeds = pd.unique(pairs[["init_seed_a", "init_seed_b"]].to_numpy().ravel())
+        n = len(seeds) * (len(seeds) - 1) // 2
+        about = f"{len(seeds)} init seeds, {n} pairs a level; dots are pairs or tickets, lines their means"
+        figure.suptitle(f"Overlap of tickets, {name_task(pairs)}: {about}", fontsize=8)
+    return figure
+
+
+def _layers(table: pd.DataFrame) -> list[str]:
+    return [name for name in table["layer"].unique() if name != WHOLE]
+
+
+def _label(layer: str) -> str:
+    return layer.removesuffix(".weight")
+
+
+def _matrix(figure: Figure, axes: Axes, pairs: pd.DataFrame) -> None:
+    """Jaccard of every two tickets, levels in blocks and seeds within; the diagonal is left white."""
+    whole = pairs[pairs["layer"] == WHOLE]
+    sides = [list(zip(whole[f"level_{s}"], whole[f"init_seed_{s}"], strict=True)) for s in "ab"]
+    names = sorted({*sides[0], *sides[1]})
+    place = {name: i for i, name in enumerate(names)}
+    image = np.full((len(names), len(names)), np.nan)
+    for a, b, value in zip(*sides, whole["jaccard"], strict=True):
+        image[place[a], place[b]] = image[place[b], place[a]] = value
+    shown = axes.imshow(image, cmap="viridis", vmin=0)
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+    levels = sorted({level for level, _ in names})
+    block = len(names) / len(levels)
+    axes.set_xticks((np.arange(len(levels)) + 0.5) * block - 0.5, [str(level) for level in levels])
+    axes.set_yticks((np.arange(len(levels)) + 0.5) * block - 0.5, [str(level) for level in levels])
+    axes.grid(False)
+    axes.set_xlabel("level (seeds within)")
+    axes.set_ylabel("level (seeds within)")
+    axes.set_title("Jaccard of the whole masks")
+
+
+def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None:
+    """Intersection over its mean under the null, two seeds at one level, with the band of the smallest layer."""
+    rows = pairs[pairs["level_a"] == pairs["level_b"]]
+    density = rows["level_a"].map(aligned.groupby("level")["density"].first())
+    for layer, look in zip(_layers(rows), SHADES, strict=False):
+        own = rows["layer"] == layer
+        mean_and_replicas(
+            axes, density[own], (rows["intersection"] / rows["expected"])[own], label=_label(layer), **look
+        )
+        given = (rows["intersection"] / rows["expected_given_input"])[own].groupby(density[own]).mean()
+        axes.plot(given.index, given, **{**look, "markerfacecolor": "white"})  # type: ignore[arg-type]
+        spread = (1.96 * rows["variance"] ** 0.5 / rows["expected"])[own].groupby(density[own]).mean()
+        axes.fill_between(spread.index, 1 - spread, 1 + spread, color=look["color"], alpha=0.12, lw=0)
+    _finish(axes, density, "shared / expected", "bands: 95 % of random masks\nopen: live weights of inputs given")
+
+
+def _over_aligned_chance(axes: Axes, aligned: pd.DataFrame) -> None:
+    for layer, look in zip(_layers(aligned), SHADES, strict=False):
+        rows = aligned[aligned["layer"] == layer]
+        ratio = rows["intersection"] / rows["null_mean"]
+        mean_and_replicas(axes, rows["density"], ratio, label=_label(layer), **look)
+        spread = (1.96 * rows["null_sd"] / rows["null_mean"]).groupby(rows["density"]).mean()
+        axes.fill_between(spread.index, 1 - spread, 1 + spread, color=look["color"], alpha=0.12, lw=0)
+    draws = aligned["draws"].iloc[0]
+    _finish(
+        axes,
+        aligned["density"],
+        "shared / expected, aligned",
+        f"after alignment, over random\nmasks aligned alike ({draws} draws)",
+    )
+
+
+def _finish(axes: Axes, density: pd.Series, label: str, title: str) -> None:
+    axes.axhline(1, color="0.4", lw=0.8, ls=":")
+    density_axis(axes, density.to_numpy())
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=7)
+    axes.legend()
+
+
+def _pixels(figure: Figure, axes: Axes, pixels: pd.DataFrame | None) -> None:
+    """Share of the first layer's weights alive at each pixel, mean over seeds, at the sparsest level."""
+    if pixels is None:
+        axes.set_axis_off()
+        axes.set_title("first layer: no pixel map")
+        return
+    last = pixels[pixels["level"] == pixels["level"].max()]
+    share = 100 * last["live"] / last["units"]
+    image = share.groupby([last["row"], last["column"]]).mean().unstack()
+    shown = axes.imshow(image.to_numpy(), cmap="viridis", vmin=0)
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+    axes.grid(False)
+    axes.set_xlabel("pixel column")
+    axes.set_ylabel("pixel row")
+    density, n = 100 * last["density"].iloc[0], last["init_seed"].nunique()
+    axes.set_title(f"live weights of a pixel (%)\nat {density:.2g} % of the weights, mean of n = {n}", fontsize=7)
+
+
+def _survival(axes: Axes, survival: pd.DataFrame) -> None:
+    """Share of the first measured level's weights that live on."""
+    rows = survival[survival["level_a"] == survival["level_a"].min()]
+    for layer, look in zip(_layers(rows), SHADES, strict=False):
+        own = rows[rows["layer"] == layer]
+        mean_and_replicas(axes, own["density_b"], 100 * own["survival"], label=_label(layer), **look)
+    density_axis(axes, rows["density_b"].to_numpy())
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("still alive (%)")
+    axes.set_title(f"survivors of level {rows['level_a'].iloc[0]}")
+    axes.legend()
+
+
+def _units(axes: Axes, units: pd.DataFrame) -> None:
+    """Dead hidden units of each group, in percent of its units."""
+    for group, look in zip(units["group"].unique(), SHADES, strict=False):
+        own = units[units["group"] == group]
+        share = 100 * own.groupby(["density", "init_seed"])["dead"].mean().reset_index()
+        mean_and_replicas(axes, share["density"] / 100, share["dead"], label=group, **look)
+    density_axis(axes, units["density"].to_numpy())
+    axes.set_ylim(-0.05, max(1.0, axes.get_ylim()[1]))  # none dead is drawn as none, not on a scale of noise
+    axes.set_ylabel("dead hidden units (%)")
+    axes.legend()
