@@ -1,0 +1,157 @@
+"""Signal propagation at the start of training: are a ticket's layers, and its Jacobian, special?
+
+For every network of a run, at the point where its training starts: the sigma_w^2 that each layer's live weights
+carry, beside the edge of chaos; the singular values of the input-output Jacobian, beside those of Gaussian weights
+of the same sigma_w^2; how activations and gradients change from layer to layer.
+
+With no arguments it makes a run on the bundled digits and measures it in about a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ticketlab as tl
+from analyses.command import DIGITS, Tables, main, open_run
+from figures.signal_propagation import draw
+from ticketlab import signal
+
+STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
+ACTIVATION = "relu"  # of every network that a run can hold
+_BINS = 40
+
+
+@dataclass(frozen=True)
+class Config:
+    """Layers in the phase diagram, Jacobians and layer statistics against density, for every treatment of a run."""
+
+    run: Path | None = None
+    """Measure this run directory; None: make or resume the run that the flags below describe."""
+    at_levels: tuple[int, ...] | None = None
+    """Levels to measure; None: all. Level 0 always is."""
+    n_inputs: int = 200
+    """Training examples at which signals are followed."""
+    store: Path = Path("runs")
+    """Folder of run directories."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+    device: str | None = None
+    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
+    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+
+
+def run(config: Config) -> Tables:
+    """``networks``: one row a network. ``layers``: one a network and layer. ``densities``: pooled singular values."""
+    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    model.eval()
+    data = task.limit(min(config.n_inputs, len(task.train))).train
+    data = tl.Split(data.x.double(), data.y)
+    critical = signal.critical_sigma_w2(ACTIVATION, 0.0)
+    wanted = sorted({0, *(config.at_levels or range(study.levels + 1))})
+    spectra_at = (0, wanted[len(wanted) // 2], wanted[-1])
+    networks, layers, densities = [], [], []
+    for level in levels:
+        if level.level not in wanted:
+            continue
+        level_values: dict[str, list[tuple[Tensor, dict[str, float]]]] = {}
+        pairs = [p for p in level.metrics[["treatment", "init_seed"]].itertuples(index=False) if p[0] != "sibling"]
+        for treatment, seed in tqdm(pairs, desc=f"signals of level {level.level}", unit="network", disable=None):
+            one = level.select(treatment=treatment, init_seed=seed)
+            about = one.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
+            about["level_density"] = level.density
+            start = one.start.to(data.x.device, torch.float64)
+            sigma_w2 = {n: float(v) for n, v in signal.effective_sigma_w2(model, start.params, one.masks).items()}
+            values = signal.jacobian_singular_values(model, start.params, data.x, one.masks, buffers=start.buffers)
+            level_values.setdefault(treatment, []).append((values, sigma_w2))
+            networks.append({**about, **_jacobian(values), "mean_squared_theory": _mean_squared(model, sigma_w2)})
+            layers.append(_layers(model, one, start, data, sigma_w2).assign(**about, critical_sigma_w2=critical))
+        if level.level in spectra_at:
+            densities += [
+                _density(model, found).assign(level=level.level, level_density=level.density, treatment=treatment)
+                for treatment, found in level_values.items()
+            ]
+    names = {"task": study.task, "model": study.model, "n_inputs": len(data), "rewind_step": study.rewind_step}
+    return {
+        "networks": pd.DataFrame(networks).assign(**names),
+        "layers": pd.concat(layers, ignore_index=True).assign(**names),
+        "densities": pd.concat(densities, ignore_index=True).assign(**names),
+    }
+
+
+def _jacobian(values: Tensor) -> dict[str, float]:
+    """Means over inputs; the median of the condition number, which may be infinite for a few."""
+    found = signal.isometry(values)
+    return {
+        "mean_squared": float(found.mean_squared.mean()),
+        "condition_number": float(found.condition_number.median()),
+        "distance": float(found.distance.mean()),
+        "scaled_distance": float(found.scaled_distance.nanmean()),
+    }
+
+
+def _mean_squared(model: nn.Module, sigma_w2: dict[str, float]) -> float:
+    """Product of chi_1 over the layers, the output layer without its activation; fully connected networks alone."""
+    if _widths(model) is None:
+        return float("nan")
+    *hidden, output = sigma_w2.values()
+    return float(np.prod([signal.chi(ACTIVATION, 1.0, w2) for w2 in hidden])) * output
+
+
+def _layers(
+    model: nn.Module, one: tl.Level, start: tl.State, data: tl.Split, sigma_w2: dict[str, float]
+) -> pd.DataFrame:
+    table = signal.layer_statistics(model, start.params, data.x, data.y, one.masks, buffers=start.buffers)
+    weights = [f"{layer}.weight" for layer in table["layer"]]
+    biases = [start.params.get(f"{layer}.bias", torch.zeros(1)) for layer in table["layer"]]
+    return table.assign(
+        sigma_w2=[sigma_w2[name] for name in weights],
+        sigma_b2=[float(bias.square().mean()) for bias in biases],
+        chi1=[signal.chi(ACTIVATION, 1.0, sigma_w2[name]) for name in weights],
+    )
+
+
+def _widths(model: nn.Module) -> list[int] | None:
+    """Units of each layer, inputs first, of a fully connected network; None for others."""
+    shapes = [tuple(model.get_parameter(name).shape) for name in tl.masks.prunable(model)]
+    chained = all(len(s) == 2 for s in shapes) and all(a[0] == b[1] for a, b in pairwise(shapes))
+    return [shapes[0][1], *(s[0] for s in shapes)] if chained else None
+
+
+def _density(model: nn.Module, found: list[tuple[Tensor, dict[str, float]]]) -> pd.DataFrame:
+    """Share of singular values per unit of ln s, the lowest (0.2 %, or below 1/1000 of the top) left out."""
+    values = torch.cat([v.flatten() for v, _ in found]).cpu().numpy()
+    positive = values[values > 0]
+    # A lost direction is zero up to rounding: bins down there would leave none for the spectrum itself.
+    low = max(np.quantile(positive, 0.002), positive.max() / 1000)
+    edges = np.geomspace(low, positive.max(), _BINS + 1)
+    counts, _ = np.histogram(values, edges)
+    middle = np.sqrt(edges[1:] * edges[:-1])
+    density = counts / len(values) / np.diff(np.log(edges))
+    widths, theory = _widths(model), np.full(len(middle), np.nan)
+    if widths is not None and min(widths) == widths[-1]:
+        sigma_w2 = np.mean([list(w2.values()) for _, w2 in found], 0)
+        theory = middle * signal.singular_value_density(middle, widths, sigma_w2.tolist())
+    return pd.DataFrame({"singular_value": middle, "density_per_log": density, "theory_per_log": theory})
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    """Means over replicas at the dense level and the sparsest one measured."""
+    table = tables["networks"]
+    last = table[table["level"].isin([0, table["level"].max()])]
+    columns = ["mean_squared", "mean_squared_theory", "condition_number", "scaled_distance", "test_error"]
+    return last.groupby(["level", "treatment"], sort=False)[["density", *columns]].mean().reset_index()
+
+
+if __name__ == "__main__":
+    sys.exit(main("signal_propagation", Config, run, draw, summary))

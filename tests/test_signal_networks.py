@@ -1,0 +1,304 @@
+"""Jacobians and layer statistics of real networks: closed forms, finite differences, random-matrix theory."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import build, half_masks, small_conv_bn, small_mlp
+from torch import Tensor, nn
+
+import ticketlab as tl
+from ticketlab import signal
+
+F64 = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def deep(width: int, depth: int) -> nn.Sequential:
+    """Square layers without biases."""
+    return build(lambda: nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))))
+
+
+def gaussian(model: nn.Module, replicas: int, sigma_w2: float, sigma_b2: float = 0.0) -> dict[str, Tensor]:
+    found = {}
+    for seed, (name, p) in enumerate(model.named_parameters()):
+        scale = sigma_w2 / p[0].numel() if p.ndim > 1 else sigma_b2
+        found[name] = math.sqrt(scale) * normal(replicas, *p.shape, seed=seed)
+    return found
+
+
+def differences(model: nn.Module, params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """J of one input, column by column, by central differences."""
+    columns = []
+    for i in range(x.numel()):
+        step = torch.zeros(x.numel(), dtype=F64)
+        step[i] = 1e-6
+        step = step.view_as(x)
+        up, down = (tl.apply(model, params, (x + sign * step)[None]).flatten() for sign in (1, -1))
+        columns.append((up - down) / 2e-6)
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("factory", [small_mlp, small_conv_bn])
+def test_singular_values_are_those_of_finite_differences(factory):
+    model = build(factory).eval()
+    x = normal(3, *((6,) if factory is small_mlp else (1, 8, 8)))
+    params, masks = tl.state(model).params, half_masks(model, 1)
+    found = signal.jacobian_singular_values(model, params, x, masks)
+    thin = {n: p * masks[n] if n in masks else p for n, p in params.items()}
+    expected = torch.stack([torch.linalg.svdvals(differences(model, thin, one)) for one in x])
+    assert found.shape == (3, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_stacked_replicas_are_the_separate_ones():
+    models = [build(small_conv_bn, seed).eval() for seed in (0, 1)]
+    states, masks = [tl.state(m) for m in models], [half_masks(models[0], s) for s in (0, 1)]
+    stacked, x = tl.functional.stack_states(states), normal(4, 1, 8, 8)
+    both = tl.functional.stack(masks)
+    y = torch.tensor([0, 1, 2, 0])
+    one = [signal.jacobian_singular_values(models[0], s.params, x, m) for s, m in zip(states, masks, strict=True)]
+    found = signal.jacobian_singular_values(models[0], stacked.params, x, both, buffers=stacked.buffers)
+    torch.testing.assert_close(found, torch.stack(one), rtol=1e-12, atol=0)
+    moments = signal.jacobian_moments(models[0], stacked.params, x, both, seed=3)
+    alone = signal.jacobian_moments(models[0], states[1].params, x, masks[1], seed=3)
+    torch.testing.assert_close(moments.values[1], alone.values, rtol=1e-12, atol=0)
+    table = signal.layer_statistics(models[0], stacked.params, x, y, both)
+    alone = signal.layer_statistics(models[0], states[1].params, x, y, masks[1])
+    rows = table[table["replica"] == 1].drop(columns="replica").reset_index(drop=True)
+    np.testing.assert_allclose(rows.iloc[:, 2:].to_numpy(), alone.iloc[:, 2:].to_numpy(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_products_of_gaussian_matrices_have_fuss_catalan_moments_and_their_edge(depth):
+    width, replicas = 100, 12
+    model = deep(width, depth)
+    s = signal.jacobian_singular_values(model, gaussian(model, replicas, 1.0), torch.zeros(1, width, dtype=F64))
+    for order in (1, 2, 3):
+        samples = (s ** (2 * order)).mean((1, 2))
+        error = float(samples.std()) / replicas**0.5
+        exact = signal.fuss_catalan(depth, order)
+        assert abs(float(samples.mean()) - exact) < 4 * error + 2 * order**2 / width * exact
+    edge = ((depth + 1) ** (depth + 1) / depth**depth) ** 0.5
+    assert s[..., 0].mean() == pytest.approx(edge, rel=0.05)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_density_of_the_theory_has_these_moments_and_ends_there(depth):
+    edge = ((depth + 1) ** (depth + 1) / depth**depth) ** 0.5
+    angle = (np.arange(200) + 0.5) / 200 * np.pi / 2
+    s, weights = edge * np.sin(angle) ** 2, edge * np.sin(2 * angle) * np.pi / 400
+    density = signal.singular_value_density(s, [9] * (depth + 1), [1.0] * depth, 1.0)
+    for order in (1, 2, 3):
+        assert weights @ (density * s ** (2 * order)) == pytest.approx(signal.fuss_catalan(depth, order), rel=1e-3)
+    assert signal.singular_value_density(np.array([1.01 * edge]), [9] * (depth + 1), [1.0] * depth, 1.0)[0] < 1e-6
+
+
+def test_the_density_of_unequal_layers_with_inactive_units_is_that_of_samples():
+    widths, sigma_w2, n = (160, 120, 110, 40), (1.4, 1.5, 1.8), 20
+    found = []
+    for seed in range(n):
+        product = torch.eye(widths[0], dtype=F64)
+        for layer, (a, b, w2) in enumerate(zip(widths, widths[1:], sigma_w2, strict=False)):
+            product = math.sqrt(w2 / a) * normal(b, a, seed=10 * seed + layer) @ product
+            if layer < 2:
+                product = (normal(b, 1, seed=1000 + 10 * seed + layer) > 0) * product
+        found.append(torch.linalg.svdvals(product))
+    s = torch.stack(found).numpy().ravel()
+    edges = np.linspace(0, 2.4, 9)
+    share = np.histogram(s, edges)[0] / len(s)
+    fine = (np.arange(480) + 0.5) * 2.4 / 480
+    theory = signal.singular_value_density(fine, widths, sigma_w2).reshape(8, 60).sum(1) * 2.4 / 480
+    assert theory.sum() == pytest.approx(1, abs=3e-3)
+    np.testing.assert_allclose(share, theory, atol=0.02)
+
+
+def test_orthogonal_linear_networks_are_isometries():
+    model = deep(20, 6)
+    params = {n: torch.linalg.qr(normal(20, 20, seed=i))[0] for i, n in enumerate(dict(model.named_parameters()))}
+    s = signal.jacobian_singular_values(model, params, normal(3, 20))
+    torch.testing.assert_close(s, torch.ones(3, 20, dtype=F64), rtol=1e-12, atol=0)
+    found = signal.isometry(3 * s)
+    torch.testing.assert_close(found.mean_squared, torch.full((3,), 9.0, dtype=F64))
+    torch.testing.assert_close(found.condition_number, torch.ones(3, dtype=F64))
+    torch.testing.assert_close(found.distance, torch.full((3,), 2.0, dtype=F64))
+    assert (found.scaled_distance < 1e-6).all()
+
+
+def test_a_bernoulli_mask_scales_the_mean_squared_singular_value_layer_by_layer():
+    width, depth, replicas, keep = 80, 3, 24, 0.4
+    model = deep(width, depth)
+    params = gaussian(model, replicas, 1.5)
+    generator = torch.Generator().manual_seed(1)
+    masks = {n: torch.rand(p.shape, generator=generator) < keep for n, p in params.items()}
+    s = signal.jacobian_singular_values(model, params, torch.zeros(1, width, dtype=F64), masks)
+    samples = signal.isometry(s).mean_squared.mean(1)
+    expected = signal.masked_sigma_w2(1.5, keep) ** depth
+    assert abs(float(samples.mean()) - expected) < 4 * float(samples.std()) / replicas**0.5
+
+
+def test_correlations_decay_at_the_predicted_rate_through_a_deep_tanh_network():
+    width, depth, replicas, sigma_w2, sigma_b2 = 300, 24, 8, 1.3**2, 0.3**2
+    model = build(lambda: nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh()))))
+    theory = signal.mean_field("tanh", sigma_w2, sigma_b2)
+    x = normal(1, width) + 0.3 * normal(2, width, seed=1)
+    table = signal.layer_statistics(model, gaussian(model, replicas, sigma_w2, sigma_b2), x)
+    table = table[table["depth"] > 5]
+    rates = np.array(
+        [np.polyfit(rows["depth"], np.log(1 - rows["correlation"]), 1)[0] for _, rows in table.groupby("replica")]
+    )
+    error = rates.std(ddof=1) / replicas**0.5
+    assert error < 0.02
+    assert abs(rates.mean() + 1 / theory.xi_c) < 3 * error
+    lengths = table.groupby("replica")["second_moment"].mean()
+    assert abs(lengths.mean() - theory.q_star) < 4 * lengths.std() / replicas**0.5 + 0.01
+
+
+@pytest.mark.parametrize(("source", "target"), [(None, None), ("0", "4"), (None, "3")])
+def test_stochastic_moments_cover_the_exact_ones(source, target):
+    model = build(small_conv_bn).eval()
+    params, x = tl.state(model).params, normal(6, 1, 8, 8)
+    s = signal.jacobian_singular_values(model, params, x, source=source, target=target)
+    n_out = {None: 3, "4": 4, "3": 64}[target]
+    exact = torch.stack([(s ** (2 * k)).sum(-1) / n_out for k in (1, 2, 3)], -1)
+    z = []
+    for seed in range(8):
+        found = signal.jacobian_moments(
+            model, params, x, n_moments=3, n_probes=40, seed=seed, source=source, target=target
+        )
+        z.append((found.mean - exact.mean(0)) / found.mean_standard_error)
+        assert found.values.shape == found.standard_errors.shape == (6, 3)
+    z = torch.stack(z)
+    assert z.abs().max() < 4 and 0.3 < float(z.square().mean()) < 2.5
+
+
+def test_lanczos_finds_the_top_of_the_spectrum():
+    model = build(small_conv_bn).eval()
+    params, x = tl.state(model).params, normal(3, 1, 8, 8)
+    for source, target in (("0", "3"), (None, "0"), (None, None)):
+        s = signal.jacobian_singular_values(model, params, x, source=source, target=target)
+        top = signal.largest_singular_values(model, params, x, n_values=2, source=source, target=target)
+        torch.testing.assert_close(top, s[:, :2], rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=r"n_values must lie in 1\.\.2"):
+        signal.largest_singular_values(model, params, x, n_values=3)
+
+
+def test_sections_multiply_to_the_whole():
+    model = build(lambda: nn.Sequential(nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5)))
+    params = gaussian(model, 1, 2.0, 0.1)
+    params = {n: p[0] for n, p in params.items()}
+    x = normal(4, 5)
+    first = signal.jacobian_singular_values(model, params, x, target="0")
+    torch.testing.assert_close(first, torch.linalg.svdvals(params["0.weight"]).expand(4, 5), rtol=1e-10, atol=1e-12)
+    relu = signal.jacobian_singular_values(model, params, x, source="0", target="1")
+    active = (x @ params["0.weight"].T + params["0.bias"] > 0).sum(1)
+    torch.testing.assert_close(relu.sum(1), active.to(F64))
+    both = signal.jacobian_singular_values(model, params, x, source="1")
+    torch.testing.assert_close(both, torch.linalg.svdvals(params["2.weight"]).expand(4, 5), rtol=1e-10, atol=1e-12)
+
+
+def test_wide_outputs_are_differentiated_forward():
+    model = build(lambda: nn.Sequential(nn.Linear(3, 70), nn.Tanh(), nn.Linear(70, 80)))
+    params = {n: p[0] for n, p in gaussian(model, 1, 1.0).items()}
+    x = normal(4, 3)
+    s = signal.jacobian_singular_values(model, params, x)
+    expected = torch.stack([torch.linalg.svdvals(differences(model, params, one)) for one in x])
+    torch.testing.assert_close(s, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_layer_statistics_by_hand():
+    model = build(lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)))
+    params = {n: p[0] for n, p in gaussian(model, 1, 2.0, 0.1).items()}
+    x, y = normal(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    h1 = (x @ params["0.weight"].T + params["0.bias"]).requires_grad_()
+    h2 = h1.relu() @ params["2.weight"].T + params["2.bias"]
+    table = signal.layer_statistics(model, params, x, y).set_index("layer")
+    per_input = torch.stack([F.cross_entropy(h2[i : i + 1], y[i : i + 1]) for i in range(5)])
+    grads = torch.autograd.grad(per_input.sum(), [h1, h2])
+    for name, h, grad in (("0", h1.detach(), grads[0]), ("2", h2.detach(), grads[1])):
+        row = table.loc[name]
+        assert row["mean"] == pytest.approx(float(h.mean()))
+        assert row["variance"] == pytest.approx(float(h.var(correction=0)))
+        assert row["second_moment"] == pytest.approx(float((h**2).mean()))
+        pairs = [float(F.cosine_similarity(h[i], h[j], 0)) for i in range(5) for j in range(i)]
+        assert row["correlation"] == pytest.approx(np.mean(pairs))
+        assert row["gradient_norm"] == pytest.approx(float(grad.norm(dim=1).square().mean().sqrt()))
+    assert "gradient_norm" not in signal.layer_statistics(model, params, x)
+    assert table["depth"].tolist() == [1, 2]
+
+
+def test_the_users_model_is_left_alone():
+    model = build(small_mlp).train()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    x = normal(3, 6)
+    signal.jacobian_singular_values(model, tl.state(model).params, x, source="fc1", target="relu2")
+    signal.layer_statistics(model, tl.state(model).params, x, torch.tensor([0, 1, 2]))
+    assert model.training and all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules()) and all(p.grad is None for p in model.parameters())
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x))
+
+
+def test_refusals():
+    model = build(small_conv_bn)
+    params, x = tl.state(model).params, normal(3, 1, 8, 8)
+    for measure in (signal.jacobian_singular_values, signal.jacobian_moments, signal.layer_statistics):
+        with pytest.raises(ValueError, match="batch norm '1' is in training mode"):
+            measure(model.train(), params, x)
+    mlp = build(small_mlp)
+    params, x = tl.state(mlp).params, normal(3, 6)
+    with pytest.raises(ValueError, match="x must hold at least one input"):
+        signal.jacobian_singular_values(mlp, params, x.float())
+    with pytest.raises(ValueError, match="x must hold at least one input"):
+        signal.jacobian_singular_values(mlp, params, x[:0])
+    with pytest.raises(ValueError, match="unknown module 'fc3'"):
+        signal.jacobian_singular_values(mlp, params, x, source="fc3")
+    with pytest.raises(ValueError, match="must depend on relu2"):
+        signal.jacobian_singular_values(mlp, params, x, source="relu2", target="fc1")
+    with pytest.raises(ValueError, match="unknown layer 'fc3'"):
+        signal.layer_statistics(mlp, params, x, layers=["fc3"])
+    with pytest.raises(ValueError, match="y must hold a label for each of the 3"):
+        signal.layer_statistics(mlp, params, x, torch.tensor([1]))
+    with pytest.raises(ValueError, match="n_probes at least 2"):
+        signal.jacobian_moments(mlp, params, x, n_probes=1)
+    with pytest.raises(ValueError, match="each input must pass through the network by itself"):
+        centred = build(lambda: nn.Sequential(nn.Linear(6, 3), Centred()))
+        signal.jacobian_singular_values(centred, tl.state(centred).params, x)
+    twice = build(Twice)
+    with pytest.raises(ValueError, match="must run once in a forward pass: it runs 2 times"):
+        signal.layer_statistics(twice, tl.state(twice).params, x)
+    with pytest.raises(ValueError, match="must run once"):
+        signal.jacobian_singular_values(twice, tl.state(twice).params, x, target="layer")
+    with pytest.raises(ValueError, match="must be"):
+        signal.isometry(torch.tensor([-1.0]))
+    with pytest.raises(ValueError, match="widths need 2 sigma_w2"):
+        signal.singular_value_density(np.ones(1), [3, 2, 1], [1.0])
+    with pytest.raises(ValueError, match="narrowest"):
+        signal.singular_value_density(np.ones(1), [3, 2, 4], [1.0, 1.0])
+    with pytest.raises(ValueError, match="n_factors must be at least 1"):
+        signal.fuss_catalan(0, 1)
+
+
+def test_a_lost_direction_has_an_infinite_condition_number():
+    found = signal.isometry(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert found.condition_number.tolist() == [math.inf, math.inf]
+    assert found.scaled_distance[0] == pytest.approx(0.5**0.5) and math.isnan(found.scaled_distance[1])

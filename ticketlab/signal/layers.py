@@ -1,0 +1,105 @@
+"""How a signal travels through the layers of a real network: activations forward, gradients backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ticketlab.functional import State, evaluating, nearest
+from ticketlab.masks import prunable
+from ticketlab.signal.section import hooked, networks
+
+
+def layer_statistics(
+    model: nn.Module,
+    params: Mapping[str, Tensor],
+    x: Float[Tensor, "n *shape"],
+    y: Int[Tensor, " n"] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    *,
+    layers: Sequence[str] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> pd.DataFrame:
+    r"""Activation mean, variance and correlation, and gradient norm, at the output of every layer.
+
+    For the outputs h of a layer (pre-activations, if it is linear or a convolution), over units and inputs:
+
+    - ``mean`` and ``variance`` of h;
+    - ``second_moment``, the mean of h^2: what mean-field theory calls q;
+    - ``correlation``, the mean over pairs of inputs of h_a . h_b / (|h_a| |h_b|), uncentred: the theory's c. With
+      two inputs it is theirs; NaN with one, or where an input's h is all zero;
+    - ``gradient_norm``, with labels: the root mean square over inputs of |d loss_a / d h_a|, the loss of each
+      input its own cross-entropy in nats.
+
+    Args:
+        model: Lends its forward pass; not changed.
+        params: Its parameters, or a stack of them.
+        x: Inputs, shared by all replicas.
+        y: Labels, for ``gradient_norm``.
+        masks: True = kept; stacked or not.
+        layers: Names of modules; those that hold prunable weights when None.
+        buffers: The model's own when None; otherwise with the replica axis of ``params``.
+
+    Returns:
+        One row a replica (column ``replica``, for a stack alone) and layer, in order (``depth`` from 1).
+
+    Raises:
+        ValueError: Arguments that do not fit the model, an unknown layer, one that does not run exactly once, batch
+            norm in training mode, labels of another length.
+    """
+    states, stacked = networks(model, params, x, masks, buffers)
+    known = [name for name, _ in model.named_modules() if name]
+    names = [n.rpartition(".")[0] for n in prunable(model)] if layers is None else list(layers)
+    for name in names:
+        if name not in known:
+            raise ValueError(nearest("layer", name, known))
+    if y is not None and len(y) != len(x):
+        raise ValueError(f"y must hold a label for each of the {len(x)} inputs: got {len(y)}.")
+    rows = []
+    for replica, state in enumerate(states):
+        for depth, (name, row) in enumerate(_of_network(model, state, x, y, names).items(), start=1):
+            rows.append(({"replica": replica} if stacked else {}) | {"layer": name, "depth": depth} | row)
+    return pd.DataFrame(rows)
+
+
+def _of_network(
+    model: nn.Module, state: State, x: Tensor, y: Tensor | None, names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def note(name: str, output: Tensor) -> Tensor:
+        outputs[name].append(output)
+        return output.clone()  # an in-place activation that follows must not write into it
+
+    with torch.set_grad_enabled(y is not None), evaluating(model), hooked(model, outputs, note):
+        entering = x.detach().clone().requires_grad_(y is not None)
+        logits = functional_call(model, {**state.params, **state.buffers}, (entering,))
+    for name, found in outputs.items():
+        if len(found) != 1:
+            raise ValueError(f"layer {name!r} must run once in a forward pass: it runs {len(found)} times.")
+    rows = {name: _statistics(found[0].detach()) for name, found in outputs.items()}
+    if y is not None:
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        grads = torch.autograd.grad(loss, [outputs[name][0] for name in names])
+        for name, grad in zip(names, grads, strict=True):
+            rows[name]["gradient_norm"] = float(grad.flatten(1).double().square().sum(1).mean().sqrt())
+    return rows
+
+
+def _statistics(h: Tensor) -> dict[str, float]:
+    h = h.flatten(1).double()
+    n = len(h)
+    units = h / h.norm(dim=1, keepdim=True)
+    pairs = (units.sum(0).square().sum() - n) / (n * (n - 1)) if n > 1 else torch.tensor(float("nan"))
+    return {
+        "mean": float(h.mean()),
+        "variance": float(h.var(correction=0)),
+        "second_moment": float(h.square().mean()),
+        "correlation": float(pairs),
+    }

@@ -1,0 +1,115 @@
+"""The edge of chaos, the phase diagram, and where the layers of a real network lie in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ticketlab.functional import fitted
+from ticketlab.masks import prunable
+from ticketlab.signal.activations import Activation, elementwise
+from ticketlab.signal.mean_field import _check, chi, fixed_points, is_stable, mean_field
+from ticketlab.signal.quadrature import mean
+
+
+def critical_sigma_w2(activation: Activation, sigma_b2: float) -> float:
+    r"""The edge of chaos: the sigma_w^2 at which chi_1 = 1 at a stable fixed point (Schoenholz et al. 2017).
+
+    For each q, sigma_w^2 = 1 / E[phi'^2] makes chi_1 one; q is then a fixed point where
+
+    .. math:: q - E[\phi^2] / E[\phi'^2] - \sigma_b^2 = 0.
+
+    Args:
+        activation: A name, or an elementwise callable.
+        sigma_b2: Bias variance.
+
+    Raises:
+        ValueError: No such sigma_w^2 (relu has one for sigma_b2 = 0 alone) or several; an activation or a variance
+            that ``mean_field`` refuses.
+    """
+    phi = elementwise(activation)
+    _check(sigma_b2=sigma_b2)
+
+    def gap(q: float) -> float:
+        return 1 - (mean(phi, lambda u: phi(u) ** 2, q) / chi(phi, q, 1.0) + sigma_b2) / q
+
+    lengths, beyond = fixed_points(phi, gap)
+    if beyond == 0:  # positively homogeneous: any length does, chi_1 is the same at all
+        return 1 / chi(phi, 1.0, 1.0)
+    if sigma_b2 == 0 and mean(phi, lambda u: phi(u) ** 2, 0.0) == 0:
+        lengths.insert(0, 0.0)
+    slopes = {q: chi(phi, q, 1.0) for q in lengths}
+    found = [1 / s for q, s in slopes.items() if s > 0 and is_stable(phi, q, 1 / s, sigma_b2)]
+    if len(found) != 1:
+        raise ValueError(
+            f"one sigma_w2 must put {phi.name} at the edge of chaos for sigma_b2 = {sigma_b2:g}: "
+            f"{f'{len(found)} do, {found}' if found else 'none does, with a stable and finite length'}."
+        )
+    return found[0]
+
+
+def phase_diagram(activation: Activation, sigma_w2: Sequence[float], sigma_b2: Sequence[float]) -> pd.DataFrame:
+    """``mean_field`` over a grid: one row a pair, with the columns of ``MeanField`` and ``phase``.
+
+    ``phase`` is ordered, critical or chaotic by chi_1, or ``none`` where there is no single fixed point: then the
+    numbers are NaN and ``note`` says why.
+    """
+    phi = elementwise(activation)
+    rows = []
+    for w2 in sigma_w2:
+        for b2 in sigma_b2:
+            _check(sigma_w2=w2, sigma_b2=b2)
+            row: dict[str, object] = {"activation": phi.name, "sigma_w2": w2, "sigma_b2": b2}
+            try:
+                found = mean_field(phi, w2, b2)
+            except ValueError as error:
+                row |= dict.fromkeys(("q_star", "chi1", "c_star", "xi_q", "xi_c"), math.nan)
+                row |= {"note": str(error), "phase": "none"}
+            else:
+                side = 0 if abs(found.chi1 - 1) < 1e-9 else 1 if found.chi1 > 1 else -1
+                row |= vars(found) | {"phase": ("critical", "chaotic", "ordered")[side]}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def masked_sigma_w2(sigma_w2: float, density: float) -> float:
+    """What a Bernoulli(density) mask makes of sigma_w^2: density * sigma_w^2, in every formula of the theory.
+
+    Raises:
+        ValueError: A density outside [0, 1], or a negative variance.
+    """
+    _check(sigma_w2=sigma_w2)
+    if not 0 <= density <= 1:
+        raise ValueError(f"density must lie in [0, 1]: got {density}.")
+    return density * sigma_w2
+
+
+def effective_sigma_w2(
+    model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
+) -> dict[str, Float[Tensor, "*replica"]]:
+    r"""sigma_w^2 as each prunable layer has it: fan_in times the mean square over *all* positions, zeros included.
+
+    .. math:: \hat\sigma_w^2 = \frac{1}{n_{out}} \sum_{ij} (m_{ij} w_{ij})^2
+
+    with n_out the units (channels) of the layer. For an unpruned draw it estimates sigma_w^2, for one under a
+    Bernoulli(p) mask p sigma_w^2; for a mask that prefers large weights it is what those weights really carry.
+
+    Returns:
+        By the name of the weight, float64: a scalar, or one value a replica for stacked parameters.
+
+    Raises:
+        ValueError: Parameters or masks that do not fit the model.
+    """
+    _, state = fitted(model, params, masks)
+    modules = dict(model.named_modules())
+    found = {}
+    for name in prunable(model):
+        weight = state.params[name].detach().double()
+        shape = model.get_parameter(name).shape
+        units = getattr(modules[name.rpartition(".")[0]], "out_channels", shape[0])
+        found[name] = weight.square().flatten(weight.ndim - len(shape)).sum(-1) / units
+    return found
