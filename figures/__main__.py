@@ -16,14 +16,37 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 
-from figures import imp, mode_connectivity, ntk_spectrum, width_sweep
+from figures import (
+    dynamic_sparsity,
+    generalization_bounds,
+    gradient_alignment,
+    imp,
+    mask_overlap,
+    mode_connectivity,
+    ntk_spectrum,
+    pruning_criteria,
+    sign_and_value,
+    signal_propagation,
+    supermasks,
+    transfer,
+    width_sweep,
+)
 from figures.style import save
 
 HERE = Path(__file__).parent
 DRAW: dict[str, Callable[[Mapping[str, pd.DataFrame]], Figure]] = {
+    "dynamic_sparsity": dynamic_sparsity.draw,
+    "generalization_bounds": generalization_bounds.draw,
+    "gradient_alignment": gradient_alignment.draw,
     "imp": imp.draw,
+    "mask_overlap": mask_overlap.draw,
     "mode_connectivity": mode_connectivity.draw,
     "ntk_spectrum": ntk_spectrum.draw,
+    "pruning_criteria": pruning_criteria.draw,
+    "sign_and_value": sign_and_value.draw,
+    "signal_propagation": signal_propagation.draw,
+    "supermasks": supermasks.draw,
+    "transfer": transfer.draw,
     "width_sweep": width_sweep.draw,
 }
 

@@ -23,6 +23,16 @@ LOOKS: dict[str, dict[str, object]] = {
     "layerwise_shuffle": {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
     "dense_restart": {"color": "#000000", "marker": "D", "linestyle": (0, (5, 1, 1, 1))},
     "sibling": {"color": "#56B4E9", "marker": "x", "linestyle": (0, (1, 1))},
+    "lr_rewind": {"color": "#E69F00", "marker": "+", "linestyle": (0, (7, 1.5))},
+    "fine_tune": {"color": "#E69F00", "marker": "*", "linestyle": (0, (3, 1))},
+    "reinit_keep_sign": {"color": "#D55E00", "marker": "p", "linestyle": (0, (8, 1, 2, 1))},
+    "reshuffle": {"color": "#CC79A7", "marker": "h", "linestyle": (0, (4, 2))},
+    "reshuffle_keep_sign": {"color": "#CC79A7", "marker": "H", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
+    "random_sign": {"color": "#009E73", "marker": "1", "linestyle": (0, (2, 2))},
+    "signed_constant": {"color": "#0072B2", "marker": "P", "linestyle": (0, (8, 2, 1, 2))},
+    "random_constant": {"color": "#56B4E9", "marker": "X", "linestyle": (0, (2, 1, 1, 1))},
+    "frozen_init": {"color": "#000000", "marker": "<", "linestyle": (0, (4, 1, 4, 3))},
+    "frozen_unless_shrunk": {"color": "#999999", "marker": ">", "linestyle": (0, (10, 2))},
 }
 LABELS = {
     "ticket": "ticket",
@@ -31,6 +41,16 @@ LABELS = {
     "layerwise_shuffle": "shuffled in layers",
     "dense_restart": "dense, retrained",
     "sibling": "ticket, other batch order",
+    "lr_rewind": "learning rate rewound",
+    "fine_tune": "fine-tuned",
+    "reinit_keep_sign": "reinitialised, signs kept",
+    "reshuffle": "values reshuffled",
+    "reshuffle_keep_sign": "values reshuffled, signs kept",
+    "random_sign": "random signs",
+    "signed_constant": "constant, signs kept",
+    "random_constant": "constant, random signs",
+    "frozen_init": "pruned weights frozen",
+    "frozen_unless_shrunk": "frozen unless shrunk",
 }
 TASKS = {
     "digits": "digits",

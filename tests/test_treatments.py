@@ -1,23 +1,24 @@
-"""How a level starts: what each treatment takes from the ticket and what it draws anew; the scores that prune."""
+"""How a level starts: what each treatment takes from the ticket and what it draws anew."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import build, half_masks, small_conv_bn, small_mlp
-from scipy import stats
+from cases import build, half_masks, small_conv_bn
 from torch import nn
 
 from ticketlab import masks as mask_ops
-from ticketlab.engine.criteria import CRITERIA
-from ticketlab.engine.treatments import TREATMENTS, Origin, derived_seed
-from ticketlab.functional import State, state
+from ticketlab.engine.treatments import FROZEN, TREATMENTS, Origin, derived_seed
+from ticketlab.functional import State, masked, state
 
-SAME_WEIGHTS = ("ticket", "sibling", "random_mask", "layerwise_shuffle", "dense_restart")
-SAME_MASK = ("ticket", "sibling", "reinit")
-SAME_ORDER = ("ticket", "reinit", "random_mask", "layerwise_shuffle")
+VALUES = ("reinit_keep_sign", "reshuffle", "reshuffle_keep_sign", "random_sign", "signed_constant", "random_constant")
+TRAINED = ("lr_rewind", "fine_tune")
+SAME_WEIGHTS = ("ticket", "sibling", "random_mask", "layerwise_shuffle", "dense_restart", "frozen_init")
+SAME_MASK = ("ticket", "sibling", "reinit", *VALUES, *TRAINED, *FROZEN)
+SAME_ORDER = ("ticket", "reinit", "random_mask", "layerwise_shuffle", *VALUES, *TRAINED, *FROZEN)
 
 
 def sevens() -> nn.Module:
@@ -32,15 +33,18 @@ def sevens() -> nn.Module:
 def origin(factory=sevens, *, init_seed=0, order_seed=10, level=3, dtype=torch.float64):
     """A level's findings: weights and statistics moved off initialisation, a mask of uneven layers."""
     model = build(factory, init_seed, dtype)
-    taken = state(model)
-    rewound = State(
-        {n: 1.5 * p + 0.25 for n, p in taken.params.items()},
-        {n: b + 1 for n, b in taken.buffers.items()},
-    )
+    rewound, dense = moved(state(model), 1.5), moved(state(model), 0.5)
     found = {n: m for n, m in half_masks(model, init_seed).items() if n in mask_ops.prunable(model)}
     last = list(found)[-1]
     found[last] = found[last] | True  # the output layer is dense
-    return Origin(factory, rewound, found, init_seed, order_seed, level)
+    before = State(masked(moved(state(model), 2.0).params, found), dense.buffers)
+    return Origin(factory, rewound, found, init_seed, order_seed, level, before, dense, last_learning_rate=1e-5)
+
+
+def moved(taken, factor):
+    """Weights and statistics as training might leave them, with some weights across zero."""
+    params = {n: factor * p + 0.25 for n, p in taken.params.items()}
+    return State(params, {n: b + 1 for n, b in taken.buffers.items()})
 
 
 def equal(a, b):
@@ -118,17 +122,25 @@ def drawn(name, start):
     """What a treatment draws, as something that can be compared."""
     if name in ("dense_restart", "sibling"):
         return start.order_seed
-    tensors = start.state.params if name == "reinit" else start.masks
+    tensors = start.masks if name in ("random_mask", "layerwise_shuffle") else start.state.params
     return tuple(torch.cat([t.flatten() for t in tensors.values()]).tolist())
 
 
-@pytest.mark.parametrize("name", ["reinit", "random_mask", "layerwise_shuffle", "dense_restart", "sibling"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reinit",
+        "random_mask",
+        "layerwise_shuffle",
+        "dense_restart",
+        "sibling",
+        *(v for v in VALUES if v != "signed_constant"),
+    ],
+)
 def test_levels_and_seeds_draw_apart(name):
     base = origin()
     grid = [
-        Origin(base.factory, base.rewound, base.masks, seed, 10 + seed, level)
-        for seed in range(4)
-        for level in range(1, 5)
+        replace(base, init_seed=seed, order_seed=10 + seed, level=level) for seed in range(4) for level in range(1, 5)
     ]
     assert len({drawn(name, TREATMENTS[name](given)) for given in grid}) == len(grid)
 
@@ -144,42 +156,3 @@ def test_derived_seeds_are_seeds_of_their_own():
     assert len(seeds) == 8
     assert all(1000 < seed < 2**32 for seed in seeds)  # a seed can be derived from a derived one again
     assert derived_seed("a", 0) == derived_seed("a", 0)
-
-
-# Criteria
-
-
-def network(seed=0):
-    model = build(small_mlp, seed)
-    masks = half_masks(model, seed)
-    return masks, state(model).params, {n: p + 1 for n, p in state(model).params.items()}
-
-
-@pytest.mark.parametrize("name", CRITERIA)
-def test_scores_cover_the_masks_and_can_be_pruned_by(name):
-    masks, theta_start, theta_end = network()
-    scores = CRITERIA[name](masks, theta_start, theta_end, 3)
-    again = CRITERIA[name](masks, theta_start, theta_end, 3)
-    assert {n: s.shape for n, s in scores.items()} == {n: m.shape for n, m in masks.items()}
-    assert equal(scores, again)
-    finer = mask_ops.prune(masks, scores, 0.2)
-    kept = int(mask_ops.kept(masks))
-    assert int(mask_ops.kept(finer)) == kept - mask_ops.n_removed(kept, 0.2)
-
-
-def test_magnitude_is_of_the_trained_weights():
-    masks = {"w": torch.ones(4, dtype=torch.bool)}
-    start, end = {"w": torch.tensor([9.0, 9.0, 9.0, 9.0])}, {"w": torch.tensor([-3.0, 2.0, 0.0, -0.5])}
-    scores = CRITERIA["magnitude"](masks, start, end, 0)
-    assert scores["w"].tolist() == [3.0, 2.0, 0.0, 0.5]
-    assert mask_ops.prune(masks, scores, 0.5)["w"].tolist() == [True, True, False, False]
-
-
-def test_random_scores_are_noise_of_their_own_for_each_layer_and_seed():
-    masks = {name: torch.ones(5000, dtype=torch.bool) for name in ("a", "b")}
-    scores = [CRITERIA["random"](masks, {}, {}, seed) for seed in (0, 1)]
-    samples = [s[name].numpy() for s in scores for name in masks]
-    for index, sample in enumerate(samples):
-        assert stats.kstest(sample, "uniform").pvalue > 1e-3
-        for other in samples[:index]:
-            assert abs(stats.pearsonr(sample, other).statistic) < 5 / math.sqrt(5000)

@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
-from ticketlab import connectivity, functional, masks, models, ntk
+from ticketlab import bounds, connectivity, functional, gradients, masks, models, ntk, overlap, permutation, signal
 from ticketlab.data import Split, Task
 from ticketlab.data import load as load_task
+from ticketlab.engine import criteria, dynamic, supermask
 from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.imp import imp, model_and_task, run_folder
 from ticketlab.engine.recipe import Recipe
@@ -29,9 +30,13 @@ __all__ = [
     "State",
     "Task",
     "apply",
+    "bounds",
     "connectivity",
+    "criteria",
+    "dynamic",
     "evaluate",
     "functional",
+    "gradients",
     "imp",
     "initialise",
     "load_run",
@@ -40,7 +45,11 @@ __all__ = [
     "model_and_task",
     "models",
     "ntk",
+    "overlap",
+    "permutation",
     "run_folder",
+    "signal",
     "state",
+    "supermask",
     "train",
 ]

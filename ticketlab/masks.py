@@ -22,6 +22,10 @@ _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
+class EmptyLayerError(ValueError):
+    """A pruning that would leave a layer without a live weight."""
+
+
 def prunable(model: nn.Module) -> tuple[str, ...]:
     """Names of the weights that may be pruned, in the model's order.
 
@@ -137,7 +141,7 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], fractions: 
         new.update(_prune_group({n: masks[n] for n in names}, scores, fraction))
     empty = [name for name, mask in new.items() if not mask.any()]
     if empty:
-        raise ValueError(
+        raise EmptyLayerError(
             f"pruning must leave every layer a live weight: {empty} would be empty at "
             f"{int(kept(new))} of {total(new)} weights. Prune fewer levels, a smaller fraction, or by layer."
         )

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.treatments import TREATMENTS
+from ticketlab.engine.treatments import FROZEN, RETRAINING, TREATMENTS
 from ticketlab.functional import nearest
 
 Scope = Literal["global", "layer"]
@@ -34,15 +34,19 @@ class ImpConfig:
     output_fraction: float | None = None
     """Rate of the output layer under layer scope; None: half."""
     criterion: str = "magnitude"
-    """What a weight is kept for: magnitude or random."""
+    """What a weight is kept for: magnitude, random, obd_gauss_newton, snip, movement, ... (engine.criteria)."""
+    score_examples: int = 1000
+    """Training examples that a criterion of gradients sees; all where there are fewer."""
     treatments: tuple[str, ...] = ("ticket", "reinit")
-    """Trained side by side at every level: ticket, reinit, random_mask, layerwise_shuffle, dense_restart, sibling."""
+    """Trained side by side at every level: ticket, reinit, random_mask, sibling, ... (engine.treatments)."""
     init_seeds: tuple[int, ...] = (0, 1, 2)
     """One network for each, in every treatment."""
     order_seeds: tuple[int, ...] | None = None
     """Batch orders, one for each init seed; None: the same numbers (the streams are apart)."""
     rewind_step: int = 0
     """k: the tickets start from the weights of this step."""
+    retraining: str = "rewind"
+    """How a ticket goes on to the next level: rewind, lr_rewind or fine_tune."""
     snapshot_steps: tuple[int, ...] = ()
     """Further steps at which the dense networks are stored."""
     recipe: Recipe = field(default_factory=Recipe)
@@ -57,6 +61,7 @@ class ImpConfig:
     def __post_init__(self) -> None:
         recipe = self.recipe
         named = [("criterion", self.criterion, tuple(CRITERIA)), ("scope", self.scope, get_args(Scope))]
+        named += [("retraining", self.retraining, tuple(RETRAINING))]
         named += [
             ("dtype", self.dtype, get_args(Dtype)),
             *(("treatment", t, tuple(TREATMENTS)) for t in self.treatments),
@@ -66,6 +71,11 @@ class ImpConfig:
                 raise ValueError(nearest(kind, given, known))
         if "ticket" not in self.treatments or len(set(self.treatments)) < len(self.treatments):
             raise ValueError(f"treatments must contain 'ticket' and no name twice: got {self.treatments}.")
+        frozen = [t for t in self.treatments if t in FROZEN]
+        if frozen and recipe.weight_decay:
+            raise ValueError(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
+        if self.score_examples < 1:
+            raise ValueError(f"score_examples must be at least 1: got {self.score_examples}.")
         if self.levels < 0:
             raise ValueError(f"levels must be at least 0: got {self.levels}.")
         for name in ("prune_fraction", "conv_fraction", "output_fraction"):
@@ -86,6 +96,10 @@ class ImpConfig:
             )
         if any(not 0 <= s <= recipe.steps for s in self.snapshot_steps):
             raise ValueError(f"snapshot_steps must lie in [0, {recipe.steps}]: got {self.snapshot_steps}.")
+
+
+LATER_FIELDS = ("score_examples", "retraining")
+"""Fields that came after runs were stored: at their default they are not part of what names a run."""
 
 
 def from_json(stored: Mapping[str, Any]) -> ImpConfig:

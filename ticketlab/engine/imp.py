@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from ticketlab import masks as mask_ops
 from ticketlab.data import Task
 from ticketlab.engine import cost
 from ticketlab.engine import store as runs
-from ticketlab.engine.config import ImpConfig
-from ticketlab.engine.criteria import CRITERIA
+from ticketlab.engine.config import LATER_FIELDS, ImpConfig
+from ticketlab.engine.criteria import Evidence, draw_examples, refuse_too_large, score
 from ticketlab.engine.store import Level
 from ticketlab.engine.training import train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Start, derived_seed
-from ticketlab.functional import Execution, Masks, State, initialise, stack, stack_states, state
+from ticketlab.functional import Execution, Masks, State, initialise, masked, stack, stack_states, state
 
 Factory = Callable[[], nn.Module]
 
@@ -55,9 +55,11 @@ class _Study:
         shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
         first = state(initialise(self.factory, self.config.init_seeds[0])).params
         sums = {name: f"{float(p.double().abs().sum()):.5g}" for name, p in first.items()}  # rounding varies by machine
-        config = {k: v for k, v in asdict(self.config).items() if k != "levels"}
+        # A later field at its default is left out, so that runs stored before it keep their name.
+        later = {f.name: f.default for f in fields(self.config) if f.name in LATER_FIELDS}
+        told = {k: v for k, v in asdict(self.config).items() if k != "levels" and (k not in later or v != later[k])}
         fingerprint = {"task": self.task.fingerprint(), "model": runs.identity({"shapes": shapes, "sums": sums})}
-        return _plain({"config": config, "fingerprint": fingerprint})
+        return _plain({"config": told, "fingerprint": fingerprint})
 
 
 def imp(
@@ -145,6 +147,7 @@ def _prepare(
         raise ValueError(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
     net = initialise(factory, config.init_seeds[0]).to(loaded.device, loaded.dtype)
     _check_levels(config, net)
+    refuse_too_large(config.criterion, net)
     return _Study(config, factory, net, loaded, execution, progress)
 
 
@@ -234,9 +237,20 @@ def _pruned(study: _Study, number: int, dense: Level, previous: Level) -> Level:
     rows: list[dict[str, Any]] = []
     origins = []
     for init_seed, order_seed in zip(config.init_seeds, study.order_seeds, strict=True):
-        rewound = dense.select(init_seed=init_seed).start
-        masks = _next_masks(study, previous.select(treatment="ticket", init_seed=init_seed), init_seed, number)
-        origins.append(Origin(study.factory, rewound, masks, init_seed, order_seed, number))
+        first, before = dense.select(init_seed=init_seed), previous.select(treatment="ticket", init_seed=init_seed)
+        origin = Origin(
+            factory=study.factory,
+            rewound=first.start,
+            masks=_next_masks(study, before, init_seed, number),
+            init_seed=init_seed,
+            order_seed=order_seed,
+            level=number,
+            trained=before.end,
+            dense=first.end,
+            last_learning_rate=config.recipe.learning_rate_at(config.recipe.steps - 1),
+            retraining=config.retraining,
+        )
+        origins.append(origin)
     for treatment in config.treatments:
         for origin in origins:
             start = TREATMENTS[treatment](origin)
@@ -246,9 +260,10 @@ def _pruned(study: _Study, number: int, dense: Level, previous: Level) -> Level:
 
 
 def _next_masks(study: _Study, ticket: Level, init_seed: int, number: int) -> Masks:
-    seed = derived_seed("criterion", init_seed, number)
-    scores = CRITERIA[study.config.criterion](ticket.masks, ticket.theta_start, ticket.theta_end, seed)
-    return mask_ops.prune(ticket.masks, scores, _fractions(study.config, study.model))
+    config, seed = study.config, derived_seed("criterion", init_seed, number)
+    x, y = draw_examples(study.task, config.score_examples, init_seed)
+    evidence = Evidence(study.model, ticket.masks, ticket.start, ticket.end, x, y, seed, config.scope)
+    return mask_ops.prune(ticket.masks, score(config.criterion, evidence), _fractions(config, study.model))
 
 
 def _train(
@@ -262,8 +277,8 @@ def _train(
 ) -> Level:
     config = study.config
     masks = stack([s.masks for s in starts])
-    begun = stack_states([s.state for s in starts])
-    begun = State({n: p * masks[n] if n in masks else p for n, p in begun.params.items()}, begun.buffers)
+    begun = stack_states([_begun(s) for s in starts])
+    rates = [s.learning_rate for s in starts]
     density = float(mask_ops.density(starts[0].masks))
     outcome = train(
         study.model,
@@ -274,6 +289,8 @@ def _train(
         [s.order_seed for s in starts],
         first_step=first_step,
         snapshot_steps=sorted(snapshot_steps),
+        frozen=[s.frozen for s in starts],
+        learning_rates=None if set(rates) == {None} else rates,
         execution=study.execution,
         description=f"level {number}/{config.levels}, density {density:.3g}",
         progress=study.progress,
@@ -287,6 +304,11 @@ def _train(
     )
 
 
+def _begun(start: Start) -> State:
+    """What is trained from: pruned weights zero, unless they are frozen at their values."""
+    return start.state if start.frozen else State(masked(start.state.params, start.masks), start.state.buffers)
+
+
 def _costs(study: _Study, starts: list[Start], first_step: int) -> pd.DataFrame:
     """What each replica keeps and what its training costs."""
     recipe = study.config.recipe
@@ -295,7 +317,8 @@ def _costs(study: _Study, starts: list[Start], first_step: int) -> pd.DataFrame:
     dense = cost.forward_macs(uses, {n: m.numel() for n, m in starts[0].masks.items()})
     rows = []
     for start in starts:
-        live = cost.forward_macs(uses, {n: int(m.sum()) for n, m in start.masks.items()})
+        used = {n: m | (_begun(start).params[n] != 0) for n, m in start.masks.items()}
+        live = cost.forward_macs(uses, {n: int(m.sum()) for n, m in used.items()})
         rows.append(
             {
                 "density": float(mask_ops.density(start.masks)),

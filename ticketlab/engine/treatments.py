@@ -1,19 +1,22 @@
 """How the networks of a level start: the ticket and the controls that are trained beside it.
 
 A treatment takes what a level has found for one initialisation seed (``Origin``) and says what is trained
-from it (``Start``): weights at the rewind step, mask, batch order. ``TREATMENTS`` names them all.
+from it (``Start``): weights at the rewind step, mask, batch order, what becomes of pruned weights, and at which
+learning rate. ``TREATMENTS`` names them all; ``RETRAINING`` those by which the ticket itself may go on from level
+to level (Renda et al. 2020).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ticketlab import masks as mask_ops
-from ticketlab.functional import Masks, State, initialise, state, stream
+from ticketlab.engine import values
+from ticketlab.functional import Masks, Params, State, initialise, state, stream
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,18 @@ class Origin:
     init_seed: int
     order_seed: int
     level: int
+    trained: State
+    """The ticket of the level before at the end of its training, its pruned weights zero."""
+    dense: State
+    """The dense network at the end of its training."""
+    last_learning_rate: float
+    """Of the recipe's schedule."""
+    retraining: str = "rewind"
+    """How the ticket goes on from level to level, a name in ``RETRAINING``."""
+
+    def draw(self, purpose: str) -> int:
+        """A seed of its own for each purpose, init seed and level."""
+        return derived_seed(purpose, self.init_seed, self.level)
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,12 @@ class Start:
 
     state: State
     masks: Masks
+    """True = trained."""
     order_seed: int
+    frozen: bool = False
+    """Pruned weights keep the values in ``state`` and count in the forward pass; otherwise they are zero."""
+    learning_rate: float | None = None
+    """Constant, in place of the recipe's schedule."""
 
 
 def derived_seed(purpose: str, *seeds: int) -> int:
@@ -45,14 +65,38 @@ def derived_seed(purpose: str, *seeds: int) -> int:
     return stream(purpose, *seeds).initial_seed()
 
 
-def ticket(origin: Origin) -> Start:
-    """m * theta_k: the rewound weights under the mask that pruning found."""
+# How the ticket itself goes on.
+
+
+def rewind(origin: Origin) -> Start:
+    """m * theta_k: the rewound weights under the mask that pruning found (Frankle & Carbin 2019)."""
     return Start(origin.rewound, origin.masks, origin.order_seed)
+
+
+def lr_rewind(origin: Origin) -> Start:
+    """The trained weights of the level before; the schedule is replayed from step k (Renda et al. 2020)."""
+    return Start(origin.trained, origin.masks, origin.order_seed)
+
+
+def fine_tune(origin: Origin) -> Start:
+    """The trained weights of the level before, trained on at the schedule's last learning rate (Han et al. 2015)."""
+    return replace(lr_rewind(origin), learning_rate=origin.last_learning_rate)
+
+
+RETRAINING: dict[str, Callable[[Origin], Start]] = {"rewind": rewind, "lr_rewind": lr_rewind, "fine_tune": fine_tune}
+
+
+def ticket(origin: Origin) -> Start:
+    """What the study prunes next: the ticket's mask on the weights that its retraining starts from."""
+    return RETRAINING[origin.retraining](origin)
+
+
+# The same weights, something else drawn anew.
 
 
 def sibling(origin: Origin) -> Start:
     """The ticket in another batch order: with it, a pair of children of theta_k for instability analysis."""
-    return Start(origin.rewound, origin.masks, sibling_order(origin.order_seed, origin.level))
+    return replace(ticket(origin), order_seed=sibling_order(origin.order_seed, origin.level))
 
 
 def sibling_order(order_seed: int, level: int) -> int:
@@ -60,24 +104,15 @@ def sibling_order(order_seed: int, level: int) -> int:
     return derived_seed("sibling order", order_seed, level)
 
 
-def reinit(origin: Origin) -> Start:
-    """The ticket's mask on a fresh draw from the model's own initialiser; same steps and batches."""
-    seed = derived_seed("reinit", origin.init_seed, origin.level)
-    fresh = state(initialise(origin.factory, seed))
-    some = next(iter(origin.rewound.params.values()))
-    return Start(fresh.to(some.device, some.dtype), origin.masks, origin.order_seed)
-
-
 def random_mask(origin: Origin) -> Start:
     """The rewound weights under as many live weights in all, at random positions of the whole network."""
-    seed = derived_seed("random mask", origin.init_seed, origin.level)
-    return Start(origin.rewound, mask_ops.random_mask(origin.masks, seed), origin.order_seed)
+    return Start(origin.rewound, mask_ops.random_mask(origin.masks, origin.draw("random mask")), origin.order_seed)
 
 
 def layerwise_shuffle(origin: Origin) -> Start:
     """The rewound weights under as many live weights in each layer, at random positions within it."""
-    seed = derived_seed("layerwise shuffle", origin.init_seed, origin.level)
-    return Start(origin.rewound, mask_ops.layerwise_shuffle(origin.masks, seed), origin.order_seed)
+    masks = mask_ops.layerwise_shuffle(origin.masks, origin.draw("layerwise shuffle"))
+    return Start(origin.rewound, masks, origin.order_seed)
 
 
 def dense_restart(origin: Origin) -> Start:
@@ -87,6 +122,73 @@ def dense_restart(origin: Origin) -> Start:
     return Start(origin.rewound, everything, order_seed)
 
 
+# The ticket's mask on other values (Zhou et al. 2019, section 4).
+
+
+def reinit(origin: Origin) -> Start:
+    """The ticket's mask on a fresh draw from the model's own initialiser; same steps and batches."""
+    return Start(_fresh(origin), origin.masks, origin.order_seed)
+
+
+def reinit_keep_sign(origin: Origin) -> Start:
+    """The fresh draw's magnitudes with the signs of the rewound weights."""
+    fresh = _fresh(origin)
+    signed = values.with_signs_of(fresh.params, origin.rewound.params, origin.masks)
+    return Start(State(signed, fresh.buffers), origin.masks, origin.order_seed)
+
+
+def reshuffle(origin: Origin) -> Start:
+    """The rewound values of a layer's live weights, dealt out among them anew."""
+    return _valued(origin, values.reshuffled(origin.rewound.params, origin.masks, origin.draw("reshuffle")))
+
+
+def reshuffle_keep_sign(origin: Origin) -> Start:
+    """The same, but a positive value goes to a positive weight and a negative one to a negative weight."""
+    seed = origin.draw("reshuffle, signs kept")
+    return _valued(origin, values.reshuffled(origin.rewound.params, origin.masks, seed, keep_signs=True))
+
+
+def random_sign(origin: Origin) -> Start:
+    """The rewound magnitudes, each with a sign drawn anew."""
+    return _valued(origin, values.random_signs(origin.rewound.params, origin.masks, origin.draw("random sign")))
+
+
+def signed_constant(origin: Origin) -> Start:
+    """The standard deviation of the layer's rewound weights, with the sign of each."""
+    return _valued(origin, values.signed_constants(origin.rewound.params, origin.masks))
+
+
+def random_constant(origin: Origin) -> Start:
+    """The same constants with signs drawn anew: nothing but the mask is left of the ticket."""
+    constants = values.signed_constants(origin.rewound.params, origin.masks)
+    return _valued(origin, values.random_signs(constants, origin.masks, origin.draw("random constant")))
+
+
+# What pruned weights become (Zhou et al. 2019, section 3). Measures of these networks take no masks.
+
+
+def frozen_init(origin: Origin) -> Start:
+    """The dense network at step k, of which only the ticket's weights are trained: pruned ones stay as they are."""
+    return Start(origin.rewound, origin.masks, origin.order_seed, frozen=True)
+
+
+def frozen_unless_shrunk(origin: Origin) -> Start:
+    """Pruned weights that dense training moved toward zero become zero; the others stay at their rewound value."""
+    rewound, trained = origin.rewound.params, origin.dense.params
+    stays = {n: m | (trained[n].abs() >= rewound[n].abs()) for n, m in origin.masks.items()}
+    params = {n: p * stays[n] if n in stays else p for n, p in rewound.items()}
+    return replace(_valued(origin, params), frozen=True)
+
+
+def _fresh(origin: Origin) -> State:
+    some = next(iter(origin.rewound.params.values()))
+    return state(initialise(origin.factory, origin.draw("reinit"))).to(some.device, some.dtype)
+
+
+def _valued(origin: Origin, params: Params) -> Start:
+    return Start(State(params, origin.rewound.buffers), origin.masks, origin.order_seed)
+
+
 TREATMENTS: dict[str, Callable[[Origin], Start]] = {
     "ticket": ticket,
     "reinit": reinit,
@@ -94,4 +196,15 @@ TREATMENTS: dict[str, Callable[[Origin], Start]] = {
     "layerwise_shuffle": layerwise_shuffle,
     "dense_restart": dense_restart,
     "sibling": sibling,
+    "lr_rewind": lr_rewind,
+    "fine_tune": fine_tune,
+    "reinit_keep_sign": reinit_keep_sign,
+    "reshuffle": reshuffle,
+    "reshuffle_keep_sign": reshuffle_keep_sign,
+    "random_sign": random_sign,
+    "signed_constant": signed_constant,
+    "random_constant": random_constant,
+    "frozen_init": frozen_init,
+    "frozen_unless_shrunk": frozen_unless_shrunk,
 }
+FROZEN = ("frozen_init", "frozen_unless_shrunk")

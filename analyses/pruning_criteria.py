@@ -1,0 +1,266 @@
+"""How good are the masks of each pruning criterion, and what does finding them cost?
+
+A run of iterative magnitude pruning says how many weights are kept at each level. At chosen levels every other
+method finds a mask with as many, and all masks, methods x seeds, are trained in one stack from the weights that the
+tickets are rewound to, in their batch order. The cost of finding a mask is counted in multiply-adds, in multiples
+of one dense training: what was trained before it could be found, and the scoring.
+
+A method is ``criterion[@stage][*rounds][/scope]``: ``snip``, ``magnitude@early``, ``snip*100``, ``synflow/layer``.
+The stage is where scores are taken: at ``init``, ``early`` or ``trained``. Under ``/global`` one threshold
+prunes the network; under ``/layer`` each layer keeps as many weights as in the ticket of that level. What is
+left out is as in the literature: SNIP, GraSP, SynFlow, random and initial magnitudes at initialisation, the others
+trained; 100 rounds of SynFlow, one of the others; the criteria of Zhou et al. by layer, the others global.
+
+With no arguments it makes a run on the bundled digits and measures it in about a minute.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+import ticketlab as tl
+from analyses.command import DIGITS, Tables, main, open_run
+from figures.pruning_criteria import draw
+from ticketlab.engine import cost
+from ticketlab.engine.criteria import CRITERIA, ROUNDS, ZHOU, Evidence, Scores, find, forward_passes, keep, score
+from ticketlab.functional import Masks, nearest, stack, stack_states
+from ticketlab.masks import EmptyLayerError, Scope, ones
+
+STAGES = ("init", "early", "trained")
+AT_INIT = ("random", "snip", "grasp", "synflow", "large_init", "small_init")
+METHODS = (
+    *("random", "snip", "snip*10", "grasp", "synflow"),
+    *("magnitude@early", "magnitude", "obd_gauss_newton", "obd_fisher"),
+    *ZHOU,
+    *("large_final_same_sign", "magnitude_increase_same_sign", "large_final_different_sign"),
+)
+STUDY = replace(DIGITS, levels=6, prune_fraction=0.5, treatments=("ticket",))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Accuracy of the masks of every criterion at equal density, and what it costs to find them."""
+
+    run: Path | None = None
+    """Measure this run directory; None: make or resume the run that the flags below describe."""
+    methods: tuple[str, ...] = METHODS
+    """What to compare with the run's tickets, each criterion[@stage][*rounds][/scope]."""
+    at_levels: tuple[int, ...] | None = None
+    """Levels whose densities are compared; None: every second one."""
+    replicas: int | None = None
+    """Use the first so many init seeds of the run; None: all."""
+    early_step: int = 100
+    """Step of the dense training at which @early takes its scores."""
+    store: Path = Path("runs")
+    """Folder of run directories."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+    device: str | None = None
+    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
+    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+
+    def __post_init__(self) -> None:
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must be given once: got {self.methods}.")
+        for name in self.methods:
+            parse(name)
+        if self.replicas is not None and self.replicas < 1:
+            raise ValueError(f"replicas must be at least 1: got {self.replicas}.")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A criterion with all that it leaves open."""
+
+    name: str
+    criterion: str
+    stage: str
+    rounds: int
+    scope: Scope
+
+
+def parse(name: str) -> Method:
+    """The method of a name, what is left out filled in as in the literature."""
+    found = re.fullmatch(r"(\w+)(?:@(\w+))?(?:\*([1-9]\d*))?(?:/(global|layer))?", name)
+    if not found:
+        raise ValueError(f"a method must be criterion[@stage][*rounds][/global or /layer]: got {name!r}.")
+    criterion, stage, rounds, scope = found.groups()
+    stage = stage or ("init" if criterion in AT_INIT else "trained")
+    for kind, given, known in (("criterion", criterion, tuple(CRITERIA)), ("stage", stage, STAGES)):
+        if given not in known:
+            raise ValueError(nearest(kind, given, known))
+    by_layer = criterion.removesuffix("_same_sign").removesuffix("_different_sign") in ZHOU
+    return Method(
+        name,
+        criterion,
+        stage,
+        int(rounds or ROUNDS.get(criterion, 1)),
+        scope or ("layer" if by_layer else "global"),  # type: ignore[arg-type]
+    )
+
+
+@dataclass
+class _Finder:
+    """Masks by every method from the dense networks of a run; one-shot scores are kept for all densities."""
+
+    study: tl.ImpConfig
+    early_step: int
+    model: nn.Module
+    task: tl.Task
+    dense: tl.Level
+    scores: dict[tuple[str, int], Scores]
+
+    def evidence(self, method: Method, init_seed: int) -> Evidence:
+        network = self.dense.select(init_seed=init_seed)
+        states = {"init": network.snapshots[0], "early": network.snapshots.get(self.early_step), "trained": network.end}
+        state = states[method.stage]
+        if state is None:
+            raise ValueError(
+                f"{method.name} needs the dense networks at step {self.early_step}: the run has them at "
+                f"{sorted(network.snapshots)}. Choose one of these as early_step."
+            )
+        masks = {name: mask.to(self.task.device) for name, mask in ones(self.model).items()}
+        x, y = tl.criteria.draw_examples(self.task, self.study.score_examples, init_seed)
+        return Evidence(self.model, masks, network.snapshots[0], state, x, y, init_seed, method.scope)
+
+    def masks(self, method: Method, init_seed: int, density: float | Mapping[str, float]) -> Masks | None:
+        """None where the method would empty a layer."""
+        try:
+            if method.rounds > 1:
+                evidence = self.evidence(method, init_seed)
+                return find(method.criterion, evidence, density, rounds=method.rounds)
+            key = method.name, init_seed
+            if key not in self.scores:
+                self.scores[key] = score(method.criterion, self.evidence(method, init_seed))
+            everything = {n: torch.ones_like(s, dtype=torch.bool) for n, s in self.scores[key].items()}
+            return keep(everything, self.scores[key], density)
+        except EmptyLayerError:
+            return None
+
+    def dense_trainings(self, method: Method) -> float:
+        """What comes before the mask is known, the rewind point included, in dense trainings."""
+        study, everything = self.study, {n: m.numel() for n, m in ones(self.model).items()}
+        forward = cost.forward_macs(cost.positions(self.model, self.task.train.x), everything)
+        training = cost.training_macs(forward, study.recipe.batch_size, study.recipe.steps)
+        n = min(study.score_examples, len(self.task.train))
+        passes = forward_passes(method.criterion, n, self.task.n_classes, sum(everything.values()), method.rounds)
+        steps = {"init": 0, "early": self.early_step, "trained": study.recipe.steps}[method.stage]
+        return max(steps, study.rewind_step) / study.recipe.steps + passes * forward / training
+
+
+def run(config: Config) -> Tables:
+    """``networks``: one row a method, level and replica; methods ``dense`` and ``imp`` are those of the run."""
+    methods = [parse(name) for name in config.methods]
+    study = config.study
+    if any(m.stage == "early" for m in methods):
+        study = replace(study, snapshot_steps=tuple(sorted({*study.snapshot_steps, config.early_step})))
+    study, model, task, levels = open_run(config.run, study, config.store, config.device)
+    order_seeds = (study.order_seeds or study.init_seeds)[: config.replicas]
+    study = replace(study, init_seeds=study.init_seeds[: config.replicas], order_seeds=order_seeds)
+    for method in methods:
+        tl.criteria.refuse_too_large(method.criterion, model)
+    wanted = config.at_levels or range(2, study.levels + 1, 2)
+    finder, tables, spent = None, [], _Spent()
+    for level in levels:
+        tickets = level.metrics.query("treatment == 'ticket' and init_seed in @study.init_seeds")
+        finder = finder or _Finder(study, config.early_step, model, task, level, {})
+        if level.level == 0 or level.level in wanted:
+            found = spent.before(tickets)
+            tables.append(
+                tickets.assign(method="imp" if level.level else "dense", level_density=level.density, **found)
+            )
+        if level.level in wanted:
+            tables.append(_compared(finder, methods, level))
+        spent.add(tickets)
+    about = {"task": study.task, "model": study.model, "steps": study.recipe.steps, "rewind_step": study.rewind_step}
+    kept = [*_LABELS, "density", "kept", *_COSTS, "early_stop_step", *_RESULTS]
+    networks = pd.concat(tables, ignore_index=True).reindex(columns=kept)
+    return {"networks": networks.assign(**about, early_step=config.early_step)}
+
+
+_LABELS = ("method", "criterion", "stage", "rounds", "scope", "level", "level_density", "init_seed", "empties_a_layer")
+_COSTS = ("dense_trainings", "live_trainings")
+_RESULTS = ("test_error", "test_loss_nats", "train_error", "train_loss_nats", "early_stop_test_error")
+
+
+class _Spent:
+    """What a run has trained before a level, for each replica, in dense trainings."""
+
+    def __init__(self) -> None:
+        self.dense: pd.Series | float = 0.0
+        self.live: pd.Series | float = 0.0
+        self.unit: pd.Series | None = None
+
+    def before(self, tickets: pd.DataFrame) -> dict[str, Any]:
+        costs = zip(_COSTS, (self.dense, self.live), strict=True)
+        return {n: tickets["init_seed"].map(c) if isinstance(c, pd.Series) else c for n, c in costs}
+
+    def add(self, tickets: pd.DataFrame) -> None:
+        rows = tickets.set_index("init_seed")
+        self.unit = rows["macs_dense"] if self.unit is None else self.unit
+        self.dense = self.dense + rows["macs_dense"] / self.unit
+        self.live = self.live + rows["macs_live"] / self.unit
+
+
+def _compared(finder: _Finder, methods: list[Method], level: tl.Level) -> pd.DataFrame:
+    """The masks of every method with as many weights as the tickets of a level, trained in one stack."""
+    study, rows, masks = finder.study, [], []
+    pairs = [(method, i) for method in methods for i in range(len(study.init_seeds))]
+    orders = study.order_seeds or study.init_seeds
+    for method, i in tqdm(pairs, desc=f"masks of level {level.level}", unit="mask", disable=None):
+        ticket = level.select(treatment="ticket", init_seed=study.init_seeds[i]).masks
+        by_layer = {name: int(mask.sum()) / mask.numel() for name, mask in ticket.items()}
+        whole = float(tl.masks.density(ticket))
+        found = finder.masks(method, study.init_seeds[i], by_layer if method.scope == "layer" else whole)
+        spent = finder.dense_trainings(method)
+        about = {"method": method.name, "criterion": method.criterion, "stage": method.stage, "rounds": method.rounds}
+        about |= {"scope": method.scope, "level": level.level, "level_density": level.density}
+        about |= {"init_seed": study.init_seeds[i], "order_seed": orders[i], "empties_a_layer": found is None}
+        rows.append({**about, "dense_trainings": spent, "live_trainings": spent})
+        masks.append(found)
+    table = pd.DataFrame(rows)
+    trained = [r for r, found in enumerate(masks) if found is not None]
+    if not trained:
+        return table
+    kept = [found for found in masks if found is not None]
+    starts = [finder.dense.select(init_seed=rows[r]["init_seed"]).start for r in trained]
+    outcome = tl.train(
+        finder.model,
+        stack_states(starts),
+        stack(kept),
+        finder.task,
+        study.recipe,
+        [rows[r]["order_seed"] for r in trained],
+        first_step=study.rewind_step,
+        description=f"{len(trained)} networks at density {level.density:.3g}",
+    )
+    results = outcome.metrics.drop(columns="replica").set_axis(trained)
+    results["kept"] = [int(tl.masks.kept(found)) for found in kept]
+    results["density"] = [float(tl.masks.density(found)) for found in kept]
+    return table.join(results)
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    """Mean test error in percent at each density, and the cost of the mask at the sparsest in dense trainings."""
+    table = tables["networks"]
+    error = 100 * table.pivot_table(index="method", columns="level_density", values="test_error", dropna=False)
+    shown = error.sort_index(axis=1, ascending=False).rename(columns=lambda d: f"{100 * d:.3g} %")
+    last = table[table["level"].isin([0, table["level"].max()])]
+    shown["dense_trainings"] = last.groupby("method")["dense_trainings"].mean()
+    order = [m for m in table["method"].unique() if m in shown.index]
+    return shown.loc[order].reset_index()
+
+
+if __name__ == "__main__":
+    sys.exit(main("pruning_criteria", Config, run, draw, summary))

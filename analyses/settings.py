@@ -1,0 +1,216 @@
+"""What a network is trained on and how, in one word, and the tickets that IMP finds there.
+
+Such as ``mnist``, ``mnist:0-4`` or ``fashion_mnist@sgd,0.05,0.9``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ticketlab as tl
+from ticketlab.data import load
+from ticketlab.engine.store import read_config
+
+_WORD = re.compile(
+    r"(?P<task>\w+)(:(?P<low>\d+)-(?P<high>\d+))?(@(?P<optimizer>\w+),(?P<rate>[^,]+)(,(?P<mu>[^,]+))?)?"
+)
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task and a recipe: one end of a transfer."""
+
+    name: str
+    task: tl.Task
+    recipe: tl.Recipe
+
+
+@dataclass(frozen=True)
+class Tickets:
+    """What the IMP run of a setting has to give."""
+
+    setting: Setting
+    order_seeds: dict[int, int]
+    """Of each init seed."""
+    dense: tl.Level
+    levels: dict[int, tl.Level]
+    """Tickets alone."""
+
+
+def setting(
+    word: str, study: tl.ImpConfig, *, resize: tuple[int, int] | None, grey: bool, device: torch.device | str | None
+) -> Setting:
+    """Read ``TASK[:FIRST-LAST][@OPTIMIZER,RATE[,MOMENTUM]]`` and load what it names.
+
+    Args:
+        word: A named task, the range of its classes to keep, and how the study's recipe is changed.
+        study: Whose recipe, split and dtype hold otherwise.
+        resize: Height and width of the images; as they are when None.
+        grey: Whether colours are turned into one channel.
+        device: Of the task; a CUDA device if there is one, otherwise the CPU, when None.
+
+    Raises:
+        ValueError: Another form, or a name, class or number that does not exist.
+    """
+    found = _WORD.fullmatch(word)
+    if found is None:
+        raise ValueError(
+            f"a setting must be TASK[:FIRST-LAST][@OPTIMIZER,RATE[,MOMENTUM]], such as mnist:0-4 or "
+            f"mnist@sgd,0.05,0.9: got {word!r}."
+        )
+    task = load(found["task"], validation_size=study.validation_size, split_seed=study.split_seed,
+                dtype=getattr(torch, study.dtype))  # fmt: skip
+    if found["low"] is not None:
+        task = of_classes(task, int(found["low"]), int(found["high"]))
+    task = grey_images(task) if grey else task
+    task = task if resize is None else resized(task, resize)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Setting(word, task.to(device), _recipe(study.recipe, found))
+
+
+def _recipe(recipe: tl.Recipe, found: re.Match[str]) -> tl.Recipe:
+    if found["optimizer"] is None:
+        return recipe
+    try:
+        rate, momentum = float(found["rate"]), float(found["mu"] or recipe.momentum)
+    except ValueError as error:
+        raise ValueError(f"rate and momentum must be numbers: got {found[0]!r}.") from error
+    return tl.Recipe(**asdict(recipe) | {"optimizer": found["optimizer"], "learning_rate": rate, "momentum": momentum})
+
+
+def tickets(
+    settings: Sequence[Setting],
+    study: tl.ImpConfig,
+    levels: tuple[int, ...],
+    theta_k: int,
+    *,
+    runs: Sequence[Path],
+    store: Path,
+) -> dict[str, Tickets]:
+    """The tickets of every setting, from the run directories given or from runs made or resumed in ``store``.
+
+    Raises:
+        ValueError: Settings of different input shapes, a run of no setting, or one that lacks a level, an init
+            seed or the weights at step ``theta_k``.
+    """
+    shapes = {each.name: each.task.input_shape for each in settings}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"all settings must have inputs of one shape, so that masks fit: got {shapes}. Say how to bring them to "
+            "one: --resize HEIGHT WIDTH for another size, --grey for colour beside grey."
+        )
+    given = {_identity(folder): folder for folder in runs}
+    wanted = {each.name: (study.model, each.recipe, each.task.fingerprint()) for each in settings}
+    strangers = [str(folder) for key, folder in given.items() if key not in wanted.values()]
+    if strangers:
+        raise ValueError(
+            f"runs must be of a setting, with its model, recipe and task: {strangers} are not. "
+            "Give the flags that they were made with too (--model, --steps, ...), or leave them out."
+        )
+    # Before hours are spent on training.
+    for key in wanted.values():
+        source = tl.load_run(given[key]).config if key in given else study
+        _check(source, given.get(key, "the study"), study.init_seeds, levels, theta_k)
+    folders = [given.get(wanted[each.name]) or _make(each, study, store) for each in settings]
+    return {each.name: _read(each, folder, levels) for each, folder in zip(settings, folders, strict=True)}
+
+
+def _identity(folder: Path) -> tuple[str, tl.Recipe, str]:
+    """What of a stored run must equal a setting's."""
+    study = tl.load_run(folder).config
+    return study.model, study.recipe, read_config(folder)["fingerprint"]["task"]
+
+
+def _check(
+    run: tl.ImpConfig, name: Path | str, init_seeds: tuple[int, ...], levels: tuple[int, ...], theta_k: int
+) -> None:
+    steps = {0, run.rewind_step, *run.snapshot_steps}
+    checks = {
+        f"levels {levels}: it has 0 to {run.levels}": max(levels) <= run.levels,
+        f"init seeds {init_seeds}: it has {run.init_seeds}": set(init_seeds) <= set(run.init_seeds),
+        f"weights at step theta_k = {theta_k}: it has those at {sorted(steps)}": theta_k in steps,
+    }
+    for what, holds in checks.items():
+        if not holds:
+            raise ValueError(f"{name} must have {what}. Choose others, or --levels, --init-seeds, --snapshot-steps.")
+
+
+def _make(each: Setting, study: tl.ImpConfig, store: Path) -> Path:
+    study = replace(study, task=each.task.name, recipe=each.recipe)
+    folder = tl.run_folder(study, store, task=each.task)
+    print(f"run: {folder}", file=sys.stderr)
+    for _ in tl.imp(study, task=each.task, store=store, device=each.task.device):
+        pass
+    return folder
+
+
+def _read(each: Setting, folder: Path, levels: tuple[int, ...]) -> Tickets:
+    run = tl.load_run(folder, device=each.task.device)
+    seeds = run.config.init_seeds
+    orders = dict(zip(seeds, run.config.order_seeds or seeds, strict=True))
+    return Tickets(each, orders, run[0], {level: run[level].select(treatment="ticket") for level in levels})
+
+
+def of_classes(task: tl.Task, first: int, last: int) -> tl.Task:
+    """The examples of the classes first to last, numbered anew from 0.
+
+    Raises:
+        ValueError: Fewer than two classes, or one that the task does not have.
+    """
+    if not 0 <= first < last < task.n_classes:
+        raise ValueError(f"classes must be FIRST-LAST in 0..{task.n_classes - 1}, two at least: got {first}-{last}.")
+
+    def keep(split: tl.Split) -> tl.Split:
+        kept = (split.y >= first) & (split.y <= last)
+        return tl.Split(split.x[kept], split.y[kept] - first)
+
+    return replace(_mapped(task, keep), name=f"{task.name}_{first}-{last}", n_classes=last - first + 1)
+
+
+def resized(task: tl.Task, size: tuple[int, int]) -> tl.Task:
+    """Images brought to another height and width, bilinear with antialiasing; the same task where they have it.
+
+    Raises:
+        ValueError: Inputs that are not images, or a side below 1.
+    """
+    if len(task.input_shape) != 3 or min(size) < 1:
+        raise ValueError(f"resize needs images [c, h, w] and sides of at least 1: got {task.input_shape} and {size}.")
+    if task.input_shape[1:] == tuple(size):
+        return task
+
+    def scale(split: tl.Split) -> tl.Split:
+        return tl.Split(F.interpolate(split.x, size, mode="bilinear", antialias=True, align_corners=False), split.y)
+
+    return replace(_mapped(task, scale), name=f"{task.name}_{size[0]}x{size[1]}")
+
+
+def grey_images(task: tl.Task) -> tl.Task:
+    """Colour images as their luma in one channel; the same task where there is one channel.
+
+    Taken after normalisation, which gives the channels nearly equal scales.
+
+    Raises:
+        ValueError: Inputs that have neither one channel nor three.
+    """
+    if len(task.input_shape) != 3 or task.input_shape[0] not in (1, 3):
+        raise ValueError(f"grey needs images [c, h, w] of one channel or three: got {task.input_shape}.")
+    if task.input_shape[0] == 1:
+        return task
+
+    def fade(x: Tensor) -> Tensor:
+        return torch.einsum("nchw,c->nhw", x, x.new_tensor(_LUMA))[:, None]
+
+    return replace(_mapped(task, lambda split: tl.Split(fade(split.x), split.y)), name=f"{task.name}_grey")
+
+
+def _mapped(task: tl.Task, change: Callable[[tl.Split], tl.Split]) -> tl.Task:
+    return replace(task, train=change(task.train), validation=change(task.validation), test=change(task.test))

@@ -1,0 +1,186 @@
+"""Masks by any criterion: exact nested counts, rounds, layers, and criteria in studies of levels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import reference_criteria as slow
+import torch
+from cases import blobs, build, small_mlp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import prune_sorted
+
+import ticketlab as tl
+from ticketlab import masks as mask_ops
+from ticketlab.engine import store
+from ticketlab.engine.criteria import CRITERIA, Evidence, find, forward_passes, keep, score
+from ticketlab.functional import state
+from ticketlab.models import mlp
+
+RECIPE = tl.Recipe(steps=20, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)
+STUDY = tl.ImpConfig(levels=2, init_seeds=(3, 4), treatments=("ticket",), recipe=RECIPE, dtype="float64")
+QUICK = ("magnitude", "random", "snip", "synflow", "large_init_large_final", "movement_same_sign")
+
+
+def evidence(factory=small_mlp, masks=None, seed=0):
+    model = build(factory, seed)
+    split = blobs().train
+    start, end = state(model), state(build(factory, seed + 100))
+    return Evidence(model, mask_ops.ones(model) if masks is None else masks, start, end, split.x[:20], split.y[:20])
+
+
+def equal(a, b):
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def nested(inner, outer):
+    return not any((inner[n] & ~outer[n]).any() for n in outer)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(QUICK), st.floats(0.15, 1), st.integers(1, 5), st.floats(0.5, 1))
+def test_the_count_kept_is_exact_and_nested(criterion, density, rounds, before):
+    begun = keep(evidence().masks, score("random", evidence()), before)
+    if density > before:
+        return
+    found = find(criterion, evidence(masks=begun), density, rounds=rounds)
+    assert int(mask_ops.kept(found)) == int(density * 103 + 0.5)
+    assert nested(found, begun)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0.1, 1), min_size=3, max_size=3), st.integers(1, 3))
+def test_each_layer_keeps_its_own_count(densities, rounds):
+    begun = evidence()
+    layers = dict(zip(begun.masks, densities, strict=True))
+    found = find("snip", begun, layers, rounds=rounds)
+    for name, mask in found.items():
+        assert int(mask.sum()) == int(layers[name] * mask.numel() + 0.5)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_one_round_removes_the_least_scored(criterion):
+    begun = evidence()
+    expected = prune_sorted(begun.masks, score(criterion, begun), 103 - 62)
+    assert equal(find(criterion, begun, 62 / 103, rounds=1), expected)
+    assert equal(keep(begun.masks, score(criterion, begun), 62 / 103), expected)
+
+
+def test_rounds_score_anew_at_the_weights_still_alive():
+    begun, masks = evidence(), evidence().masks
+    n = 103
+    for i in range(1, 8):
+        count = round(103 * (10 / 103) ** (i / 7))
+        scores = slow.snip(at(begun), masks, begun.x, begun.y)
+        masks, n = prune_sorted(masks, scores, n - count), count
+    found = find("snip", begun, 10 / 103, rounds=7)
+    assert equal(found, masks) and not equal(found, find("snip", begun, 10 / 103))
+
+
+def at(begun):
+    """The module with the weights of ``end``."""
+    model = build(small_mlp)
+    model.load_state_dict({**begun.end.params, **begun.end.buffers})
+    return model
+
+
+def test_synflow_takes_100_rounds_and_follows_the_plain_loop():
+    begun, masks, n = evidence(), evidence().masks, 103
+    for i in range(1, 101):
+        count = round(103 * (9 / 103) ** (i / 100))
+        masks, n = prune_sorted(masks, slow.synflow(at(begun), masks, begun.x), n - count), count
+    assert equal(find("synflow", begun, 9 / 103), masks)
+
+
+@pytest.mark.parametrize("widths", [(8, 5), (30, 20, 10, 20, 30)])
+def test_synflow_never_empties_a_layer(widths):
+    """Down to one weight a layer, which makes one path from input to output; magnitude falls apart long before."""
+    begun = evidence(lambda: mlp((6,), 3, hidden=widths))
+    total, layers = mask_ops.total(begun.masks), len(begun.masks)
+    for kept in (layers, 2 * layers, 4 * layers):
+        found = find("synflow", begun, kept / total)
+        assert int(mask_ops.kept(found)) == kept and all(mask.any() for mask in found.values())
+        assert sum(float(s.sum()) for s in score("synflow", replace(begun, masks=found)).values()) > 0
+    with pytest.raises(mask_ops.EmptyLayerError, match="must leave every layer a live weight"):
+        find("magnitude", begun, layers / total)
+
+
+def test_layer_densities_rank_within_layers():
+    """Both ends together: the percentile is of the layer where layers compete by themselves."""
+    begun = evidence()
+    layers = {name: 0.3 for name in begun.masks}
+    found = find("large_init_large_final", begun, layers)
+    for name, mask in found.items():
+        ends = (begun.start.params[name].flatten(), begun.end.params[name].flatten())
+        expected = slow.above_both_percentiles(*(w.abs() for w in ends), int(mask.sum()))
+        if int(expected.sum()) == int(mask.sum()):
+            assert torch.equal(mask.flatten(), expected)
+
+
+def test_densities_that_cannot_be_had_are_refused():
+    begun = evidence()
+    for density in (0.0, -0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"density must lie in \(0, 1\]"):
+            find("magnitude", begun, density)
+    with pytest.raises(ValueError, match=r"leaves 2 of 103 for fc1\.weight"):
+        find("magnitude", begun, 2 / 103)
+    with pytest.raises(ValueError, match="density must name every prunable layer"):
+        find("magnitude", begun, {"fc1.weight": 0.5})
+    with pytest.raises(ValueError, match=r"density must lie in \(0, 0.485"):
+        find("magnitude", evidence(masks=find("random", begun, 50 / 103)), 0.6)
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        find("magnitude", begun, 0.5, rounds=0)
+    assert equal(find("magnitude", begun, 1.0), begun.masks)
+
+
+def test_costs_in_forward_passes():
+    assert forward_passes("magnitude", 100, 10, 1000) == 0
+    assert forward_passes("snip", 100, 10, 1000) == 3 * 100
+    assert forward_passes("snip", 100, 10, 1000, rounds=5) == 5 * 3 * 100
+    assert forward_passes("grasp", 100, 10, 1000) == 9 * 100
+    assert forward_passes("obd_gauss_newton", 100, 10, 1000) == 21 * 100
+    assert forward_passes("obd_exact", 100, 10, 1000) == 6 * 1000 * 100
+    assert forward_passes("synflow", 100, 10, 1000) == 300
+
+
+# Studies of levels
+
+
+@pytest.mark.parametrize("criterion", ["snip", "obd_fisher", "movement", "large_init_large_final", "synflow"])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_study_prunes_by_any_criterion(criterion, scope):
+    config = replace(STUDY, criterion=criterion, scope=scope, score_examples=30)
+    levels = list(tl.imp(config, model=small_mlp, task=blobs(), store=None))
+    dense = levels[0].select(init_seed=3)
+    x, y = tl.criteria.draw_examples(blobs(), 30, 3)
+    at_end = Evidence(build(small_mlp), dense.masks, dense.start, dense.end, x, y, scope=scope)
+    scores = score(criterion, at_end)
+    if scope == "global":
+        expected = prune_sorted(dense.masks, scores, mask_ops.n_removed(103, 0.2))
+    else:
+        expected = {}
+        for name, mask in dense.masks.items():
+            n = mask_ops.n_removed(mask.numel(), 0.1 if name == "output.weight" else 0.2)
+            expected |= prune_sorted({name: mask}, scores, n)
+    assert equal(levels[1].select(init_seed=3).masks, expected)
+    assert nested(levels[2].select(init_seed=4).masks, levels[1].select(init_seed=4).masks)
+
+
+def test_a_field_that_came_later_does_not_rename_a_run_that_does_not_use_it(tmp_path):
+    def folder(config):
+        return tl.run_folder(config, tmp_path, model=small_mlp, task=blobs())
+
+    list(tl.imp(replace(STUDY, levels=0), model=small_mlp, task=blobs(), store=tmp_path))
+    stored = store.read_config(folder(STUDY))["config"]
+    assert "score_examples" not in stored and "criterion" in stored
+    assert tl.load_run(folder(STUDY)).config == replace(STUDY, levels=0, model="small_mlp", task="blobs")
+    assert folder(replace(STUDY, score_examples=7)) != folder(STUDY)
+
+
+def test_criteria_that_cannot_work_are_refused_before_training():
+    with pytest.raises(ValueError, match="score_examples must be at least 1"):
+        replace(STUDY, score_examples=0)
+    with pytest.raises(ValueError, match="'obd_exact' needs at most"):
+        tl.imp(replace(STUDY, criterion="obd_exact"), model=lambda: mlp((6,), 3, hidden=(200, 200)), task=blobs())

@@ -1,0 +1,174 @@
+"""The analyses of starts and of supermasks at tiny configs, and their figures from fixture tables."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_figures import ABOUT, texts
+
+import ticketlab as tl
+from analyses import sign_and_value, supermasks
+from analyses.command import main
+from figures.style import save
+from ticketlab.engine import values
+from ticketlab.engine.criteria import CRITERIA
+from ticketlab.engine.treatments import TREATMENTS
+
+RECIPE = tl.Recipe(steps=40, eval_every=20)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A run of two seeds, on disk."""
+    config = replace(supermasks.STUDY, levels=2, init_seeds=(0, 4), recipe=RECIPE, treatments=sign_and_value.STARTS)
+    store = tmp_path_factory.mktemp("runs")
+    list(tl.imp(config, store=store, progress=False))
+    return tl.run_folder(config, store)
+
+
+def test_sign_and_value_tables_every_start_and_its_gaps(study, tmp_path, capsys):
+    module, argv = sign_and_value, ["--run", str(study), "--out", str(tmp_path)]
+    assert main("sign_and_value", module.Config, module.run, module.draw, module.summary, argv) == 0
+    starts, gaps = (pd.read_csv(tmp_path / "sign_and_value" / f"{name}.csv") for name in ("starts", "gaps"))
+    assert starts[starts["level"] > 0].groupby(["level", "treatment"]).size().tolist() == [2] * 2 * len(module.STARTS)
+    assert len(gaps) == 2 * len(module.STARTS) and (gaps["n"] == 2).all()
+    errors = starts[starts["level"] == 2].set_index(["treatment", "init_seed"])["test_error"]
+    difference = errors["reshuffle"] - errors["ticket"]
+    row = gaps[(gaps["level"] == 2) & (gaps["treatment"] == "reshuffle")].iloc[0]
+    assert row["error_above_ticket"] == pytest.approx(difference.mean(), abs=1e-7)
+    assert row["error_above_ticket_sd"] == pytest.approx(difference.std(), abs=1e-7)
+    own = gaps[gaps["treatment"] == "ticket"]
+    assert (own["error_above_ticket"] == 0).all() and (own["error_above_ticket_sd"] == 0).all()
+    assert "error_above_reinit_points" in capsys.readouterr().out
+
+
+def test_sign_and_value_needs_the_control_that_it_compares_with(tmp_path):
+    config = replace(sign_and_value.STUDY, treatments=("ticket", "reshuffle"), levels=1, recipe=RECIPE)
+    with pytest.raises(ValueError, match="treatments must contain 'reinit'"):
+        sign_and_value.run(sign_and_value.Config(study=config, store=tmp_path))
+
+
+def supermask_config(study, **options):
+    small = {"densities": (0.6, 0.3), "criteria": ("large_final_same_sign", "random"), "draws": 2, "learned_steps": 20}
+    return supermasks.Config(run=study, **{**small, "learned_densities": (0.4,), "learned_seeds": 1, **options})
+
+
+def test_untrained_supermasks_are_the_networks_that_they_say(study):
+    table = supermasks.run(supermask_config(study, learned_steps=0))["untrained"]
+    assert len(table) == 2 * (2 * 2 + 2) * len(supermasks.VALUES)  # seeds, (criteria x densities + tickets), values
+    run = tl.load_run(study)
+    model, task = tl.model_and_task(run.config)
+    # the article's: an IMP mask on randomly signed initial magnitudes
+    ticket, dense = run[2].select(treatment="ticket", init_seed=4), run[0].select(init_seed=4)
+    params = values.random_signs(dense.theta_start, ticket.masks, 4)
+    loss, error = tl.evaluate(model, params, task.test.x, task.test.y, masks=ticket.masks)
+    rows = table[(table["criterion"] == "imp") & (table["values"] == "random_sign") & (table["init_seed"] == 4)]
+    row = rows[rows["target_density"] == run[2].density].iloc[0]
+    assert row["loss_nats"] == pytest.approx(float(loss)) and row["error"] == pytest.approx(float(error))
+    # large final, same sign, on signed constants, spelled out
+    masks = {}
+    for name, end in {n: dense.theta_end[n] for n in ticket.masks}.items():
+        share = 0.3 if name != "output.weight" else 0.3 ** (np.log(0.9) / np.log(0.8))
+        same = (dense.theta_start[name].sign() == end.sign()).flatten()
+        order = torch.argsort(torch.where(same, end.abs().flatten(), -1.0), descending=True)
+        masks[name] = torch.zeros(end.numel(), dtype=torch.bool)
+        masks[name][order[: int(share * end.numel() + 0.5)]] = True
+        masks[name] = masks[name].view_as(end)
+    params = values.signed_constants(dense.theta_start, masks)
+    _, error = tl.evaluate(model, params, task.test.x, task.test.y, masks=masks)
+    keys = {"criterion": "large_final_same_sign", "values": "signed_constant", "init_seed": 4, "target_density": 0.3}
+    row = table[(table[list(keys)] == pd.Series(keys)).all(axis=1)].iloc[0]
+    assert row["error"] == pytest.approx(float(error)) and row["density"] == float(tl.masks.density(masks))
+
+
+def test_learned_supermasks_write_tables_and_a_figure(study, tmp_path, capsys):
+    flags = ["--criteria", "random", "--densities", "0.5", "--learned-steps", "20", "--draws", "2"]
+    argv = ["--run", str(study), "--out", str(tmp_path), *flags, "--learned-densities", "0.4", "0.2"]
+    module = supermasks
+    assert main("supermasks", module.Config, module.run, module.draw, module.summary, argv) == 0
+    learned = pd.read_csv(tmp_path / "supermasks" / "learned.csv")
+    sizes = learned.groupby(["method", "values", "evaluation"]).size().to_dict()
+    assert set(sizes.values()) == {2, 4} and sizes["bernoulli", "init", "sampled"] == 2 * 2
+    popup = learned[learned["method"] == "edge_popup"]
+    np.testing.assert_allclose(popup["density"], popup["target_density"], atol=1e-3)
+    assert (tmp_path / "supermasks" / "supermasks.png").exists()
+    assert "signed_constant" in capsys.readouterr().out
+
+
+def test_unknown_values_are_refused():
+    with pytest.raises(ValueError, match=r"unknown values 'signed'\. Did you mean 'signed_constant'"):
+        supermasks.Config(values=("signed",))
+
+
+def test_the_default_criteria_and_starts_exist():
+    assert set(supermasks.Config().criteria) <= set(CRITERIA) and set(sign_and_value.STARTS) <= set(TREATMENTS)
+
+
+# Figures
+
+
+def starts_table():
+    rows = [
+        {
+            **{"level": level, "treatment": treatment, "init_seed": seed, "density": 0.5**level},
+            **{"test_error": 0.02 * (1 + level) + 0.001 * seed, "first_step": 0, "steps": 40},
+        }
+        for level, treatment, seed in itertools.product(range(3), sign_and_value.STARTS, range(2))
+        if level > 0 or treatment == "ticket"
+    ]
+    return {"starts": pd.DataFrame(rows).assign(**ABOUT)}
+
+
+def supermask_tables():
+    about = {**ABOUT, "dense_error": 0.03}
+    untrained = [
+        {
+            **{"init_seed": seed, "criterion": criterion, "values": kind, "target_density": target},
+            **{"density": target, "error": 1 - target},
+        }
+        for seed, criterion, kind, target in itertools.product(
+            range(2), ("large_final_same_sign", "random", "imp"), supermasks.VALUES, (0.5, 0.2)
+        )
+    ]
+    ways = [("bernoulli", 0.5, w, d) for w in ("deterministic", "expected", "sampled") for d in range(2)]
+    ways += [("edge_popup", density, "deterministic", 0) for density in (0.5, 0.2)]
+    learned = [
+        {
+            **{"init_seed": seed, "values": kind, "method": method, "target_density": target, "evaluation": way},
+            **{"draw": draw, "density": target, "error": 0.05},
+        }
+        for seed, kind, (method, target, way, draw) in itertools.product(range(2), ("init", "signed_constant"), ways)
+    ]
+    return {"untrained": pd.DataFrame(untrained).assign(**about), "learned": pd.DataFrame(learned).assign(**about)}
+
+
+def test_sign_and_value_says_n_and_shows_every_network():
+    tables = starts_table()
+    figure = sign_and_value.draw(tables)
+    found = texts(figure)
+    for text in ("n = 2", "40 steps", "at 25 % of the weights", "signs kept", "weights kept (%)", "(%)"):
+        assert text in found
+    shown = np.concatenate([line.get_xdata() for line in figure.axes[2].lines if line.get_linestyle() == "None"])
+    last = tables["starts"].query("level == 2")
+    assert sorted(np.round(shown, 9)) == sorted(np.round(100 * last["test_error"], 9))
+
+
+def test_supermasks_says_n_and_what_is_learned():
+    tables = supermask_tables()
+    found = texts(supermasks.draw(tables))
+    for text in ("n = 2 initialisations (2 learned)", "IMP tickets", "Bernoulli, sampled", "dense, trained: 3"):
+        assert text in found
+    assert "learned" not in texts(supermasks.draw({"untrained": tables["untrained"]})).replace("(learned)", "")
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: sign_and_value.draw(starts_table()), lambda: supermasks.draw(supermask_tables())]
+)
+def test_the_same_bytes_each_time(draw, tmp_path):
+    first, second = ([p.read_bytes() for p in save(draw(), tmp_path / name)] for name in ("first", "second"))
+    assert first == second

@@ -1,0 +1,150 @@
+"""From a criterion's name to scores and masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from ticketlab import masks as mask_ops
+from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores
+from ticketlab.engine.criteria.gradients import grasp, snip, synflow
+from ticketlab.engine.criteria.second_order import obd_exact, obd_fisher, obd_gauss_newton, refuse_above_limit
+from ticketlab.engine.criteria.weights import BY_SIGN, ZHOU, magnitude, random
+from ticketlab.functional import Masks, nearest
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude,
+    "random": random,
+    "obd_exact": obd_exact,
+    "obd_gauss_newton": obd_gauss_newton,
+    "obd_fisher": obd_fisher,
+    "snip": snip,
+    "grasp": grasp,
+    "synflow": synflow,
+    **ZHOU,
+    **BY_SIGN,
+}
+ROUNDS = {"synflow": 100}
+"""Rounds that a criterion is defined with; 1 for all others."""
+
+
+def score(criterion: str, evidence: Evidence) -> Scores:
+    """The scores of a criterion, higher = keep.
+
+    Raises:
+        ValueError: An unknown name, a criterion that needs inputs or labels and got none, or scores not finite.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(nearest("criterion", criterion, tuple(CRITERIA)))
+    scores = CRITERIA[criterion](evidence)
+    bad = {name: int((~s[evidence.masks[name]].isfinite()).sum()) for name, s in scores.items()}
+    if any(bad.values()):
+        where = ", ".join(f"{n} in {name!r}" for name, n in bad.items() if n)
+        raise ValueError(
+            f"criterion {criterion!r} must give finite scores: {where} are not. "
+            "Score in float64, or before weights diverge."
+        )
+    return scores
+
+
+def find(
+    criterion: str, evidence: Evidence, density: float | Mapping[str, float], *, rounds: int | None = None
+) -> Masks:
+    r"""Prune one network to a density by a criterion, in one shot or in rounds with scores taken anew.
+
+    After round i of n the density is, with d_0 that of ``evidence.masks``,
+
+    .. math:: d_i = d_0 (d / d_0)^{i / n}
+
+    as in Tanaka et al. (2020). Weights stay as they are between rounds; weights that are pruned stay pruned.
+
+    Args:
+        criterion: A name in ``CRITERIA``.
+        evidence: At the states that the scores are to be taken at.
+        density: Of the whole network, kept / prunable, with one threshold for all layers; or of each layer by name.
+            The count kept is the nearest to density * prunable, halves up.
+        rounds: At least 1; None: 100 for SynFlow, 1 for the others.
+
+    Returns:
+        Masks nested in ``evidence.masks``.
+
+    Raises:
+        ValueError: As `score`; a density out of range, or one that leaves a layer without a live weight.
+    """
+    rounds = ROUNDS.get(criterion, 1) if rounds is None else rounds
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1: got {rounds}.")
+    scope: mask_ops.Scope = "layer" if isinstance(density, Mapping) else "global"
+    masks, goal = evidence.masks, _counts(evidence.masks, density)
+    alive = {names: _alive(masks, names) for names in goal}
+    for i in range(1, rounds + 1):
+        counts = {names: round(alive[names] * (n / alive[names]) ** (i / rounds)) for names, n in goal.items()}
+        masks = _keep(masks, score(criterion, replace(evidence, masks=masks, scope=scope)), counts)
+    return masks
+
+
+def keep(masks: Masks, scores: Scores, density: float | Mapping[str, float]) -> Masks:
+    """The best-scored weights at a density, in one shot; as `find`, with scores at hand."""
+    return _keep(masks, scores, _counts(masks, density))
+
+
+def _counts(masks: Masks, density: float | Mapping[str, float]) -> dict[tuple[str, ...], int]:
+    """How many weights the layers that compete keep together."""
+    if isinstance(density, Mapping) and set(density) != set(masks):
+        raise ValueError(f"density must name every prunable layer: got {sorted(density)} for {sorted(masks)}.")
+    shares = {(name,): density[name] for name in masks} if isinstance(density, Mapping) else {tuple(masks): density}
+    counts = {}
+    for names, share in shares.items():
+        total, alive = sum(masks[name].numel() for name in names), _alive(masks, names)
+        n = math.floor(share * total + 0.5) if 0 < share <= 1 else total + 1
+        if n > alive:
+            raise ValueError(
+                f"density must lie in (0, {alive / total:.6g}], as much as is alive of {', '.join(names)}: got {share}."
+            )
+        if n < len(names):
+            raise mask_ops.EmptyLayerError(
+                f"every layer must keep a live weight: density {share} leaves {n} of {total} for {', '.join(names)}. "
+                "Raise it."
+            )
+        counts[names] = n
+    return counts
+
+
+def _alive(masks: Masks, names: tuple[str, ...]) -> int:
+    return sum(int(masks[name].sum()) for name in names)
+
+
+def _keep(masks: Masks, scores: Scores, counts: Mapping[tuple[str, ...], int]) -> Masks:
+    """So many of the best of each group of layers."""
+    new = dict(masks)
+    for names, n in counts.items():
+        alive = _alive(masks, names)
+        if n < alive:
+            new |= mask_ops.prune({m: masks[m] for m in names}, {m: scores[m] for m in names}, (alive - n) / alive)
+    return new
+
+
+def refuse_too_large(criterion: str, model: nn.Module) -> None:
+    """Raise where a criterion would take too long on this model, before anything is trained."""
+    if criterion == "obd_exact":
+        refuse_above_limit(mask_ops.total(mask_ops.ones(model)))
+
+
+def forward_passes(criterion: str, n_examples: int, n_classes: int, n_weights: int, rounds: int | None = None) -> int:
+    """What scoring costs, in forward passes of one example; a backward pass counts as two of them.
+
+    Criteria of the weights alone cost nothing. Gauss-Newton goes backward once a class; a Hessian-vector product
+    counts as two gradients.
+    """
+    a_round = {
+        "snip": 3 * n_examples,
+        "obd_fisher": 3 * n_examples,
+        "grasp": (3 + 6) * n_examples,
+        "obd_gauss_newton": (1 + 2 * n_classes) * n_examples,
+        "obd_exact": 6 * n_weights * n_examples,
+        "synflow": 3,
+    }.get(criterion, 0)
+    return a_round * (ROUNDS.get(criterion, 1) if rounds is None else rounds)

@@ -1,0 +1,123 @@
+"""A network with frozen weights as a module whose trainable parameters are the scores of its mask."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ticketlab import masks as mask_ops
+from ticketlab.functional import Params, State, stream
+
+Method = Literal["bernoulli", "edge_popup"]
+
+RESCALING: dict[Method, float] = {"bernoulli": 1.0, "edge_popup": 0.5}
+"""The power p that each paper's method comes with."""
+
+
+def rescaled(
+    params: Mapping[str, Tensor], masks: Mapping[str, Tensor], power: float, *, stacked: bool = False
+) -> Params:
+    r"""The masked weights of each layer, times a power of the inverse of its density.
+
+    .. math:: w' = m \circ w \, (\text{size} / \text{kept})^p
+
+    A layer without a live weight is zero.
+
+    Args:
+        params: One network, or a stack.
+        masks: True = kept, or shares in [0, 1]; with the replica axis if ``stacked``.
+        power: p; 0 masks alone.
+        stacked: Whether densities are taken replica by replica.
+    """
+    new = dict(params)
+    for name, mask in masks.items():
+        shares = mask.to(params[name].dtype)
+        size = mask[0].numel() if stacked else mask.numel()
+        kept = shares.detach().sum(tuple(range(int(stacked), mask.ndim)), keepdim=True)
+        # At most one weight's worth: otherwise an empty layer would be 0 * infinity.
+        new[name] = params[name] * shares * (size / kept.clamp(min=1 / size)) ** power
+    return new
+
+
+class Supermask(nn.Module):
+    """A network with frozen weights, as a module whose trainable parameters are the scores of its mask.
+
+    In training mode ``bernoulli`` draws a mask at each forward pass, from a seed and a step that are buffers: the
+    draw is a function of both alone.
+    """
+
+    draw_seed: Tensor
+    step: Tensor
+
+    def __init__(self, model: nn.Module, method: Method, density: float, power: float) -> None:
+        super().__init__()
+        self.method, self.density, self.power = method, density, power
+        self.names = mask_ops.prunable(model)
+        self.net = copy.deepcopy(model).requires_grad_(False)
+        weights = dict(self.net.named_parameters())
+        self.scores = nn.ParameterList([torch.zeros_like(weights[name]) for name in self.names])
+        self.register_buffer("draw_seed", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = dict(self.net.named_parameters())
+        drawn = self.training and self.method == "bernoulli"
+        masks = self._drawn() if drawn else {n: self._kept(s) for n, s in zip(self.names, self.scores, strict=True)}
+        masked = rescaled({n: weights[n] for n in self.names}, masks, self.power)
+        return functional_call(self.net, masked, (x,))
+
+    def _kept(self, score: Tensor) -> Tensor:
+        """The mask of evaluation as numbers; for edge-popup, of training too."""
+        if self.method == "bernoulli":
+            return (score > 0).to(score.dtype)
+        return straight_through(top(score, self.density), score.abs())
+
+    def _drawn(self) -> Params:
+        generator = stream("mask draw", int(self.draw_seed), int(self.step))
+        self.step.add_(1)
+        masks = {}
+        for name, score in zip(self.names, self.scores, strict=True):
+            noise = torch.rand(score.shape, generator=generator, dtype=score.dtype).to(score.device)
+            probability = score.sigmoid()
+            masks[name] = straight_through(noise < probability, probability)
+        return masks
+
+    def begin(self, frozen: State, seed: int) -> State:
+        """One replica's start: the given weights, first scores, and the seed of the draws."""
+        weights = [frozen.params[name] for name in self.names]
+        first = [self._first_score(weight, stream(f"score {i}", seed)) for i, weight in enumerate(weights)]
+        params = {f"scores.{i}": score for i, score in enumerate(first)}
+        counters = {"draw_seed": torch.tensor(seed), "step": torch.tensor(0)}
+        buffers = {n: t.to(weights[0].device) for n, t in counters.items()}
+        nets = [{f"net.{n}": t for n, t in part.items()} for part in frozen]
+        return State({**params, **nets[0]}, {**buffers, **nets[1]})
+
+    def _first_score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        if self.method == "bernoulli":
+            return torch.full_like(weight, math.log(self.density / (1 - self.density)))
+        score = torch.empty(weight.shape, dtype=weight.dtype)
+        return nn.init.kaiming_uniform_(score, a=math.sqrt(5), generator=generator).to(weight.device)
+
+
+def straight_through(hard: Bool[Tensor, "*w"], soft: Tensor) -> Tensor:
+    """Exactly ``hard`` in the forward pass; in the backward pass its gradient is that of ``soft``."""
+    return hard.to(soft.dtype) + (soft - soft.detach())
+
+
+def top(score: Tensor, density: float) -> Bool[Tensor, "*w"]:
+    """True for the largest magnitudes of a layer, ``density`` of them to the nearest integer."""
+    flat = score.detach().abs().flatten()
+    kept = flat.numel() - mask_ops.n_removed(flat.numel(), 1 - density)
+    if flat.device.type == "cpu":  # ten times faster than torch.topk
+        index = torch.from_numpy(np.argpartition(flat.numpy(), -kept)[-kept:])
+    else:
+        index = flat.topk(kept, sorted=False).indices
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(0, index, True).view_as(score)
