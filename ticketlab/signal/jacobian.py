@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch.func import vjp, vmap
 
 from ticketlab.signal.section import Section, hooked, sections
 
-_BLOCK = 2**26  # bytes that the rows or columns of one block of inputs may take
+_BLOCK = 2**22  # bytes that the rows or columns of one block of inputs may take; larger ones cost page faults
 _ACTIVE = 2**23  # bytes of the largest activation in a block, so that it stays near the cache
 _DIRECTIONS = 64  # coordinates differentiated in at once, where they are the fewer
 
@@ -100,9 +101,9 @@ def _singular_values(section: Section, x: Tensor) -> Tensor:
         n_in, n_out = u[0].numel(), section(u, x[:1]).shape[1]
     by_rows = n_out <= n_in
     held = x.element_size() * n_in * n_out
-    active = widest(section, x) * (1 if by_rows else _DIRECTIONS)
-    size = max(1, min(_BLOCK // held, _ACTIVE // active))
-    matrices = _rows if by_rows else _columns
+    active = widest(section, x)
+    size = max(1, min(_BLOCK // held, _ACTIVE // (active if by_rows else active * _DIRECTIONS)))
+    matrices = partial(_rows, at_once=n_out * active * min(size, len(x)) <= _ACTIVE) if by_rows else _columns
     return torch.cat([_of_matrices(matrices(section, block)) for block in x.split(size)])
 
 
@@ -118,13 +119,17 @@ def widest(section: Section, x: Tensor) -> int:
     return x.element_size() * max(sizes)
 
 
-def _rows(section: Section, x: Tensor) -> Float[Tensor, "n in out"]:
-    """J' of each input (column by column in memory, as LAPACK wants it), one backward pass of the batch an output."""
+def _rows(section: Section, x: Tensor, at_once: bool) -> Float[Tensor, "n in out"]:
+    """J' of each input, one backward pass of the batch an output; vectorised over outputs where that is in cache."""
     with torch.enable_grad():
         u = section.entering(x).requires_grad_()
         y = section(u, x)
-        rows = [torch.autograd.grad(column.sum(), u, retain_graph=True)[0] for column in y.unbind(1)]
-    return torch.stack([row.flatten(1) for row in rows], 1).mT
+        if at_once:
+            ones = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None].expand(-1, len(y), -1)
+            (rows,) = torch.autograd.grad(y, u, ones, is_grads_batched=True)
+        else:
+            rows = torch.stack([torch.autograd.grad(column.sum(), u, retain_graph=True)[0] for column in y.unbind(1)])
+    return rows.flatten(2).permute(1, 2, 0)
 
 
 def _columns(section: Section, x: Tensor) -> Float[Tensor, "n out in"]:
