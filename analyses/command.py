@@ -17,6 +17,7 @@ from torch import nn
 
 import ticketlab as tl
 from figures.style import save
+from ticketlab.engine.treatments import FROZEN
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -77,6 +78,16 @@ def open_run(
         return study, model, task, iter(tl.load_run(folder, device=task.device))
     print(f"run: {tl.run_folder(study, store)}", file=sys.stderr)
     return study, model, task, tl.imp(study, store=store, device=task.device)
+
+
+def each_network(level: tl.Level) -> Iterator[tl.Level]:
+    """Each replica by itself, of those that a measure of m * theta at the start tells apart.
+
+    Siblings start as their tickets do, and where pruned weights are frozen m * theta is another network.
+    """
+    for treatment, seed in level.metrics[["treatment", "init_seed"]].itertuples(index=False):
+        if treatment not in ("sibling", *FROZEN):
+            yield level.select(treatment=treatment, init_seed=seed)
 
 
 def write(folder: Path, tables: Tables, config: Mapping[str, object]) -> list[Path]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import DIGITS, Tables, each_network, main, open_run
 from figures.generalization_bounds import draw
 from ticketlab import bounds
 from ticketlab.functional import stream
@@ -118,11 +118,9 @@ def run(config: Config) -> Tables:
 
 
 def _networks(level: tl.Level, device: torch.device) -> Iterator[tl.Level]:
-    """Each replica by itself, in float32; a sibling adds a batch order and nothing else."""
-    for treatment, seed in level.metrics[["treatment", "init_seed"]].itertuples(index=False):
-        if treatment != "sibling":
-            one = level.select(treatment=treatment, init_seed=seed)
-            yield replace(one, start=one.start.to(device, torch.float32), end=one.end.to(device, torch.float32))
+    """Each replica by itself, in float32, in which values are coded."""
+    for one in each_network(level):
+        yield replace(one, start=one.start.to(device, torch.float32), end=one.end.to(device, torch.float32))
 
 
 def _hypotheses(measure: Measure, network: tl.Level, rewound: bool) -> Iterator[Hypothesis]:

@@ -16,7 +16,7 @@ With no arguments it makes a run on the bundled digits and measures it in about 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import DIGITS, Tables, each_network, main, open_run
 from analyses.rank_correlation import Within, bootstrap, p_value, rank_correlation
 from figures.gradient_alignment import draw
 from ticketlab import gradients
@@ -112,19 +112,12 @@ def measure_level(
 ) -> list[dict[str, object]]:
     """One row a network of a level."""
     rows = []
-    networks = list(_networks(level))
+    networks = list(each_network(level))
     for network in tqdm(networks, desc=f"gradients of level {level.level}", unit="network", disable=None):
         about = network.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
         twin = dense_twin(network, dense.select(init_seed=about["init_seed"]).start, factory)
         rows.append({**about, "level_density": level.density, **_measures(model, network, twin, data, config)})
     return rows
-
-
-def _networks(level: tl.Level) -> Iterator[tl.Level]:
-    """Each replica by itself; siblings start as their tickets do."""
-    for treatment, seed in level.metrics[["treatment", "init_seed"]].itertuples(index=False):
-        if treatment != "sibling":
-            yield level.select(treatment=treatment, init_seed=seed)
 
 
 def dense_twin(network: tl.Level, rewound: tl.State, factory: Factory) -> tl.State | None:

@@ -11,7 +11,6 @@ With no arguments it makes a run on the bundled digits and measures it in about 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import DIGITS, Tables, each_network, main, open_run
 from figures.ntk_spectrum import draw
 from ticketlab import ntk
 
@@ -77,7 +76,7 @@ def run(config: Config) -> Tables:
     for level in levels:
         if level.level not in wanted and level.level > 0:
             continue
-        networks = list(_networks(level))
+        networks = list(each_network(level))
         for network in tqdm(networks, desc=f"kernels of level {level.level}", unit="network", disable=None):
             seed = int(network.metrics["init_seed"].iloc[0])
             kernel = _kernel(model, network, network.start, data.spectrum.x)
@@ -99,13 +98,6 @@ def run(config: Config) -> Tables:
         "kernels": pd.DataFrame(rows).assign(**names),
         "spectra": pd.concat(spectra, ignore_index=True).assign(**names),
     }
-
-
-def _networks(level: tl.Level) -> Iterator[tl.Level]:
-    """Each replica by itself; siblings start as their tickets do."""
-    for treatment, seed in level.metrics[["treatment", "init_seed"]].itertuples(index=False):
-        if treatment != "sibling":
-            yield level.select(treatment=treatment, init_seed=seed)
 
 
 def _kernel(model: nn.Module, network: tl.Level, at: tl.State, x: Tensor) -> Tensor:

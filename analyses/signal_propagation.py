@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import DIGITS, Tables, each_network, main, open_run
 from figures.signal_propagation import draw
 from ticketlab import signal
 
@@ -65,15 +65,15 @@ def run(config: Config) -> Tables:
         if level.level not in wanted:
             continue
         level_values: dict[str, list[tuple[Tensor, dict[str, float]]]] = {}
-        pairs = [p for p in level.metrics[["treatment", "init_seed"]].itertuples(index=False) if p[0] != "sibling"]
-        for treatment, seed in tqdm(pairs, desc=f"signals of level {level.level}", unit="network", disable=None):
-            one = level.select(treatment=treatment, init_seed=seed)
+        for one in tqdm(
+            list(each_network(level)), desc=f"signals of level {level.level}", unit="network", disable=None
+        ):
             about = one.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
             about["level_density"] = level.density
             start = one.start.to(data.x.device, torch.float64)
             sigma_w2 = {n: float(v) for n, v in signal.effective_sigma_w2(model, start.params, one.masks).items()}
             values = signal.jacobian_singular_values(model, start.params, data.x, one.masks, buffers=start.buffers)
-            level_values.setdefault(treatment, []).append((values, sigma_w2))
+            level_values.setdefault(about["treatment"], []).append((values, sigma_w2))
             networks.append({**about, **_jacobian(values), "mean_squared_theory": _mean_squared(model, sigma_w2)})
             layers.append(_layers(model, one, start, data, sigma_w2).assign(**about, critical_sigma_w2=critical))
         if level.level in spectra_at:

@@ -9,7 +9,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import LABELS, LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import (
+    LABELS,
+    LOOKS,
+    TWO_COLUMNS,
+    density_axis,
+    mean_and_replicas,
+    name_task,
+    paper,
+    treatments,
+)
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -18,6 +27,8 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     with paper():
         figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.0))
         _certificates(axes[0, 0], table, "quantised", "trained, weights rounded to few values: certificate")
+        if axes[0, 0].lines:
+            axes[0, 0].legend(loc="center left")
         _terms(axes[0, 1], table)
         _certificates(axes[1, 0], table, "untrained", "masks on untrained weights: certificate")
         _formula(axes[1, 1], table)
@@ -27,14 +38,10 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _treatments(table: pd.DataFrame) -> list[str]:
-    return [t for t in LOOKS if t in set(table["treatment"])]
-
-
 def _certificates(axes: Axes, table: pd.DataFrame, hypothesis: str, title: str) -> None:
     """The certified error (filled) and the true test error of the same networks (open)."""
     shown = table[table["hypothesis"] == hypothesis]
-    for treatment in _treatments(shown):
+    for treatment in treatments(shown):
         rows = shown[(shown["treatment"] == treatment) | (shown["level"] == 0)]
         certified = rows[rows["bound"] == "binomial_tail"]
         look = LOOKS[treatment]
@@ -44,14 +51,12 @@ def _certificates(axes: Axes, table: pd.DataFrame, hypothesis: str, title: str) 
     _finish(axes, table, title)
     axes.set_ylim(0, 104)
     axes.set_ylabel("test error (%)\nfilled: certified, open: true")
-    if len(shown):
-        axes.legend(loc="lower left" if hypothesis == "untrained" else "center left")
 
 
 def _terms(axes: Axes, table: pd.DataFrame) -> None:
     """What the certificates of the quantised networks are made of; the held-out bound beside them."""
     shown = table[(table["hypothesis"] == "quantised") & (table["bound"] == "binomial_tail")]
-    for treatment in _treatments(shown):
+    for treatment in treatments(shown):
         rows = shown[(shown["treatment"] == treatment) | (shown["level"] == 0)]
         look = LOOKS[treatment]
         for term, face in (("complexity", look["color"]), ("empirical", "white")):
@@ -86,5 +91,5 @@ def _finish(axes: Axes, table: pd.DataFrame, title: str) -> None:
     chance = 100 * (1 - 1 / table["n_classes"].iloc[0])
     axes.axhline(chance, color="0.6", linewidth=0.8, zorder=0)
     density_axis(axes, table["level_density"].to_numpy())
-    axes.annotate("chance", (0.99, chance), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=6)
+    axes.annotate("chance", (0.005, chance), xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=6)
     axes.set_title(title, fontsize=7)

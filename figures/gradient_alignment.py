@@ -10,7 +10,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import LABELS, LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import (
+    LOOKS,
+    TWO_COLUMNS,
+    against_density,
+    density_axis,
+    name_task,
+    paper,
+    treatments,
+)
 
 PANELS = {
     "norm_per_live_weight": "gradient norm\nper live weight (nats)",
@@ -55,7 +63,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             gridspec_kw={"height_ratios": (1, 1, 1.25)},
         )
         for column, label in PANELS.items():
-            _against_density(axes[column], networks, column, label)
+            against_density(axes[column], networks, column, label)
         axes["norm_per_live_weight"].set_yscale("log")
         _predicted(axes["realised_nats"], networks)
         if (networks["realised_nats"] > 0).all():
@@ -83,17 +91,9 @@ def _rows(networks: pd.DataFrame, treatment: str) -> pd.DataFrame:
     return networks[(networks["treatment"] == treatment) | (networks["level"] == 0)]
 
 
-def _against_density(axes: Axes, networks: pd.DataFrame, column: str, label: str) -> None:
-    for treatment in (t for t in LOOKS if t in set(networks["treatment"])):
-        rows = _rows(networks, treatment)
-        mean_and_replicas(axes, rows["level_density"], rows[column], label=LABELS[treatment], **LOOKS[treatment])
-    density_axis(axes, networks["level_density"].to_numpy())
-    axes.set_ylabel(label)
-
-
 def _predicted(axes: Axes, networks: pd.DataFrame) -> None:
     """The first order of each treatment as open markers, over the realised decrease."""
-    for treatment in (t for t in LOOKS if t in set(networks["treatment"])):
+    for treatment in treatments(networks):
         mean = _rows(networks, treatment).groupby("level_density")["first_order_nats"].mean()
         look = {**LOOKS[treatment], "linestyle": "none", "markerfacecolor": "white", "markersize": 2.5}
         axes.plot(mean.index, mean, **look)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import LABELS, LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import LABELS, LOOKS, TWO_COLUMNS, against_density, density_axis, name_task, paper, treatments
 
 PANELS = {
     "effective_rank": "effective rank",
@@ -27,7 +27,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         figure, axes = plt.subplots(2, 3, figsize=(TWO_COLUMNS, 4.3))
         _spectra(axes[0, 0], spectra)
         for place, (column, label) in zip(axes.flat[1:5], PANELS.items(), strict=True):
-            _against_density(place, kernels, column, label)
+            against_density(place, kernels, column, label)
         _errors(axes[1, 2], kernels)
         axes[0, 2].legend(loc="upper left")
         n, k = kernels["init_seed"].nunique(), kernels["rewind_step"].iloc[0]
@@ -36,16 +36,12 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _treatments(table: pd.DataFrame) -> list[str]:
-    return [t for t in LOOKS if t in set(table["treatment"])]
-
-
 def _spectra(axes: Axes, spectra: pd.DataFrame) -> None:
     """Trace-normalised eigenvalues, geometric means over replicas."""
     spectra = spectra[spectra["eigenvalue"] > 0]
     dense, last = spectra[spectra["level"] == 0], spectra[spectra["level"] == spectra["level"].max()]
     shown = [("dense", dense, {"color": "0.45", "linestyle": "-", "linewidth": 2.2})]
-    for treatment in _treatments(last):
+    for treatment in treatments(last):
         look = {k: v for k, v in LOOKS[treatment].items() if k != "marker"}
         shown.append((LABELS[treatment], last[last["treatment"] == treatment], look))
     for label, rows, look in shown:
@@ -58,17 +54,9 @@ def _spectra(axes: Axes, spectra: pd.DataFrame) -> None:
     axes.set_title(f"at {100 * last['level_density'].iloc[0]:.2g} % of the weights")
 
 
-def _against_density(axes: Axes, kernels: pd.DataFrame, column: str, label: str) -> None:
-    for treatment in _treatments(kernels):
-        rows = kernels[(kernels["treatment"] == treatment) | (kernels["level"] == 0)]
-        mean_and_replicas(axes, rows["level_density"], rows[column], label=LABELS[treatment], **LOOKS[treatment])
-    density_axis(axes, kernels["level_density"].to_numpy())
-    axes.set_ylabel(label)
-
-
 def _errors(axes: Axes, kernels: pd.DataFrame) -> None:
     """Kernel regression (open markers) beside the trained network (filled)."""
-    for treatment in _treatments(kernels):
+    for treatment in treatments(kernels):
         rows = kernels[(kernels["treatment"] == treatment) | (kernels["level"] == 0)]
         look = LOOKS[treatment]
         for column, face in (("regression_error", "white"), ("test_error", look["color"])):

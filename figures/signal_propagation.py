@@ -11,7 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from figures.style import LABELS, LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import (
+    LABELS,
+    LOOKS,
+    TWO_COLUMNS,
+    against_density,
+    mean_and_replicas,
+    name_task,
+    paper,
+    treatments,
+)
 
 DENSE = {"color": "0.45", "linestyle": "-", "linewidth": 2.2}
 
@@ -39,23 +48,15 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _treatments(table: pd.DataFrame) -> list[str]:
-    return [t for t in LOOKS if t in set(table["treatment"])]
-
-
 def _line(treatment: str) -> dict[str, object]:
     return {k: v for k, v in LOOKS[treatment].items() if k != "marker"}
 
 
 def _against_density(axes: Axes, table: pd.DataFrame, column: str, label: str) -> None:
-    for treatment in _treatments(table):
-        rows = table[(table["treatment"] == treatment) | (table["level"] == 0)]
-        rows = rows[np.isfinite(rows[column]) & (rows[column] > 0)]
-        mean_and_replicas(axes, rows["level_density"], rows[column], label=LABELS[treatment], **LOOKS[treatment])
-    density_axis(axes, table["level_density"].to_numpy())
+    """What is finite and positive, on a log axis."""
+    against_density(axes, table[np.isfinite(table[column]) & (table[column] > 0)], column, label)
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel(label)
 
 
 def _phase(axes: Axes, layer: pd.DataFrame) -> None:
@@ -74,7 +75,7 @@ def _spectra(axes: Axes, densities: pd.DataFrame, level: int) -> None:
     """Histograms as lines; thin dots: Gaussian weights of the same sigma_w^2."""
     shown = [("dense", densities[densities["level"] == 0], DENSE)]
     at = densities[densities["level"] == level]
-    shown += [(LABELS[t], at[at["treatment"] == t], _line(t)) for t in _treatments(at)]
+    shown += [(LABELS[t], at[at["treatment"] == t], _line(t)) for t in treatments(at)]
     for label, rows, look in shown:
         axes.plot(rows["singular_value"], rows["density_per_log"], label=label, **look)  # type: ignore[arg-type]
         axes.plot(rows["singular_value"], rows["theory_per_log"], color=look["color"], lw=0.7, ls=(0, (1, 1)))
@@ -87,7 +88,7 @@ def _spectra(axes: Axes, densities: pd.DataFrame, level: int) -> None:
 
 
 def _theory(axes: Axes, networks: pd.DataFrame) -> None:
-    for treatment in _treatments(networks):
+    for treatment in treatments(networks):
         rows = networks[(networks["treatment"] == treatment) | (networks["level"] == 0)]
         mean = rows.groupby("level_density")["mean_squared_theory"].mean()
         axes.plot(mean.index, mean, color=LOOKS[treatment]["color"], lw=0.7, ls=(0, (1, 1)))  # type: ignore[arg-type]
@@ -99,7 +100,7 @@ def _by_layer(axes: Axes, layers: pd.DataFrame, column: str, label: str) -> None
     last = layers[layers["level"] == layers["level"].max()]
     dense = layers[layers["level"] == 0].groupby("depth")[column].mean()
     axes.plot(dense.index, dense, label="dense", **DENSE)  # type: ignore[arg-type]
-    for treatment in _treatments(last):
+    for treatment in treatments(last):
         rows = last[last["treatment"] == treatment]
         mean_and_replicas(axes, rows["depth"], rows[column], label=LABELS[treatment], **LOOKS[treatment])
     names = layers.drop_duplicates("depth").set_index("depth")["layer"].sort_index()

@@ -98,6 +98,20 @@ def density_axis(axes: Axes, densities: np.ndarray) -> None:
     axes.set_xlabel("weights kept (%)")
 
 
+def treatments(table: pd.DataFrame) -> list[str]:
+    """Those that a table has, in the order of ``LOOKS``."""
+    return [t for t in LOOKS if t in set(table["treatment"])]
+
+
+def against_density(axes: Axes, table: pd.DataFrame, column: str, label: str) -> None:
+    """A column of networks, a line a treatment; the dense networks, from which all of them come, belong to each."""
+    for treatment in treatments(table):
+        rows = table[(table["treatment"] == treatment) | (table["level"] == 0)]
+        mean_and_replicas(axes, rows["level_density"], rows[column], label=LABELS[treatment], **LOOKS[treatment])
+    density_axis(axes, table["level_density"].to_numpy())
+    axes.set_ylabel(label)
+
+
 def mean_and_replicas(axes: Axes, x: pd.Series, y: pd.Series, *, label: str, **look: object) -> None:
     """The mean of y at each x as a line; every replica as a faint dot, or nothing is hidden."""
     frame = pd.DataFrame({"x": x.to_numpy(), "y": y.to_numpy(dtype=float)}).dropna()

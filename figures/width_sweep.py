@@ -39,6 +39,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             place.set_ylabel(label)
         axes[1].legend()
         task, depth, n_examples, steps = (widths[c].iloc[0] for c in ("task", "depth", "n_examples", "steps"))
-        about = f"{TASKS.get(task, task)}, {depth} hidden layer{'' if depth == 1 else 's'}, {n_examples} examples, {steps} steps"
+        layers = f"{depth} hidden layer{'' if depth == 1 else 's'}"
+        about = f"{TASKS.get(task, task)}, {layers}, {n_examples} examples, {steps} steps"
         figure.suptitle(f"NTK scaling, {about}, n = {widths['seed'].nunique()} a width", fontsize=8)
     return figure
