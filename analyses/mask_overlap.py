@@ -2,9 +2,9 @@
 
 For every two tickets of chosen levels: Jaccard and intersection per layer, against random masks of the same layer
 densities, and against random masks that also keep how many live weights each input (pixel) has. For tickets of one
-level and two init seeds also the overlap after the permutation of hidden units that maximises it, against random
-masks aligned in the same way. Beside them: where the live weights of the first layer are, fan-in, fan-out and dead
-units, and how long the weights of a level live.
+level and two init seeds also the overlap after the permutation of hidden units that maximises it, against the same
+two kinds of random masks, aligned alike. Beside them: where the live weights of the first layer are, fan-in, fan-out
+and dead units, and how long the weights of a level live.
 
 With no arguments it makes a run on the bundled digits and measures it in about a minute.
 """
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from ticketlab import overlap, permutation
 from ticketlab.functional import Masks, stack
 
 STUDY = replace(DIGITS, treatments=("ticket",))
+GIVEN: tuple[Literal["layer", "input"], ...] = ("layer", "input")  # what the nulls of the aligned overlap keep
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Config:
     at_levels: tuple[int, ...] | None = None
     """Levels to measure, from 1; None: every second one and the last."""
     draws: int = 19
-    """Random masks that every aligned overlap is held against."""
+    """Random masks of each kind that every aligned overlap is held against."""
     restarts: int = 2
     """Starts of every matching of hidden units."""
     store: Path = Path("runs")
@@ -63,7 +64,7 @@ class Tickets:
 
 
 def run(config: Config) -> Tables:
-    """``overlap``, ``aligned``: one row a pair and layer. ``pixels``, ``units``, ``survival``: one row a thing."""
+    """``overlap``: one row a pair and layer; ``aligned``: also a null. ``pixels``, ``units``, ``survival``: counts."""
     study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
     if len(study.init_seeds) < 2:
         raise ValueError(f"an overlap needs at least two init seeds: the run has {study.init_seeds}.")
@@ -101,14 +102,15 @@ def _overlap(tickets: Tickets) -> pd.DataFrame:
 
 
 def _aligned(tickets: Tickets, groups: permutation.Groups, config: Config) -> pd.DataFrame:
-    """Two seeds at one level, hidden units reordered to overlap the most."""
+    """Two seeds at one level, hidden units reordered to overlap the most; ``given`` says what the null keeps."""
     rows = []
-    places = [(level, pair) for level in tickets.masks for pair in combinations(range(len(tickets.seeds)), 2)]
-    for level, (a, b) in tqdm(places, desc="aligned overlaps", unit="pair", disable=None):
+    pairs = combinations(range(len(tickets.seeds)), 2)
+    places = list(product(tickets.masks, pairs, GIVEN))
+    for level, (a, b), given in tqdm(places, desc="aligned overlaps", unit="null", disable=None):
         one, other = ({n: m[r] for n, m in tickets.masks[level].items()} for r in (a, b))
-        found = overlap.aligned(groups, one, other, draws=config.draws, restarts=config.restarts)
+        found = overlap.aligned(groups, one, other, given=given, draws=config.draws, restarts=config.restarts)
         names = {"level": level, "density": tickets.densities[level]}
-        names |= {"init_seed_a": tickets.seeds[a], "init_seed_b": tickets.seeds[b]}
+        names |= {"init_seed_a": tickets.seeds[a], "init_seed_b": tickets.seeds[b], "given": given}
         rows.append(pd.concat([pd.DataFrame(names, index=found.index), found.assign(draws=config.draws)], axis=1))
     return pd.concat(rows, ignore_index=True)
 
@@ -158,6 +160,8 @@ def summary(tables: Tables) -> pd.DataFrame:
     pairs, aligned = tables["overlap"], tables["aligned"]
     pairs = pairs[pairs["level_a"] == pairs["level_b"]].rename(columns={"level_a": "level"})
     aligned = aligned.assign(ratio=aligned["intersection"] / aligned["null_mean"])
+    input_given = aligned[aligned["given"] == "input"]
+    aligned = aligned[aligned["given"] == "layer"]
     pairs = pairs.assign(
         ratio=pairs["intersection"] / pairs["expected"],
         ratio_input=pairs["intersection"] / pairs["expected_given_input"],
@@ -170,8 +174,10 @@ def summary(tables: Tables) -> pd.DataFrame:
         "z": pairs.groupby(keys)["z"].mean(),
         "over_chance_given_input": pairs.groupby(keys)["ratio_input"].mean(),
         "z_given_input": pairs.groupby(keys)["z_given_input"].mean(),
-        "aligned_over_aligned_chance": aligned.groupby(keys)["ratio"].mean(),
+        "aligned_over_chance": aligned.groupby(keys)["ratio"].mean(),
         "aligned_z": aligned.groupby(keys)["z"].mean(),
+        "aligned_over_chance_given_input": input_given.groupby(keys)["ratio"].mean(),
+        "aligned_z_given_input": input_given.groupby(keys)["z"].mean(),
         "pairs": aligned.groupby(keys).size(),
     }
     return pd.DataFrame(columns).reset_index()

@@ -6,7 +6,7 @@ Two questions, at every level of a run and for every rewind step k that its dens
 - siblings: do two children of theta_k that differ in batch order alone end in one linearly connected region?
   Their error barrier is the instability of Frankle et al. (2020); below 2 % counts as stable.
 
-With ``--align`` a third, at every level:
+With ``--align`` a third, at every level or at ``--align-levels``:
 
 - independent: do networks of two init seeds end in one region once the hidden units of one are reordered to match
   the other's (Ainsworth et al. 2022)? Their lines are measured before and after matching.
@@ -52,6 +52,8 @@ class Config:
     """Training examples that the lines are evaluated on; None: all."""
     align: bool = False
     """Also measure the lines between init seeds, before and after matching hidden units."""
+    align_levels: tuple[int, ...] | None = None
+    """Levels that --align measures, from 0; None: all."""
     store: Path = Path("runs")
     """Folder of run directories."""
     out: Path = Path("results")
@@ -81,11 +83,12 @@ class Line:
 def run(config: Config) -> Tables:
     """``paths``: loss and error at every alpha. ``barriers``: their heights, by metric, split and baseline."""
     study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    aligned = _align_levels(config, study)
     shown = task if config.train_examples is None else task.limit(train=min(config.train_examples, len(task.train)))
     paths, barriers = [], []
     for level in levels:
         lines = list(_lines(study, level, model, task))
-        if config.align:
+        if level.level in aligned:
             lines += _independent(study, level, model, task)
         for line in tqdm(lines, desc=f"lines of level {level.level}", unit="line", disable=None):
             ends, buffers = (line.a.params, line.b.params), line.b.buffers
@@ -93,8 +96,24 @@ def run(config: Config) -> Tables:
             paths.append(_labelled(line, path.table))
             barriers.append(_labelled(line, _barriers(path)))
     about = {"task": study.task, "model": study.model, "n_train": len(shown.train), "n_test": len(shown.test)}
-    tables = {"paths": pd.concat(paths, ignore_index=True), "barriers": pd.concat(barriers, ignore_index=True)}
-    return {name: table.assign(**about) for name, table in tables.items()}
+    # Thousands of points, without the names that every row would repeat.
+    heights = pd.concat(barriers, ignore_index=True).assign(**about)
+    return {"paths": pd.concat(paths, ignore_index=True), "barriers": heights}
+
+
+def _align_levels(config: Config, study: tl.ImpConfig) -> set[int]:
+    """The levels whose networks are matched across init seeds: none without ``--align``."""
+    if not config.align:
+        if config.align_levels is not None:
+            raise ValueError(f"align_levels says what --align measures: got {config.align_levels} without --align.")
+        return set()
+    if len(study.init_seeds) < 2:
+        raise ValueError(f"--align needs at least two init seeds to match: the run has {study.init_seeds}.")
+    every = set(range(study.levels + 1))
+    wanted = every if config.align_levels is None else set(config.align_levels)
+    if not wanted <= every:
+        raise ValueError(f"align_levels must lie in 0 to {study.levels}, the run's levels: got {sorted(wanted)}.")
+    return wanted
 
 
 def _lines(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task) -> Iterator[Line]:
@@ -119,8 +138,6 @@ def _lines(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task
 def _independent(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task) -> Iterator[Line]:
     """Each init seed with the next one, at the end of training, as trained and with b's hidden units matched to a's."""
     seeds = study.init_seeds
-    if len(seeds) < 2:
-        raise ValueError(f"--align needs at least two init seeds to match: the run has {seeds}.")
     n = len(seeds) if len(seeds) > 2 else 1  # of two seeds there is one pair
     partners = tuple(seeds[(r + 1) % len(seeds)] for r in range(n))
     networks = {seed: level.select(treatment="ticket", init_seed=seed).end for seed in seeds}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from figures.style import LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
 
@@ -82,19 +82,18 @@ def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None
 
 
 def _over_aligned_chance(axes: Axes, aligned: pd.DataFrame) -> None:
+    """The same after alignment, over the mean of random masks aligned alike."""
     for layer, look in zip(_layers(aligned), SHADES, strict=False):
         rows = aligned[aligned["layer"] == layer]
-        ratio = rows["intersection"] / rows["null_mean"]
-        mean_and_replicas(axes, rows["density"], ratio, label=_label(layer), **look)
-        spread = (1.96 * rows["null_sd"] / rows["null_mean"]).groupby(rows["density"]).mean()
+        ratio, free = rows["intersection"] / rows["null_mean"], rows["given"] == "layer"
+        mean_and_replicas(axes, rows["density"][free], ratio[free], label=_label(layer), **look)
+        given = ratio[~free].groupby(rows["density"][~free]).mean()
+        axes.plot(given.index, given, **{**look, "markerfacecolor": "white"})  # type: ignore[arg-type]
+        spread = (1.96 * rows["null_sd"] / rows["null_mean"])[~free].groupby(rows["density"][~free]).mean()
         axes.fill_between(spread.index, 1 - spread, 1 + spread, color=look["color"], alpha=0.12, lw=0)
     draws = aligned["draws"].iloc[0]
-    _finish(
-        axes,
-        aligned["density"],
-        "shared / expected, aligned",
-        f"after alignment, over random\nmasks aligned alike ({draws} draws)",
-    )
+    title = f"over random masks aligned alike ({draws} draws)\nopen: live weights of inputs given"
+    _finish(axes, aligned["density"], "shared / expected, aligned", title)
 
 
 def _finish(axes: Axes, density: pd.Series, label: str, title: str) -> None:
@@ -131,6 +130,7 @@ def _survival(axes: Axes, survival: pd.DataFrame) -> None:
         mean_and_replicas(axes, own["density_b"], 100 * own["survival"], label=_label(layer), **look)
     density_axis(axes, rows["density_b"].to_numpy())
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(PLAIN)
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("still alive (%)")

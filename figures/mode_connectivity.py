@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from figures.style import LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
 
@@ -40,8 +41,8 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         axes[0, 1].set_title(f"tickets, k = {_rewind_step(barriers)}")
         axes[0, 2].set_title("dense networks, against k")
         n, alphas = barriers["init_seed"].nunique(), paths["alpha"].nunique()
-        counts = f"{paths['n_train'].iloc[0]} train, {paths['n_test'].iloc[0]} test examples"
-        figure.suptitle(f"{name_task(paths)}: n = {n} replicas, {alphas} alphas, {counts}", fontsize=8)
+        counts = f"{barriers['n_train'].iloc[0]} train, {barriers['n_test'].iloc[0]} test examples"
+        figure.suptitle(f"{name_task(barriers)}: n = {n} replicas, {alphas} alphas, {counts}", fontsize=8)
     return figure
 
 
@@ -49,7 +50,8 @@ def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> N
     """Networks of two init seeds: the line between them, before and after hidden units are matched."""
     _curves(row[0], paths, INDEPENDENT, "test", "error", "test error (%)")
     _curves(row[1], paths, MATCHED, "test", "error", "test error (%)")
-    row[1].sharey(row[0])
+    row[0].get_legend().remove()  # the curves fill the panel, and the next one names them
+    row[1].set_ylim(top=1.9 * row[1].get_ylim()[1])
     row[0].set_title("two init seeds, as trained")
     row[1].set_title("two init seeds, hidden units matched")
     for question, look in ((INDEPENDENT, LOOKS["reinit"]), (MATCHED, LOOKS["ticket"])):
@@ -59,9 +61,13 @@ def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> N
         mean_and_replicas(row[2], rows["density"], 100 * rows["barrier"], label=label, **look)
     density_axis(row[2], rows["density"].to_numpy())
     row[2].set_ylabel("barrier, error (points)")
-    row[2].set_ylim(min(0, row[2].get_ylim()[0]), 1.35 * row[2].get_ylim()[1])  # room for the legend
-    row[2].set_title(f"test error, {rows['pairing'].nunique()} pairs of seeds")
-    row[2].legend(title="baseline: mean", title_fontsize=7)
+    row[2].set_yscale("symlog", linthresh=0.1)  # matching lowers a barrier by orders of magnitude, perhaps to none
+    row[2].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    row[2].set_ylim(-0.02, 3000)  # never below the mean of its ends; room for the legend
+    row[2].set_yticks([0, 0.1, 1, 10, 100])
+    n = rows["pairing"].nunique()
+    row[2].set_title(f"test error, {n} pair{'s' if n > 1 else ''} of seeds")
+    row[2].legend(title="baseline: mean", title_fontsize=7, loc="upper center", ncols=2, columnspacing=1)
 
 
 def _rewind_step(table: pd.DataFrame) -> int:
@@ -76,7 +82,8 @@ def _at_levels(table: pd.DataFrame) -> pd.DataFrame:
 def _curves(axes: Axes, paths: pd.DataFrame, question: str, split: str, metric: str, ylabel: str) -> None:
     rows = _at_levels(paths)
     rows = rows[(rows["question"] == question) & (rows["split"] == split)]
-    levels = np.unique(np.linspace(0, rows["level"].max(), SHADES).round().astype(int))
+    known = np.sort(rows["level"].unique())
+    levels = known[np.unique(np.linspace(0, len(known) - 1, SHADES).round().astype(int))]
     for level, shade in zip(levels, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(levels))), strict=True):
         chosen = rows[rows["level"] == level]
         scale = 100 if metric == "error" else 1

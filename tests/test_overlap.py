@@ -10,12 +10,14 @@ from cases import build, half_masks, small_conv_bn, small_mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
-from scipy.stats import binomtest, hypergeom, kstest
+from scipy.stats import binomtest, chisquare, hypergeom, kstest
+from torch import nn
 
 from ticketlab import overlap, permutation
 from ticketlab.functional import select, stack
 from ticketlab.masks import layerwise_shuffle, ones
 from ticketlab.overlap.null import exact_p
+from ticketlab.overlap.null import random_masks as null_masks
 
 COUNTS = ["total", "kept_a", "kept_b", "intersection"]
 
@@ -232,6 +234,48 @@ def test_a_permuted_mask_is_found_and_random_masks_are_not():
     pd.testing.assert_frame_equal(found, again)
 
 
+def test_random_masks_keep_what_is_given_exactly():
+    masks = random_masks(1, (0.3, 0.1))
+    masks = select(masks, 0) | {"conv": torch.rand(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.3}
+    for given_, gone in {"input": 0, "unit": 1, "layer": (0, 1)}.items():
+        drawn = null_masks(masks, 5, given_)
+        for name, mask in masks.items():
+            old, new = (m.reshape(len(mask), -1) for m in (mask, drawn[name]))
+            assert drawn[name].shape == mask.shape and not torch.equal(old, new)
+            assert torch.equal(old.sum(gone), new.sum(gone))
+        assert all(torch.equal(m, null_masks(masks, 5, given_)[n]) for n, m in drawn.items())
+        assert not torch.equal(drawn["fc1"], null_masks(masks, 6, given_)["fc1"])
+
+
+@pytest.mark.parametrize("given_", ["input", "unit"])
+def test_random_masks_are_uniform_within_each_input_or_unit(given_):
+    """2 of 4 live weights in one column, 1 of 4 in another: all 6 x 4 placements are equally likely."""
+    mask = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 0]], dtype=torch.bool)
+    mask = mask if given_ == "input" else mask.T
+    bits = 2 ** torch.arange(8)
+    drawn = torch.stack([null_masks({"fc": mask}, seed, given_)["fc"].flatten() for seed in range(2400)])
+    _, counts = (drawn * bits).sum(1).unique(return_counts=True)
+    assert len(counts) == 24 and chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_shared_inputs_alone_are_more_than_layer_counts_and_no_more_than_input_counts_explain():
+    model = build(lambda: nn.Sequential(nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 4)))
+    groups = permutation.groups(model, torch.zeros(2, 40, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    alive = torch.arange(40) < 20
+    found: dict[str, list] = {"layer": [], "input": []}
+    for _ in range(5):
+        a, b = (
+            {"0.weight": (torch.rand(24, 40, generator=generator) < 0.4) & alive, "2.weight": ones(model)["2.weight"]}
+            for _ in range(2)
+        )
+        for given_, rows in found.items():
+            rows.append(of(overlap.aligned(groups, a, b, given=given_, restarts=1), "0.weight"))
+    assert all(row["z"] > 5 and row["p_value"] == 1 / 20 for row in found["layer"])
+    assert abs(np.mean([row["z"] for row in found["input"]])) < 1.5
+    assert 0.15 < np.mean([row["p_value"] for row in found["input"]]) < 0.9
+
+
 # Refusals
 
 
@@ -255,5 +299,7 @@ def test_what_cannot_be_compared_is_refused():
         overlap.compare(masks, masks, given="pixel")
     model = build(small_mlp)
     groups = permutation.groups(model, torch.zeros(2, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"given must be one of \['layer', 'input', 'unit'\]: got 'pixel'"):
+        overlap.aligned(groups, half_masks(model, 0), half_masks(model, 1), given="pixel")
     with pytest.raises(ValueError, match="draws must be at least 2"):
         overlap.aligned(groups, half_masks(model, 0), half_masks(model, 1), draws=1)

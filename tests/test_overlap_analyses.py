@@ -11,46 +11,43 @@ import pytest
 
 import ticketlab as tl
 from analyses import mask_overlap, mode_connectivity
-from analyses.command import main
 from figures import mask_overlap as overlap_figure
 from figures import mode_connectivity as connectivity_figure
-from figures.style import save
 
-TINY = ["--levels", "2", "--steps", "20", "--eval-every", "20", "--init-seeds", "0", "1"]
+TINY = tl.Recipe(steps=20, eval_every=20)
 ABOUT = {"task": "digits", "model": "mlp_100_50"}
 
 
-def test_mask_overlap_holds_tickets_against_chance(tmp_path, capsys):
-    argv = [*TINY, "--at-levels", "1", "2", "--draws", "2", "--restarts", "1"]
-    argv += ["--store", str(tmp_path / "runs"), "--out", str(tmp_path)]
-    module = mask_overlap
-    assert main("mask_overlap", module.Config, module.run, module.draw, module.summary, argv) == 0
-    out = tmp_path / "mask_overlap"
-    tables = {name: pd.read_csv(out / f"{name}.csv") for name in ("overlap", "aligned", "units", "survival", "pixels")}
+def test_mask_overlap_holds_tickets_against_chance(tmp_path):
+    study = replace(mask_overlap.STUDY, levels=2, init_seeds=(0, 1), recipe=TINY)
+    config = mask_overlap.Config(study=study, at_levels=(1, 2), draws=2, restarts=1, store=tmp_path)
+    tables = mask_overlap.run(config)
     pairs = tables["overlap"]
     assert len(pairs) == 6 * 4  # of 2 levels x 2 seeds, for 3 layers and the whole
     same = pairs[(pairs["init_seed_a"] == pairs["init_seed_b"]) & (pairs["layer"] == "all")]
     np.testing.assert_allclose(same["jaccard"], 0.8, atol=1e-3)  # nested: a level keeps 80 % of the last
-    assert len(tables["aligned"]) == 2 * 4
-    aligned = tables["aligned"][tables["aligned"]["layer"] == "all"]
-    assert (aligned["intersection"] > aligned["intersection_before"]).all()
+    aligned = tables["aligned"]
+    assert aligned.groupby("given").size().to_dict() == {"layer": 2 * 4, "input": 2 * 4}
+    found = aligned.pivot(index=["level", "layer"], columns="given", values=["intersection", "null_mean"])
+    assert (found["intersection", "layer"] == found["intersection", "input"]).all()  # one alignment, two nulls
+    assert (found["null_mean", "layer"] != found["null_mean", "input"]).any()
+    whole = aligned[aligned["layer"] == "all"]
+    assert (whole["intersection"] > whole["intersection_before"]).all()
     assert len(tables["units"]) == 2 * 2 * 150 and len(tables["pixels"]) == 2 * 2 * 64
-    levels = list(
-        tl.imp(replace(mask_overlap.STUDY, levels=2, init_seeds=(0, 1), recipe=_tiny()), store=tmp_path / "runs")
-    )
+    levels = list(tl.imp(study, store=tmp_path))
     kept = levels[2].masks["fc1.weight"][0].sum()
     assert tables["pixels"].query("level == 2 and init_seed == 0")["live"].sum() == int(kept)
     survivors = tables["survival"].query("level_a == 1 and level_b == 2 and layer == 'all'")["survival"]
     np.testing.assert_allclose(survivors, 0.8, atol=1e-3)
-    assert "over_chance" in capsys.readouterr().out
-
-
-def _tiny():
-    return tl.Recipe(steps=20, eval_every=20)
+    short = mask_overlap.summary(tables).set_index(["level", "layer"]).loc[(2, "all")]
+    whole = whole[whole["level"] == 2].set_index("given")
+    ratio = whole["intersection"] / whole["null_mean"]
+    assert short["aligned_over_chance"] == pytest.approx(ratio["layer"])
+    assert short["aligned_over_chance_given_input"] == pytest.approx(ratio["input"])
 
 
 def test_mask_overlap_refuses_one_seed_and_levels_that_are_not_pruned(tmp_path):
-    study = replace(mask_overlap.STUDY, levels=1, recipe=_tiny())
+    study = replace(mask_overlap.STUDY, levels=1, recipe=TINY)
     with pytest.raises(ValueError, match=r"at_levels must lie in 1 to 1, the pruned levels: got \[0\]"):
         mask_overlap.run(mask_overlap.Config(study=study, at_levels=(0,), store=tmp_path))
     with pytest.raises(ValueError, match="at least two init seeds"):
@@ -62,7 +59,7 @@ def test_aligned_lines_are_added_and_nothing_else_changes(tmp_path):
         mode_connectivity.STUDY,
         levels=1,
         snapshot_steps=(),
-        recipe=tl.Recipe(steps=200, eval_every=100),
+        recipe=tl.Recipe(steps=80, eval_every=40),
         init_seeds=(0, 1),
     )
     config = mode_connectivity.Config(study=study, store=tmp_path, n_alphas=5)
@@ -82,9 +79,35 @@ def test_aligned_lines_are_added_and_nothing_else_changes(tmp_path):
     assert mean["independent, matched"] < 0.7 * mean["independent"]
     assert {"independent_%", "matched_%"} <= set(mode_connectivity.summary(both))
     assert "independent_%" not in mode_connectivity.summary(plain)
-    figure = connectivity_figure.draw(both)
-    assert "1 pairs of seeds" in figure.axes[8].get_title() or len(figure.axes) == 9
+    _the_third_row_shows(connectivity_figure.draw(both).axes, paths, both["barriers"].dropna(subset="pairing"))
     assert len(connectivity_figure.draw(plain).axes) == 6
+
+
+def _the_third_row_shows(axes, paths, barriers):
+    """The mean error along the line before and after matching, one curve a level, then both barriers."""
+    errors = paths[paths["split"] == "test"].groupby(["question", "level", "alpha"])["error"].mean()
+    for panel, question in ((axes[6], "independent"), (axes[7], "independent, matched")):
+        for line, level in zip(panel.lines, (0, 1), strict=True):
+            np.testing.assert_allclose(line.get_ydata(), 100 * errors[question, level])
+    heights = barriers.query("split == 'test' and metric == 'error' and baseline == 'mean'")
+    means = 100 * heights.groupby(["question", "density"])["barrier"].mean()
+    drawn = {line.get_label(): line.get_ydata() for line in axes[8].lines}
+    np.testing.assert_allclose(drawn["as trained"], means["independent"])
+    np.testing.assert_allclose(drawn["matched"], means["independent, matched"])
+    assert axes[8].get_title() == "test error, 1 pair of seeds"
+
+
+def test_align_takes_the_levels_it_is_given_and_refuses_others_and_a_single_seed(tmp_path):
+    study = replace(mode_connectivity.STUDY, levels=1, snapshot_steps=(), recipe=TINY)
+    config = mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3, align=True, align_levels=(1,))
+    barriers = mode_connectivity.run(config)["barriers"]
+    assert barriers.dropna(subset="pairing")["level"].unique().tolist() == [1] and set(barriers["level"]) == {0, 1}
+    with pytest.raises(ValueError, match=r"align_levels must lie in 0 to 1, the run's levels: got \[2\]"):
+        mode_connectivity.run(replace(config, align_levels=(2,)))
+    with pytest.raises(ValueError, match="says what --align measures"):
+        mode_connectivity.run(replace(config, align=False, align_levels=(1,)))
+    with pytest.raises(ValueError, match="at least two init seeds to match"):
+        mode_connectivity.run(replace(config, study=replace(study, init_seeds=(0,))))
 
 
 def overlap_tables():
@@ -100,9 +123,11 @@ def overlap_tables():
     aligned = [
         {
             **{"level": level, "density": 0.8**level, "init_seed_a": a, "init_seed_b": b, "layer": layer, "draws": 19},
-            **{"intersection": 50, "null_mean": 40.0, "null_sd": 2.0},
+            **{"given": given, "intersection": 60, "null_mean": mean, "null_sd": 2.0},
         }
-        for level, (a, b), layer in itertools.product(levels, itertools.combinations(seeds, 2), layers)
+        for level, (a, b), (given, mean), layer in itertools.product(
+            levels, itertools.combinations(seeds, 2), {"layer": 40.0, "input": 48.0}.items(), layers
+        )
     ]
     base = [{"level": level, "density": 0.8**level, "init_seed": s} for level, s in places]
     units = [{**one, "group": "fc1", "unit": u, "dead": u == 0} for one in base for u in range(4)]
@@ -122,14 +147,14 @@ def overlap_tables():
     return {name: pd.DataFrame(rows).assign(**ABOUT) for name, rows in tables.items()}
 
 
-def test_the_overlap_figure_says_n_and_draws_without_pixels_too(tmp_path):
+def test_the_overlap_figure_says_n_and_draws_without_pixels_too():
     tables = overlap_tables()
     figure = overlap_figure.draw(tables)
     assert "3 init seeds, 3 pairs a level" in figure.get_suptitle()
     titles = [axes.get_title() for axes in figure.axes]
     assert any("19 draws" in title for title in titles) and any("mean of n = 3" in title for title in titles)
-    drawn = figure.axes[1].lines
-    assert any(np.allclose(line.get_ydata(), 1.5) for line in drawn)  # 30 shared, 20 expected
-    first, second = (save(overlap_figure.draw(tables), tmp_path / name)[0].read_bytes() for name in "ab")
-    assert first == second
-    save(overlap_figure.draw({name: table for name, table in tables.items() if name != "pixels"}), tmp_path / "c")
+    for panel, ratios in ((1, (30 / 20, 30 / 28)), (2, (60 / 40, 60 / 48))):  # shared over expected, by null
+        for ratio in ratios:
+            assert any(np.allclose(line.get_ydata(), ratio) for line in figure.axes[panel].lines)
+    bare = overlap_figure.draw({name: table for name, table in tables.items() if name != "pixels"})
+    assert bare.axes[3].get_title() == "first layer: no pixel map"

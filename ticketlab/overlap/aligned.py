@@ -6,28 +6,38 @@ import numpy as np
 import pandas as pd
 
 from ticketlab.functional import Masks
-from ticketlab.masks import layerwise_shuffle
 from ticketlab.overlap.compare import compare
+from ticketlab.overlap.null import Given, random_masks
 from ticketlab.permutation import Groups, match, permute
 
 
 def aligned(
-    groups: Groups, masks_a: Masks, masks_b: Masks, *, draws: int = 19, restarts: int = 2, seed: int = 0
+    groups: Groups,
+    masks_a: Masks,
+    masks_b: Masks,
+    *,
+    given: Given = "layer",
+    draws: int = 19,
+    restarts: int = 2,
+    seed: int = 0,
 ) -> pd.DataFrame:
     r"""Overlap of two masks after the permutation of hidden units that maximises it, against chance.
 
     .. math:: \max_\pi |A \cap \pi(B)|
 
     A maximum over permutations exceeds the hypergeometric mean for random masks too. The null therefore aligns
-    layerwise shuffles of b in the same way, with as many restarts.
+    random masks with b's live weights a layer in the same way, with as many restarts. ``given="input"`` also keeps
+    how many live weights each input of a layer has (a pixel, or a hidden unit of b), ``given="unit"`` how many each
+    unit has: overlap beyond these is not explained by which pixels are alive, or by how large units are.
 
     Args:
         groups: Of the architecture, from ``permutation.groups(model, x)``.
         masks_a: Of one network, True = kept.
         masks_b: Of another.
+        given: Within what the null places b's live weights at random, as in ``compare``.
         draws: Random masks in the null; the least p-value is 1 / (draws + 1).
         restarts: Starts of every matching, see ``permutation.match``.
-        seed: Of the shuffles and the matchings.
+        seed: Of the random masks and the matchings.
 
     Returns:
         One row a layer, and ``all``: total, kept_a, kept_b, intersection and jaccard after alignment,
@@ -39,11 +49,11 @@ def aligned(
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2, for a spread: got {draws}.")
-    before = compare(masks_a, masks_b)
+    before = compare(masks_a, masks_b, given=given)
     table = _aligned_once(groups, masks_a, masks_b, restarts, seed)
-    shuffles = [layerwise_shuffle(masks_b, seed + draw) for draw in range(draws)]
+    drawn = [random_masks(masks_b, seed + draw, given) for draw in range(draws)]
     null = np.stack(
-        [_aligned_once(groups, masks_a, b, restarts, seed)["intersection"].to_numpy() for b in shuffles]
+        [_aligned_once(groups, masks_a, b, restarts, seed)["intersection"].to_numpy() for b in drawn]
     )  # [draw, layer]
     found, mean, sd = table["intersection"].to_numpy(), null.mean(0), null.std(0, ddof=1)
     with np.errstate(invalid="ignore", divide="ignore"):

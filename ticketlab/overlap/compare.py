@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ticketlab.functional import Masks, stack
-from ticketlab.overlap.null import EXACT_BELOW, EXACT_STRATA, exact_p, moments, normal_p
+from ticketlab.overlap.null import EXACT_BELOW, EXACT_STRATA, Given, exact_p, moments, normal_p
 
-Given = Literal["layer", "input", "unit"]
 WHOLE = "all"
 """Name of the row for the whole network, in the column ``layer``."""
 _BLOCK = 2**16  # weights in one matrix product: counts stay exact in float32, and memory small

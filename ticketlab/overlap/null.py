@@ -7,16 +7,35 @@ the weights of one input or of one unit.
 from __future__ import annotations
 
 from functools import lru_cache, reduce
+from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from scipy.special import gammaln, ndtr
 
+from ticketlab.functional import Masks, stream
+from ticketlab.masks import layerwise_shuffle
+
+Given = Literal["layer", "input", "unit"]
 EXACT_BELOW = 100.0
 """Variance of the intersection below which p-values are exact, and from which they are normal."""
 EXACT_STRATA = 32
 """Most strata that are convolved; a sum over more of them is taken as normal."""
 _TERMS = 96  # of a tail sum: its terms fall by exp(-96^2 / 200) at the largest variance that is summed
+
+
+def random_masks(masks: Masks, seed: int, given: Given) -> Masks:
+    """One draw from the null: as many live weights in every stratum, at positions drawn uniformly within it."""
+    if given == "layer":
+        return layerwise_shuffle(masks, seed)
+    along = 0 if given == "input" else 1  # of [unit, input]
+    drawn = {}
+    for name, mask in masks.items():
+        matrix = mask.reshape(len(mask), -1)
+        order = torch.rand(matrix.shape, generator=stream(f"null given {given} {name}", seed)).argsort(along)
+        drawn[name] = matrix.gather(along, order.to(mask.device)).view_as(mask)
+    return drawn
 
 
 def moments(

@@ -1,0 +1,247 @@
+"""Where a ticket still works: carried to another task, optimizer or initialisation (Morcos et al. 2019).
+
+A setting is a task with a recipe, such as ``mnist``, ``mnist:0-4`` or ``mnist@sgd,0.05,0.9``. The ticket of every
+source setting is found by IMP and trained in every target setting, three ways: the *mask* alone, on the initialisation
+of another seed; mask and *theta0*; mask and *theta_k*, with the schedule and batches going on from step k. Beside them
+stand the same starts under the mask shuffled within its layers, which has learned nothing but how many weights a
+layer keeps, a mask drawn over the whole network, and the dense network. A source that is its own target shows the
+target's own ticket (theta0), and what changing the seed alone costs (mask).
+
+Where the numbers of classes differ the output layer is fresh and dense. Inputs of different sizes are refused until
+``--resize`` and ``--grey`` say how to bring them to one.
+
+With no arguments it carries tickets between two halves of the bundled digits, classes 0-4 and 5-9, in about a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import tyro
+from scipy import stats
+from torch import nn
+
+import ticketlab as tl
+from analyses.command import DIGITS, Tables, main
+from analyses.settings import Setting, Tickets, setting, tickets
+from figures.transfer import draw
+from ticketlab import masks as mask_ops
+from ticketlab.engine.transfer import carry
+from ticketlab.engine.treatments import Start, derived_seed
+from ticketlab.functional import Masks, stack, stack_states
+
+STUDY = replace(
+    DIGITS,
+    treatments=("ticket",),
+    levels=4,
+    prune_fraction=0.6,
+    snapshot_steps=(100,),
+    recipe=tl.Recipe(steps=800),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tickets carried from source settings to target settings, beside shuffled masks and dense networks."""
+
+    sources: tuple[str, ...] = ("digits:0-4", "digits:5-9")
+    """Where tickets are found: TASK[:FIRST-LAST][@OPTIMIZER,RATE[,MOMENTUM]], such as mnist or mnist:0-4@sgd,0.05."""
+    targets: tuple[str, ...] | None = None
+    """Where they are trained; None: the sources."""
+    at_levels: tuple[int, ...] | None = None
+    """Levels whose tickets are carried; None: the middle one and the last."""
+    theta_k: int = 100
+    """Step k of the sources' dense training whose weights are carried too; 0: none."""
+    resize: tuple[int, int] | None = None
+    """Height and width that all images are brought to."""
+    grey: bool = False
+    """Turn colour images to grey."""
+    runs: tuple[Path, ...] = ()
+    """Take the tickets of settings from these run directories; others are made or resumed."""
+    store: Path = Path("runs")
+    """Folder of run directories."""
+    out: Path = Path("results")
+    """Folder for tables and figures."""
+    device: str | None = None
+    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
+    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network to be trained, and what the table says of it."""
+
+    row: dict[str, Any]
+    start: Start
+    first_step: int = 0
+
+
+def run(config: Config) -> Tables:
+    """``networks``: one row a trained network. ``contrasts``: paired differences in test error.
+
+    Raises:
+        ValueError: Settings of different input shapes, levels, seeds or steps that a run does not have, a run
+            directory of no setting, or a layer of a ticket without a live weight.
+    """
+    wanted, targets = _wanted(config), config.targets or config.sources
+    words = dict.fromkeys((*config.sources, *targets))
+    device = config.device
+    settings = [setting(w, config.study, resize=config.resize, grey=config.grey, device=device) for w in words]
+    found = tickets(settings, config.study, wanted, config.theta_k, runs=config.runs, store=config.store)
+    networks = pd.concat([_train(config, found, target) for target in targets], ignore_index=True)
+    networks.insert(0, "model", config.study.model)
+    return {"networks": networks, "contrasts": _contrasts(networks)}
+
+
+def _wanted(config: Config) -> tuple[int, ...]:
+    """The levels to carry, after what flags alone show to be wrong."""
+    study = config.study
+    if study.task != STUDY.task:
+        raise ValueError(f"tasks are named by sources and targets: got task {study.task!r}. Use --sources instead.")
+    if len(study.init_seeds) < 2:
+        raise ValueError(
+            f"a mask is carried to another seed's network: two init seeds at least, got {study.init_seeds}."
+        )
+    wanted = (max(1, study.levels // 2), study.levels) if config.at_levels is None else config.at_levels
+    if not wanted or min(wanted) < 1:
+        raise ValueError(f"at_levels must be levels from 1 on, whose tickets are carried: got {wanted}.")
+    if not 0 <= config.theta_k < study.recipe.steps:
+        raise ValueError(
+            f"theta_k must lie in 0..{study.recipe.steps - 1}, before training ends: got {config.theta_k}."
+        )
+    return tuple(dict.fromkeys(wanted))
+
+
+def _train(config: Config, found: dict[str, Tickets], target: str) -> pd.DataFrame:
+    """All networks of one target, in one stack for each first step."""
+    here = found[target].setting
+    model = tl.initialise(partial(_build, config, here), 0)
+    jobs = list(_jobs(config, found, target))
+    tables = []
+    for first_step in sorted({job.first_step for job in jobs}):
+        group = [job for job in jobs if job.first_step == first_step]
+        masks = stack([job.start.masks for job in group])
+        begun = stack_states([job.start.state for job in group])
+        orders = [job.start.order_seed for job in group]
+        what = f"to {target}, from step {first_step}"
+        outcome = tl.train(model, begun, masks, here.task, here.recipe, orders, first_step=first_step, description=what)
+        rows = pd.DataFrame([job.row | _described(job.start.masks, here.recipe) for job in group])
+        rows["first_step"] = first_step
+        tables.append(pd.concat([rows, outcome.metrics.drop(columns="replica")], axis=1))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _build(config: Config, here: Setting) -> nn.Module:
+    return tl.models.build(config.study.model, here.task.input_shape, here.task.n_classes)
+
+
+def _jobs(config: Config, found: dict[str, Tickets], target: str) -> Iterator[Job]:
+    """Dense networks, then the tickets of every source, the target's own among them, with their controls."""
+    here, seeds = found[target], config.study.init_seeds
+    some = next(iter(here.dense.theta_start.values()))
+    build = partial(_build, config, here.setting)
+    fresh = {seed: tl.state(tl.initialise(build, seed)).to(some.device, some.dtype) for seed in seeds}
+    model = tl.initialise(build, 0)
+    everything = {name: mask.to(some.device) for name, mask in mask_ops.ones(model).items()}
+    for seed in seeds:
+        about = {"source": "none", "target": target, "carried": "none", "control": "dense", "level": 0}
+        order = here.order_seeds[seed]
+        yield Job(about | _seeds(seed, seed, order), Start(fresh[seed], everything, order))
+    for source, level in product(dict.fromkeys((*config.sources, target)), next(iter(found.values())).levels):
+        for seed, other in zip(seeds, (*seeds[1:], seeds[0]), strict=True):
+            order = here.order_seeds[seed]
+            about = {"source": source, "target": target, "level": level}
+            masks = found[source].levels[level].select(init_seed=seed).masks
+            snapshots = found[source].dense.select(init_seed=seed).snapshots
+            weights = {"mask": None, "theta0": snapshots[0]}
+            weights |= {"theta_k": snapshots[config.theta_k]} if config.theta_k else {}
+            for carried, given in weights.items():
+                start = carry(model, fresh[other], masks, order, weights=given)
+                row = about | {"carried": carried} | _seeds(seed, other if given is None else seed, order)
+                first_step = config.theta_k if carried == "theta_k" else 0
+                starts = _controls(start, carried, source == target, derived_seed("transfer", seed, level))
+                for control, changed in starts.items():
+                    yield Job(row | {"control": control}, changed, first_step)
+
+
+def _controls(start: Start, carried: str, own: bool, seed: int) -> dict[str, Start]:
+    """The carried ticket, and the same start under masks that know less.
+
+    Under a shuffled mask theta0 is one initialisation among others, so mask and theta0 share that of the mask.
+    The mask drawn over the whole network has nothing of its source but a number: one for each target.
+    """
+    starts = {"ticket": start}
+    if carried != "theta0":
+        starts["layerwise_shuffle"] = replace(start, masks=mask_ops.layerwise_shuffle(start.masks, seed))
+    if carried == "mask" and own:
+        starts["random_mask"] = replace(start, masks=mask_ops.random_mask(start.masks, seed))
+    return starts
+
+
+def _seeds(source_seed: int, init_seed: int, order_seed: int) -> dict[str, int]:
+    return {"source_seed": source_seed, "init_seed": init_seed, "order_seed": order_seed}
+
+
+def _described(masks: Masks, recipe: tl.Recipe) -> dict[str, Any]:
+    return {
+        "density": float(mask_ops.density(masks)),
+        "kept": int(mask_ops.kept(masks)),
+        "prunable": mask_ops.total(masks),
+        "optimizer": recipe.optimizer,
+        "learning_rate": recipe.learning_rate,
+        "momentum": recipe.momentum if recipe.optimizer == "sgd" else float("nan"),
+        "steps": recipe.steps,
+    }
+
+
+def _contrasts(networks: pd.DataFrame) -> pd.DataFrame:
+    """Test error of carried tickets above the same start shuffled, the target's own ticket, and the dense network.
+
+    Differences of the networks of one source seed, with the mean's 95 % interval (Student's t).
+    """
+    errors = networks.set_index(["target", "source", "carried", "level", "control", "source_seed"])[
+        "test_error"
+    ].sort_index()
+    rows = []
+    tickets = networks.loc[networks["control"] == "ticket", ["target", "source", "carried", "level"]]
+    for target, source, what, level in tickets.drop_duplicates().itertuples(index=False):
+        against = {
+            "layerwise_shuffle": errors[
+                target, source, "mask" if what == "theta0" else what, level, "layerwise_shuffle"
+            ],
+            "own_ticket": errors[target, target, "theta0", level, "ticket"],
+            "dense": errors[target, "none", "none", 0, "dense"],
+        }
+        for name, other in against.items():
+            gap = (errors[target, source, what, level, "ticket"] - other).dropna()
+            half = stats.t.ppf(0.975, len(gap) - 1) * gap.sem()
+            rows.append(
+                {"target": target, "source": source, "carried": what, "level": level, "against": name, "n": len(gap)}
+                | {"error_above": gap.mean(), "sd": gap.std(), "low": gap.mean() - half, "high": gap.mean() + half}
+            )
+    return pd.DataFrame(rows)
+
+
+def summary(tables: Tables) -> pd.DataFrame:
+    """The transfer matrix: mean test error in percent with its standard deviation, and the gap to shuffled masks."""
+    networks, contrasts = tables["networks"], tables["contrasts"]
+    keys = ["target", "level", "source", "carried"]
+    shown = networks[networks["control"].isin(["ticket", "dense"])].groupby(keys, sort=False)
+    table = shown.agg(density=("density", "mean"), n=("test_error", "count"), mean=("test_error", "mean"),
+                      sd=("test_error", "std")).reset_index()  # fmt: skip
+    gaps = contrasts[contrasts["against"] == "layerwise_shuffle"].set_index(keys)
+    table = table.join(gaps[["error_above", "low", "high"]], on=keys)
+    table[["mean", "sd", "error_above", "low", "high"]] *= 100
+    named = {"mean": "test_error_%", "error_above": "above_shuffled_points"}
+    return table.rename(columns=named)
+
+
+if __name__ == "__main__":
+    sys.exit(main("transfer", Config, run, draw, summary))

@@ -1,0 +1,278 @@
+"""Certificates: the code counted exactly, the integers against a slow reference, tampering, the committed record."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analyses.certificate import __main__ as certificate
+from analyses.certificate.features import N_FEATURES, features, isqrt, normalised
+from analyses.certificate.network import (
+    HIDDEN_BIAS,
+    LOTS,
+    OUTPUT_BIAS,
+    Network,
+    count_errors,
+    decode,
+    encode,
+    scores,
+    shapes,
+    without_idle_units,
+)
+from analyses.certificate.polish import State, array_bits, certified, moves, neighbours, polish
+from analyses.certificate.search import Training, description_bits, prices, train
+from ticketlab import bounds
+
+CERTIFICATES = sorted((Path(__file__).parent.parent / "certificates").glob("mnist*.json"))
+TINY = ["--steps", "60", "--rounds", "1", "--hidden", "6", "--batch-size", "200"]
+
+
+def random_network(seed: int, hidden: int = 4, density: float = 0.02) -> Network:
+    rng = np.random.default_rng(seed)
+    arrays = [rng.integers(-7, 8, shape) for shape in shapes(hidden)]
+    arrays[0] *= rng.random(arrays[0].shape) < density
+    return Network(*arrays)
+
+
+def examples(n: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, N_FEATURES)).astype(np.uint8), rng.integers(0, 10, n).astype(np.uint8)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0, 0.3))
+@settings(max_examples=15, deadline=None)
+def test_a_network_comes_back_from_its_message(seed, hidden, density):
+    network = random_network(seed, hidden, density)
+    for mine, theirs in zip(network.arrays, decode(encode(network)).arrays, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_bits_are_those_of_the_adaptive_code():
+    """The probability of the message, flag by flag in fractions, against the length of the message."""
+    network = random_network(1)
+    bits = 16 + 6.0  # which design, and which of 64 numbers of hidden units
+    for array in network.arrays:
+        live = array[array != 0]
+        flags = (
+            [array[:, lot].ravel() != 0 for lot in LOTS] if array.shape[1:] == (N_FEATURES,) else [array.ravel() != 0]
+        )
+        flags += [live < 0, *(abs(live[abs(live) >= size]) > size for size in range(1, 7))]
+        before = bits
+        for kind in flags:
+            counts = [0.5, 0.5]
+            for flag in kind.astype(int):
+                bits -= math.log2(counts[flag] / sum(counts))
+                counts[flag] += 1
+        assert array_bits(array) == pytest.approx(bits - before, abs=1e-9)
+    assert bits <= 8 * len(encode(network)) < bits + 10
+
+
+def test_lots_are_a_partition_of_the_features():
+    assert (sum(lot.astype(int) for lot in LOTS) == 1).all()
+    assert [int(lot.sum()) for lot in LOTS] == [200, 192, 588]
+
+
+def test_weights_too_large_for_the_code_are_refused():
+    network = random_network(0)
+    network.output[0, 0] = 8
+    with pytest.raises(ValueError, match=r"must be in -7\.\.7: got 8"):
+        encode(network)
+
+
+def test_no_bytes_but_the_encoders_decode():
+    message = encode(random_network(2))
+    for wrong in (message[:-1], message + b"\0", b"", b"\1" + message[1:]):
+        with pytest.raises(ValueError, match="message"):
+            decode(wrong)
+
+
+def test_scores_and_errors_against_integers_of_any_size():
+    network, (x, y) = random_network(3), examples()
+    expected, errors = [], 0
+    for image, label in zip(x.tolist(), y.tolist(), strict=True):
+        hidden = [
+            max(0, sum(w * v for w, v in zip(row, image, strict=True)) + HIDDEN_BIAS * b)
+            for row, b in zip(network.weights.tolist(), network.hidden_bias.tolist(), strict=True)
+        ]
+        found = [
+            sum(v * h for v, h in zip(row, hidden, strict=True)) + OUTPUT_BIAS * c
+            for row, c in zip(network.output.tolist(), network.output_bias.tolist(), strict=True)
+        ]
+        errors += any(score >= found[label] for klass, score in enumerate(found) if klass != label)
+        expected.append(found)
+    assert scores(network, x).astype(int).tolist() == expected
+    assert count_errors(network, x, y, chunk=7) == errors
+
+
+def test_a_tie_is_an_error():
+    silent = Network(*(np.zeros(shape, dtype=np.int64) for shape in shapes(1)))
+    x, y = examples(20)
+    assert count_errors(silent, x, y) == 20
+
+
+def test_idle_units_go_and_the_function_stays():
+    network, (x, _) = random_network(4, hidden=5), examples()
+    network.weights[1] = network.hidden_bias[1] = 0
+    network.output[:, 3] = 0
+    smaller = without_idle_units(network)
+    assert len(smaller.hidden_bias) == 3
+    np.testing.assert_array_equal(scores(network, x), scores(smaller, x))
+
+
+def test_features_do_not_depend_on_company_or_place():
+    images = np.zeros((3, 28, 28), dtype=np.uint8)
+    images[0, 5:15, 8:12], images[1, 9:19, 13:17] = 200, 200  # the same bar elsewhere
+    images[2, 4:20, 4:20], images[2, 8:16, 8:16] = 255, 0  # a ring
+    found = features(images)
+    assert found.shape == (3, N_FEATURES) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[2:], features(images[2:]))
+    holes = found.reshape(3, -1, 49)[:, 8]
+    assert holes[2].argmax() == 24 and not holes[:2].any()
+
+
+def test_normalisation_sets_a_slanted_bar_upright():
+    image = np.zeros((1, 28, 28), dtype=np.uint8)
+    for row in range(4, 24):
+        image[0, row, 4 + row // 2 : 7 + row // 2] = 255
+    upright = normalised(image)[0]
+    columns = [float((row * np.arange(28)).sum() / row.sum()) for row in upright if row.sum() > 500]
+    assert len(columns) > 15 and max(columns) - min(columns) < 2
+
+
+@given(st.integers(0, 2**51))
+def test_integer_square_roots(value):
+    assert isqrt(np.array([value])).tolist() == [math.isqrt(value)]
+
+
+def test_blank_images_have_features_too():
+    assert features(np.zeros((2, 28, 28), dtype=np.uint8)).sum() == 0
+
+
+def test_every_move_changes_the_state_as_a_new_start_would():
+    network, (x, y) = random_network(5), examples(40)
+    inputs, labels = torch.from_numpy(x.T.astype(np.float32)), torch.from_numpy(y.astype(np.int64))
+    state = State.of(network, inputs, labels)
+    some = moves(network, inputs, labels, 100, 0)[::25]
+    assert {move[0] for move in some} == {0, 1, 2, 3} and {len(move[1]) for move in some} == {1, 2}
+    for move in some:
+        which, indices, values = move
+        arrays = [array.copy() for array in network.arrays]
+        arrays[which].flat[list(indices)] = values
+        fresh = State.of(Network(*arrays), inputs, labels)
+        row, lead = state.after(move)
+        assert torch.equal(lead, fresh.lead)
+        if row is not None:
+            assert torch.equal(row, fresh.before[state.unit(move)])
+
+
+def test_neighbours_stay_inside_the_maps():
+    assert sorted(neighbours(0)) == [1, 7, 49]
+    assert sorted(neighbours(49 + 24)) == [24, 49 + 17, 49 + 23, 49 + 25, 49 + 31, 98 + 24]
+
+
+def test_polish_never_makes_the_bound_worse():
+    network, (x, y) = random_network(6, density=0.005), examples(300)
+    after = polish(network, x, y, sweeps=2, delta=0.05, additions=60, share=1.0)
+    assert certified(after, x, y, 0.05) < certified(network, x, y, 0.05)
+
+
+def test_prices_are_the_empirical_ideal_lengths():
+    w = torch.tensor([0.0] * 12 + [1, -1, 1, -2.0])
+    table = prices(w)
+    assert (2.0 ** -(table[1:].double() - 1)).sum() + 2.0 ** -table[0].double() == pytest.approx(1, abs=1e-5)
+    assert float(description_bits(torch.tensor([0.5]), table)) == pytest.approx(float(table[:2].mean()), abs=1e-5)
+
+
+def test_training_is_seeded():
+    x, y = examples(200)
+    quick = Training(hidden=3, steps=5, batch_size=50)
+    one, two, other = (train(x, y, Training(**{**vars(quick), "seed": seed})) for seed in (0, 0, 1))
+    assert encode(one) == encode(two) != encode(other)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("certificate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "load", loaded)
+        assert certificate.main(["--out", str(out), *TINY]) == 0
+    return out / "digits.json"
+
+
+_memory: dict[str, certificate.Data] = {}
+_load = certificate.load
+
+
+def loaded(task: str) -> certificate.Data:
+    """Digits are read once for all tests."""
+    if task not in _memory:
+        _memory[task] = _load(task)
+    return _memory[task]
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch):
+    monkeypatch.setattr(certificate, "load", loaded)
+
+
+def test_a_certificate_of_digits_verifies(digits, capsys):
+    assert certificate.main(["--verify", str(digits)]) == 0
+    assert "every number is right" in capsys.readouterr().out
+    found = json.loads(digits.read_text())
+    assert found["n"] == 1437 and found["description_bits"] == 4 * len(found["message"])
+    nats = found["description_bits"] * math.log(2)
+    assert found["bound"] == float(bounds.binomial_tail(found["training_errors"] / 1437, nats, 1437, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("training_errors", 0), ("bound", 0.01), ("description_bits", 8), ("n", 10**9), ("training_sha256", "0")],
+)
+def test_a_number_changed_is_found(digits, tmp_path, capsys, name, value):
+    copy = tmp_path / "copy.json"
+    copy.write_text(json.dumps({**json.loads(digits.read_text()), name: value}))
+    assert certificate.main(["--verify", str(copy)]) == 1
+    assert f"wrong in {name}\n" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_is_refused_or_gets_its_own_numbers(digits, tmp_path, capsys):
+    claimed = json.loads(digits.read_text())
+    message, copy = bytes.fromhex(claimed["message"]), tmp_path / "copy.json"
+    for place in (3, len(message) // 2, len(message) - 1):
+        flipped = bytearray(message)
+        flipped[place] ^= 16
+        copy.write_text(json.dumps({**claimed, "message": flipped.hex()}))
+        code = certificate.main(["--verify", str(copy)])
+        printed = capsys.readouterr()
+        assert "message" in printed.err if code == 2 else code == 1 and "wrong in" in printed.out
+
+
+def test_what_is_no_certificate_is_refused(tmp_path, capsys):
+    empty = tmp_path / "empty.json"
+    for content, complaint in (("{}", "must hold a message"), ('{"message": "00"}', "must name a task")):
+        empty.write_text(content)
+        assert certificate.main(["--verify", str(empty)]) == 2
+        assert complaint in capsys.readouterr().err
+
+
+def test_the_order_of_the_images_does_not_matter(monkeypatch):
+    raw = certificate.read("digits")
+    order = np.random.default_rng(0).permutation(len(raw.y))
+    monkeypatch.setattr(certificate, "read", lambda task: raw._replace(x=raw.x[order], y=raw.y[order]))
+    assert _load("digits").sha256 == loaded("digits").sha256
+
+
+@pytest.mark.skipif(not os.environ.get("TICKETLAB_DATA"), reason="the images of MNIST are not here")
+@pytest.mark.parametrize("path", CERTIFICATES, ids=lambda path: path.stem)
+def test_committed_certificates_verify(path, capsys):
+    assert certificate.main(["--verify", str(path)]) == 0
+    assert json.loads(path.read_text())["bound"] < 0.116

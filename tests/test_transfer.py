@@ -1,0 +1,150 @@
+"""What is carried is exact, a ticket carried to its own source is itself, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp
+
+import ticketlab as tl
+from ticketlab import masks as mask_ops
+from ticketlab.engine.transfer import carry
+from ticketlab.functional import masked, stack, stack_states
+from ticketlab.models import mlp
+
+OUTPUT = {"output.weight", "output.bias"}
+
+
+def more_classes():
+    return mlp((6,), 4, hidden=(8, 5))
+
+
+def other_inputs():
+    return mlp((7,), 3, hidden=(8, 5))
+
+
+def source():
+    """The masks and the weights of a source."""
+    net = build(small_mlp, 1)
+    return half_masks(net, 0), tl.state(net)
+
+
+def assert_equal(a, b, names=None):
+    for name in names or a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# What is carried
+
+
+def test_the_mask_alone_leaves_the_fresh_weights():
+    masks, _ = source()
+    net = build(small_mlp, 2)
+    start = carry(net, tl.state(net), masks, 7)
+    assert_equal(start.masks, masks)
+    assert_equal(start.state.params, tl.state(net).params)
+    assert start.order_seed == 7 and not start.frozen and start.learning_rate is None
+
+
+def test_mask_and_weights_are_the_sources_on_every_kept_position():
+    masks, weights = source()
+    net = build(small_mlp, 2)
+    start = carry(net, tl.state(net), masks, 0, weights=weights)
+    assert_equal(start.masks, masks)
+    assert_equal(masked(start.state.params, start.masks), masked(weights.params, masks))
+
+
+def test_buffers_come_with_the_weights():
+    net, own = build(small_conv_bn, 0), build(small_conv_bn, 1)
+    weights = tl.state(own)
+    weights.buffers["1.running_mean"].fill_(3.0)
+    masks = mask_ops.ones(net)
+    assert_equal(carry(net, tl.state(net), masks, 0, weights=weights).state.buffers, weights.buffers)
+    assert_equal(carry(net, tl.state(net), masks, 0).state.buffers, tl.state(net).buffers)
+
+
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_the_output_layer_is_fresh_and_dense_where_class_counts_differ(with_weights):
+    masks, weights = source()
+    net = build(more_classes, 2)
+    fresh = tl.state(net)
+    start = carry(net, fresh, masks, 0, weights=weights if with_weights else None)
+    assert start.masks["output.weight"].shape == (4, 5) and start.masks["output.weight"].all()
+    rest = set(fresh.params) - OUTPUT
+    assert_equal(start.masks, masks, set(masks) - OUTPUT)
+    assert_equal(start.state.params, fresh.params, OUTPUT)
+    assert_equal(start.state.params, weights.params if with_weights else fresh.params, rest)
+
+
+def test_a_ticket_carried_to_its_own_source_is_itself():
+    """Mask and theta0 give the training of the ticket bit for bit, mask and theta_k that of a late-rewound one."""
+    task = blobs()
+    for k in (0, 6):
+        recipe = tl.Recipe(steps=20, batch_size=16, eval_every=10)
+        config = tl.ImpConfig(levels=2, init_seeds=(0, 1), rewind_step=k, treatments=("ticket",), recipe=recipe,
+                              dtype="float64")  # fmt: skip
+        dense, _, level = tl.imp(config, model=small_mlp, task=task, store=None, device="cpu", execution="loop")
+        net = build(small_mlp, 5)
+        starts = []
+        for seed in (0, 1):
+            ticket, weights = level.select(init_seed=seed), dense.select(init_seed=seed).snapshots[k]
+            starts.append(carry(net, tl.state(net), ticket.masks, seed, weights=weights))
+        masks, begun = stack([s.masks for s in starts]), stack_states([s.state for s in starts])
+        outcome = tl.train(net, begun, masks, task, recipe, [0, 1], first_step=k, execution="loop")
+        assert_equal(outcome.end.params, level.theta_end)
+        assert outcome.metrics["test_error"].tolist() == level.metrics["test_error"].tolist()
+
+
+# Refusals
+
+
+def test_masks_of_another_model_are_refused():
+    net = build(small_mlp, 0)
+    conv = mask_ops.ones(build(small_conv_bn))
+    with pytest.raises(ValueError, match=r"masks must be of the receiving model, with layers .*one architecture"):
+        carry(net, tl.state(net), conv, 0)
+    wider = mask_ops.ones(build(lambda: mlp((6,), 3, hidden=(9, 5))))
+    with pytest.raises(ValueError, match=r"only the number of classes may differ.*'fc1.weight'.*one architecture"):
+        carry(net, tl.state(net), wider, 0)
+    last = mask_ops.ones(build(lambda: mlp((6,), 3, hidden=(8, 6))))
+    with pytest.raises(ValueError, match=r"only the number of classes may differ.*'fc2.weight'"):
+        carry(net, tl.state(net), last, 0)
+    with pytest.raises(ValueError, match="only the number of classes may differ"):
+        carry(net, tl.state(net), stack([mask_ops.ones(net)] * 2), 0)
+
+
+def test_inputs_of_another_size_are_refused_with_what_to_do():
+    net = build(other_inputs, 0)
+    with pytest.raises(ValueError, match=r"'fc1.weight'.*\(8, 6\).*\(8, 7\).*--resize"):
+        carry(net, tl.state(net), mask_ops.ones(build(small_mlp)), 0)
+
+
+def test_an_empty_layer_is_refused():
+    masks, _ = source()
+    net = build(small_mlp, 0)
+    masks["fc2.weight"] = torch.zeros_like(masks["fc2.weight"])
+    with pytest.raises(ValueError, match=r"keep a live weight: \['fc2.weight'\] are empty. Carry a denser level"):
+        carry(net, tl.state(net), masks, 0)
+
+
+def test_weights_that_do_not_fit_are_refused():
+    masks, weights = source()
+    net = build(small_mlp, 0)
+    for wrong in (stack_states([weights] * 2), tl.state(build(other_inputs))):
+        with pytest.raises(ValueError, match="the source's parameters must be one network's"):
+            carry(net, tl.state(net), masks, 0, weights=wrong)
+    conv = build(small_conv_bn)
+    without = tl.State(tl.state(conv).params, {})
+    with pytest.raises(ValueError, match="the source's buffers must be one network's"):
+        carry(conv, tl.state(conv), mask_ops.ones(conv), 0, weights=without)
+
+
+def test_a_transferred_convolution_trains():
+    task = images()
+    net, own = build(small_conv_bn, 0), build(small_conv_bn, 1)
+    start = carry(net, tl.state(net), half_masks(net, 0), 0, weights=tl.state(own))
+    outcome = tl.train(
+        net, stack_states([start.state]), stack([start.masks]), task, tl.Recipe(steps=2, batch_size=16), [0]
+    )
+    for name, mask in start.masks.items():
+        assert not outcome.end.params[name][0][~mask].any()
