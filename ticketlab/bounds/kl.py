@@ -49,7 +49,8 @@ def kl_inverse(q: ArrayLike, c: ArrayLike) -> Value:
         middle = (low + high) / 2
         inside = _kl(rate, rate + middle, middle) <= budget
         low, high = np.where(inside, middle, low), np.where(inside, high, middle)
-    return plain(rate + high)
+    risk = rate + high
+    return plain(np.where(risk - rate < high, np.nextafter(risk, 1.0), risk))
 
 
 def _kl(q: NDArray[np.float64], p: NDArray[np.float64], t: NDArray[np.float64]) -> NDArray[np.float64]:
