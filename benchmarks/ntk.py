@@ -187,7 +187,8 @@ def peer(case: Case, config: Config) -> Iterator[Peer | None]:
     with tempfile.TemporaryDirectory() as folder:
         problem, script = Path(folder, "problem.npz"), Path(__file__).with_name("peer_neural_tangents.py")
         np.savez(problem, **peer_arrays(case))
-        command = [str(config.peer_python), str(script), str(problem), *methods]
+        # -P: this folder's signal.py must not come before the standard library's.
+        command = [str(config.peer_python), "-P", str(script), str(problem), *methods]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             try:
                 found = Peer(process, Path(folder), methods)

@@ -75,7 +75,7 @@ def _against_density(axes: Axes, table: pd.DataFrame, title: str, looks: Mapping
     dense, imp = (table[table["method"] == m] for m in ("dense", "imp"))
     error = 100 * dense["test_error"]
     spread = error.std() if len(error) > 1 else 0.0
-    axes.axhspan(error.mean() - spread, error.mean() + spread, color="0.85", lw=0)
+    axes.axhspan(error.mean() - spread, error.mean() + spread, color="0.85", lw=0, label="dense, mean ± sd")
     for method, look in looks.items():
         rows = table[table["method"] == method]
         mean_and_replicas(axes, rows["level_density"], 100 * rows["test_error"], label=_label(method), **look)
@@ -101,27 +101,29 @@ def _against_density(axes: Axes, table: pd.DataFrame, title: str, looks: Mapping
 
 def _against_cost(axes: Axes, table: pd.DataFrame, level: int) -> None:
     """Mean error of each method over the cost of its mask, by kind; named where none is cheaper and as accurate."""
-    axes.axhline(100 * table.loc[table["method"] == "dense", "test_error"].mean(), color="0.6", lw=1)
+    dense = table.loc[table["method"] == "dense", "test_error"].mean()
+    axes.axhline(100 * dense, color="0.6", lw=1, label="dense, mean")
     rows = table[table["level"] == level]
-    means = rows.groupby("method")[["dense_trainings", "test_error"]].mean().dropna().sort_values("dense_trainings")
-    best = math.inf
-    for method, (spent, error) in means.iterrows():
+    means = rows.groupby("method")[["dense_trainings", "test_error"]].mean().dropna()
+    means = means.assign(about=means["dense_trainings"].round(2)).sort_values(["about", "test_error"])
+    best, named = math.inf, 0
+    for method, (spent, error, _) in means.iterrows():
         kind = "IMP" if method == "imp" else _panel(rows[rows["method"] == method].iloc[0])
         look = {"color": "black", "marker": "."} if kind == "IMP" else LOOKS[PANELS.index(kind)]
         axes.plot(spent, 100 * error, linestyle="none", color=look["color"], marker=look["marker"], ms=4, label=kind)
         if error < best:
             best = error
-            place: dict[str, Any] = {
-                "xytext": (-3, -8) if spent > 2 else (2, -8),
-                "ha": "right" if spent > 2 else "left",
-            }
+            above = named % 2 == 0 and kind != "IMP"
+            place: dict[str, Any] = {"xytext": (3, 4) if above else (3, -8), "ha": "right" if kind == "IMP" else "left"}
             axes.annotate(_label(str(method)), (spent, 100 * error), textcoords="offset points", fontsize=5.5, **place)
+            named += 1
     axes.set_xscale("symlog", linthresh=1e-4, linscale=0.5)
     axes.set_xlim(-5e-5, 60)
     axes.set_xticks([0, 1e-3, 1e-2, 0.1, 1, 10], ["0", "", "0.01", "", "1", "10"])
     axes.minorticks_off()
     axes.set_xlabel("cost of mask (dense trainings)")
     axes.set_ylabel("test error (%)")
+    axes.margins(y=0.12)
     _percent_axis(axes)
     axes.set_title(f"at {100 * rows['level_density'].iloc[0]:.2g} % of the weights")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

@@ -57,7 +57,7 @@ class Level:
     masks: Masks
     """[replica, ...] bool, True = kept."""
     start: State
-    """At the rewind step k, pruned weights zero."""
+    """What was trained, such as m * theta_k of a rewound ticket; pruned weights are zero unless a treatment froze them."""
     end: State
     """After T steps."""
     metrics: pd.DataFrame
