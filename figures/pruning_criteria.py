@@ -40,8 +40,8 @@ LABELS = {
     "obd_fisher": "OBD, Fisher",
 }
 BELOW: dict[str, Any] = {
-    **{"loc": "upper center", "bbox_to_anchor": (0.42, -0.22), "fontsize": 6},
-    **{"ncol": 2, "columnspacing": 0.8, "handlelength": 2.0, "handletextpad": 0.4},
+    **{"loc": "upper center", "bbox_to_anchor": (0.42, -0.22), "fontsize": 5.5},
+    **{"ncol": 2, "columnspacing": 0.5, "handlelength": 1.8, "handletextpad": 0.4},
 }
 
 
@@ -105,20 +105,25 @@ def _against_cost(axes: Axes, table: pd.DataFrame, level: int) -> None:
     axes.axhline(100 * dense, color="0.6", lw=1, label="dense, mean")
     rows = table[table["level"] == level]
     means = rows.groupby("method")[["dense_trainings", "test_error"]].mean().dropna()
-    means = means.assign(about=means["dense_trainings"].round(2)).sort_values(["about", "test_error"])
-    best, named = math.inf, 0
+    about = means["dense_trainings"].mask(lambda cost: cost > 0.5, means["dense_trainings"].round(1))
+    means = means.assign(about=about).sort_values(["about", "test_error"])
+    best = math.inf
     for method, (spent, error, _) in means.iterrows():
         kind = "IMP" if method == "imp" else _panel(rows[rows["method"] == method].iloc[0])
         look = {"color": "black", "marker": "."} if kind == "IMP" else LOOKS[PANELS.index(kind)]
         axes.plot(spent, 100 * error, linestyle="none", color=look["color"], marker=look["marker"], ms=4, label=kind)
         if error < best:
             best = error
-            above = named % 2 == 0 and kind != "IMP"
-            place: dict[str, Any] = {"xytext": (3, 4) if above else (3, -8), "ha": "right" if kind == "IMP" else "left"}
+            place: dict[str, Any] = {"xytext": (0, -6), "ha": "center", "va": "top"}  # below
+            if spent < 1e-5:
+                place = {"xytext": (3, 3), "ha": "left", "va": "bottom"}
+            elif spent > 0.5:
+                place = {"xytext": (-4, 0), "ha": "right", "va": "center"}
+            if kind == "IMP":
+                place = {"xytext": (0, 3), "ha": "center", "va": "bottom"}
             axes.annotate(_label(str(method)), (spent, 100 * error), textcoords="offset points", fontsize=5.5, **place)
-            named += 1
     axes.set_xscale("symlog", linthresh=1e-4, linscale=0.5)
-    axes.set_xlim(-5e-5, 60)
+    axes.set_xlim(-1e-4, 100)
     axes.set_xticks([0, 1e-3, 1e-2, 0.1, 1, 10], ["0", "", "0.01", "", "1", "10"])
     axes.minorticks_off()
     axes.set_xlabel("cost of mask (dense trainings)")
