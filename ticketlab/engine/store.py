@@ -57,7 +57,7 @@ class Level:
     masks: Masks
     """[replica, ...] bool, True = kept."""
     start: State
-    """What was trained, such as m * theta_k of a rewound ticket; pruned weights are zero unless a treatment froze them."""
+    """What was trained, such as m * theta_k of a rewound ticket; pruned weights are zero unless they were frozen."""
     end: State
     """After T steps."""
     metrics: pd.DataFrame
