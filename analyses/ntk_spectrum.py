@@ -3,7 +3,12 @@
 For every network of chosen levels, at the point where its training starts: the spectrum of Theta_m in live
 coordinates, how much of the dense network's spectrum it has kept, its alignment with the targets, what kernel
 regression with it predicts, and how far it has moved when training ends. The dense kernel is that of the same init
-seed at the rewind step; a reinitialised network is held against it too, having no dense kernel of its own.
+seed at the rewind step; a reinitialised network is held against it too, having no dense kernel of its own. Of dense
+networks also the kernels of step 0 and of every snapshot are held against one another and against the last.
+
+Kernel regression is that of Theta_m alone, from f = 0. From the network's own outputs at the start it is another
+predictor, the linearised network, which a mask that already classifies makes good by itself: both are there, with
+the error of those outputs.
 
 With no arguments it makes a run on the bundled digits and measures it in about a minute.
 """
@@ -13,6 +18,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +70,7 @@ class Data:
 
 
 def run(config: Config) -> Tables:
-    """``kernels``: one row a network. ``spectra``: one row a network and rank."""
+    """``kernels``: one row a network. ``spectra``: one a network and rank. ``drift``: one a dense pair of steps."""
     study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
     model.eval()
     cut = task.limit(min(config.n_regression, len(task.train)), None, min(config.n_regression, len(task.test)))
@@ -72,7 +78,7 @@ def run(config: Config) -> Tables:
     data = Data(first, cut.train, cut.test, task.n_classes)
     wanted = config.at_levels or {*range(0, study.levels + 1, 2), study.levels}
     dense: dict[int, tuple[Tensor, ntk.Spectrum]] = {}
-    rows, spectra = [], []
+    rows, spectra, drifts = [], [], []
     for level in levels:
         if level.level not in wanted and level.level > 0:
             continue
@@ -87,16 +93,19 @@ def run(config: Config) -> Tables:
             about["level_density"] = level.density
             row = {**about, **_measures(kernel, spectrum, *dense[seed], data)}
             end = _kernel(model, network, network.end, data.spectrum.x)
-            row["relative_change"] = float(ntk.drift(kernel, end).relative_change)
-            row["regression_error"] = _regression_error(model, network, data)
+            row |= _drift(kernel, end) | _regression_errors(model, network, data)
             rows.append(row)
             values = spectrum.eigenvalues.cpu().numpy()
-            spectra.append(pd.DataFrame({**about, "rank": np.arange(1, len(values) + 1), "eigenvalue": values}))
+            names = {c: about[c] for c in ("level", "treatment", "init_seed", "level_density")}
+            spectra.append(pd.DataFrame({**names, "rank": np.arange(1, len(values) + 1), "eigenvalue": values}))
+            if level.level == 0:
+                drifts += _dense_drifts(model, network, study.recipe.steps, data)
     names = {"task": study.task, "model": study.model, "n_spectrum": len(first), "n_regression": len(cut.train)}
     names |= {"n_test": len(cut.test), "rewind_step": study.rewind_step}
     return {
         "kernels": pd.DataFrame(rows).assign(**names),
-        "spectra": pd.concat(spectra, ignore_index=True).assign(**names),
+        "spectra": pd.concat(spectra, ignore_index=True),
+        "drift": pd.DataFrame(drifts),
     }
 
 
@@ -116,6 +125,7 @@ def _measures(
         "participation_ratio": spectrum.participation_ratio,
         "condition_number": spectrum.condition_number,
         "log_spectral_distance": kept.log_spectral_distance,
+        "n_compared": kept.n_compared,
         "subspace_overlap": kept.subspace_overlap,
         "alignment_with_dense": ntk.alignment(dense, kernel),
         "target_alignment": ntk.target_alignment(kernel, data.spectrum.y),
@@ -123,8 +133,24 @@ def _measures(
     return {name: float(value) for name, value in found.items()}
 
 
-def _regression_error(model: nn.Module, network: tl.Level, data: Data) -> float:
-    """Test error of kernel regression with the trace kernel, one-hot targets and the network's outputs as prior.
+def _drift(start: Tensor, end: Tensor) -> dict[str, float]:
+    found = ntk.drift(start, end)
+    return {"relative_change": float(found.relative_change), "kernel_distance": float(found.distance)}
+
+
+def _dense_drifts(model: nn.Module, network: tl.Level, steps: int, data: Data) -> list[dict[str, float]]:
+    """From each step that is kept to each later one: theta_0, theta_k and theta_T."""
+    kernels = {k: _kernel(model, network, at, data.spectrum.x) for k, at in sorted(network.snapshots.items())}
+    kernels[steps] = _kernel(model, network, network.end, data.spectrum.x)
+    seed = int(network.metrics["init_seed"].iloc[0])
+    return [
+        {"init_seed": seed, "from_step": a, "to_step": b, **_drift(kernels[a], kernels[b])}
+        for a, b in combinations(kernels, 2)
+    ]
+
+
+def _regression_errors(model: nn.Module, network: tl.Level, data: Data) -> dict[str, float]:
+    """Test errors of kernel regression with the trace kernel and one-hot targets, and of the network at its start.
 
     In float64: in float32 the rounding of the largest eigenvalue drowns the directions that tell digits apart.
     The ridge is 1e-6 of the mean diagonal.
@@ -136,9 +162,13 @@ def _regression_error(model: nn.Module, network: tl.Level, data: Data) -> float:
     with torch.no_grad():
         f_train, f_test = (tl.apply(model, params, x, masks=masks, buffers=buffers) for x in (x_train, x_test))
     targets = F.one_hot(data.train.y, data.n_classes).to(train.dtype)
-    ridge = 1e-6 * float(train.diagonal().mean())
-    found = ntk.kernel_regression(train, targets, across, ridge, f_train=f_train, f_test=f_test)
-    return float((found.argmax(1) != data.test.y).double().mean())
+    regression = partial(ntk.kernel_regression, train, targets, across, 1e-6 * float(train.diagonal().mean()))
+    found = {
+        "regression_error": regression(),
+        "regression_error_from_start": regression(f_train=f_train, f_test=f_test),
+        "start_error": f_test,
+    }
+    return {name: float((f.argmax(1) != data.test.y).double().mean()) for name, f in found.items()}
 
 
 def summary(tables: Tables) -> pd.DataFrame:
@@ -151,6 +181,8 @@ def summary(tables: Tables) -> pd.DataFrame:
         "subspace_overlap",
         "target_alignment",
         "regression_error",
+        "regression_error_from_start",
+        "start_error",
         "test_error",
     ]
     return last.groupby(["level", "treatment"], sort=False)[["density", *columns]].mean().reset_index()

@@ -66,4 +66,4 @@ def _errors(axes: Axes, kernels: pd.DataFrame) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("test error (%)")
     n = kernels["n_regression"].iloc[0]
-    axes.set_title(f"open: kernel regression, {n} examples;\nfilled: trained network", fontsize=7)
+    axes.set_title(f"open: regression with $\\Theta_m$, {n} examples;\nfilled: trained network", fontsize=7)

@@ -108,6 +108,17 @@ def test_ntk_spectrum_measures_every_network_against_its_dense_kernel(tmp_path, 
     sums = spectra.groupby(["level", "treatment", "init_seed"])["eigenvalue"].sum().to_numpy()
     traces = kernels.groupby(["level", "treatment", "init_seed"])["trace"].sum().to_numpy()
     np.testing.assert_allclose(sums, traces, rtol=1e-6)
+    drift = pd.read_csv(out / "drift.csv")
+    last = drift[(drift["from_step"] == 0) & (drift["to_step"] == drift["to_step"].max())]
+    np.testing.assert_allclose(last["relative_change"], dense["relative_change"], rtol=1e-6)  # theta_0 to theta_T
+    assert (kernels["regression_error"] != kernels["regression_error_from_start"]).any()
+    (run,) = (tmp_path / "runs").iterdir()
+    level = tl.load_run(run)[2].select(treatment="reinit", init_seed=0)
+    model, task = tl.model_and_task(tl.load_run(run).config)
+    test = task.limit(30, None, 30).test
+    _, error = tl.evaluate(model, level.theta_start, test.x, test.y, masks=level.masks)
+    found = kernels[(kernels["treatment"] == "reinit") & (kernels["init_seed"] == 0)]["start_error"]
+    assert float(found.iloc[0]) == pytest.approx(float(error))
     assert "effective_rank" in capsys.readouterr().out
 
 

@@ -89,7 +89,7 @@ def width_tables() -> dict[str, pd.DataFrame]:
 
 def test_ntk_figures_say_what_they_show():
     found = texts(ntk_spectrum.draw(ntk_tables()))
-    assert "n = 2" in found and "20 training examples" in found and "kernel regression, 50 examples" in found
+    assert "n = 2" in found and "20 training examples" in found and "regression with $\\Theta_m$, 50 examples" in found
     found = texts(width_sweep.draw(width_tables()))
     assert "slope -0.500 ± 0.100 (95 %)" in found and "8 examples" in found and "n = 2 a width" in found
 
