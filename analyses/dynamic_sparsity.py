@@ -3,8 +3,9 @@
 At chosen levels of an IMP run, networks from the same initialisations, with the same batches and exactly as many live
 weights as the ticket are trained by RigL, SET, static random masks (spread over layers by Erdos-Renyi-Kernel) and
 gradual magnitude pruning, for the T steps that one round of IMP takes. That is far less than IMP, which trains all
-levels before it too, so RigL is also extended: to as many optimizer *steps* as IMP took in all its rounds up to that
-level, or to as many multiply-adds (*macs*), where live weights alone count and RigL's updates need a dense gradient.
+levels before it too, so all four are also extended: to as many optimizer *steps* as IMP took in all its rounds up to
+that level, or to as many multiply-adds (*macs*), where live weights alone count and RigL's updates need a dense
+gradient.
 
 With no arguments it makes a run on the bundled digits and trains beside it in about a minute.
 """
@@ -50,9 +51,9 @@ class Config:
     update_every: int = 100
     """Steps between two updates of a mask."""
     extend: Extend = "steps"
-    """Train RigL also as long as IMP in all: in steps, in macs, or not at all."""
+    """Train each also as long as IMP in all: in steps, in macs, or not at all."""
     extend_at: tuple[int, ...] | None = None
-    """Levels at which RigL is extended; None: all that are compared."""
+    """Levels at which training is extended; None: all that are compared."""
     store: Path = Path("runs")
     """Folder of run directories."""
     out: Path = Path("results")
@@ -60,6 +61,9 @@ class Config:
     device: str | None = None
     """Such as cpu or cuda:1; None: a CUDA device if there is one."""
     study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+
+    def __post_init__(self) -> None:
+        DropGrow(every=self.update_every)  # refused before IMP has trained
 
 
 @dataclass(frozen=True)
@@ -143,17 +147,19 @@ def _beside(problem: Problem, level: tl.Level, imp: pd.DataFrame) -> list[pd.Dat
     assert sum(counts.values()) == kept
     tables = [_train(problem, level.level, counts, recipe, METHODS)]
     if config.extend != "none" and (config.extend_at is None or level.level in config.extend_at):
-        longer = _extended(problem, counts, recipe, imp)
-        tables.append(_train(problem, level.level, counts, longer, ("rigl",), suffix=f"_{config.extend}"))
+        recipes = {method: _extended(problem, counts, recipe, imp, method) for method in METHODS}
+        for longer in dict.fromkeys(recipes.values()):  # one stack for all of as many steps
+            together = tuple(method for method in METHODS if recipes[method] == longer)
+            tables.append(_train(problem, level.level, counts, longer, together, suffix=f"_{config.extend}"))
     return tables
 
 
-def _extended(problem: Problem, counts: dict[str, int], recipe: tl.Recipe, imp: pd.DataFrame) -> tl.Recipe:
+def _extended(problem: Problem, counts: dict[str, int], recipe: tl.Recipe, imp: pd.DataFrame, method: str) -> tl.Recipe:
     """The recipe stretched to IMP's steps or macs; milestones, warm-up and looks in proportion."""
     if problem.config.extend == "steps":
         steps = int(imp["steps"].iloc[0])
     else:
-        once = _macs(problem, counts, DropGrow(every=problem.config.update_every), recipe)
+        once = _macs(problem, counts, _dynamics(problem, method, counts, seed=0), recipe)
         steps = round(recipe.steps * float(imp["macs"].iloc[0]) / once)
     factor = steps / recipe.steps
     return replace(

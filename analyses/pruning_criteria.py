@@ -33,7 +33,18 @@ import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
 from figures.pruning_criteria import draw
 from ticketlab.engine import cost
-from ticketlab.engine.criteria import CRITERIA, ROUNDS, ZHOU, Evidence, Scores, find, forward_passes, keep, score
+from ticketlab.engine.criteria import (
+    CRITERIA,
+    ROUNDS,
+    ZHOU,
+    Evidence,
+    Scores,
+    ZeroScoresError,
+    find,
+    forward_passes,
+    keep,
+    score,
+)
 from ticketlab.functional import Masks, nearest, stack, stack_states
 from ticketlab.masks import EmptyLayerError, Scope, ones
 
@@ -57,9 +68,9 @@ class Config:
     methods: tuple[str, ...] = METHODS
     """What to compare with the run's tickets, each criterion[@stage][*rounds][/scope]."""
     at_levels: tuple[int, ...] | None = None
-    """Levels whose densities are compared; None: every second one."""
+    """Levels whose densities are compared; None: every second one, the last where there is none."""
     replicas: int | None = None
-    """Use the first so many init seeds of the run; None: all."""
+    """Use the first so many of the run's init seeds; None: all."""
     early_step: int = 100
     """Step of the dense training at which @early takes its scores."""
     store: Path = Path("runs")
@@ -135,7 +146,7 @@ class _Finder:
         return Evidence(self.model, masks, network.snapshots[0], state, x, y, init_seed, method.scope)
 
     def masks(self, method: Method, init_seed: int, density: float | Mapping[str, float]) -> Masks | None:
-        """None where the method would empty a layer."""
+        """None where the method would empty a layer, or scores nothing but zeros."""
         try:
             if method.rounds > 1:
                 evidence = self.evidence(method, init_seed)
@@ -145,7 +156,7 @@ class _Finder:
                 self.scores[key] = score(method.criterion, self.evidence(method, init_seed))
             everything = {n: torch.ones_like(s, dtype=torch.bool) for n, s in self.scores[key].items()}
             return keep(everything, self.scores[key], density)
-        except EmptyLayerError:
+        except (EmptyLayerError, ZeroScoresError):
             return None
 
     def dense_trainings(self, method: Method) -> float:
@@ -166,11 +177,13 @@ def run(config: Config) -> Tables:
     if any(m.stage == "early" for m in methods):
         study = replace(study, snapshot_steps=tuple(sorted({*study.snapshot_steps, config.early_step})))
     study, model, task, levels = open_run(config.run, study, config.store, config.device)
+    wanted = _wanted(config, study)
+    if config.replicas is not None and config.replicas > len(study.init_seeds):
+        raise ValueError(f"replicas must be 1 to the run's {len(study.init_seeds)} init seeds: got {config.replicas}.")
     order_seeds = (study.order_seeds or study.init_seeds)[: config.replicas]
     study = replace(study, init_seeds=study.init_seeds[: config.replicas], order_seeds=order_seeds)
     for method in methods:
         tl.criteria.refuse_too_large(method.criterion, model)
-    wanted = config.at_levels or range(2, study.levels + 1, 2)
     finder, tables, spent = None, [], _Spent()
     for level in levels:
         tickets = level.metrics.query("treatment == 'ticket' and init_seed in @study.init_seeds")
@@ -187,6 +200,14 @@ def run(config: Config) -> Tables:
     kept = [*_LABELS, "density", "kept", *_COSTS, "early_stop_step", *_RESULTS]
     networks = pd.concat(tables, ignore_index=True).reindex(columns=kept)
     return {"networks": networks.assign(**about, early_step=config.early_step)}
+
+
+def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
+    second = set(range(2, study.levels + 1, 2)) or {study.levels}
+    wanted = second if config.at_levels is None else set(config.at_levels)
+    if not wanted or not wanted <= set(range(1, study.levels + 1)):
+        raise ValueError(f"at_levels must lie in 1..{study.levels}, the levels of the run: got {sorted(wanted)}.")
+    return wanted
 
 
 _LABELS = ("method", "criterion", "stage", "rounds", "scope", "level", "level_density", "init_seed", "empties_a_layer")

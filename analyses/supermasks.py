@@ -26,7 +26,7 @@ from tqdm import tqdm
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
 from figures.supermasks import draw
-from ticketlab.engine.criteria import Evidence, find
+from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find, refuse_too_large
 from ticketlab.engine.supermask import RECIPES, Method, evaluations, learn_masks
 from ticketlab.engine.values import random_signs, signed_constants
 from ticketlab.functional import Masks, Params, nearest, stack, stack_states
@@ -75,9 +75,23 @@ class Config:
     study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
-        for name in (*self.values, *self.learned_values):
-            if name not in VALUES:
-                raise ValueError(nearest("values", name, tuple(VALUES)))
+        named = [("criterion", name, tuple(CRITERIA)) for name in self.criteria]
+        named += [("values", name, tuple(VALUES)) for name in (*self.values, *self.learned_values)]
+        for kind, given, known in named:
+            if given not in known:
+                raise ValueError(nearest(kind, given, known))
+        checks = {
+            "values must name at least one": self.values,
+            "learned_values must name at least one": self.learned_values,
+            "densities must lie in (0, 1]": all(0 < d <= 1 for d in self.densities),
+            "learned_densities must lie in (0, 1)": all(0 < d < 1 for d in self.learned_densities),
+            "learned_seeds must be at least 1": self.learned_seeds >= 1,
+            "learned_steps must be at least 0": self.learned_steps >= 0,
+            "draws must be at least 1": self.draws >= 1,
+        }
+        for rule, holds in checks.items():
+            if not holds:
+                raise ValueError(f"{rule}: got {getattr(self, rule.split()[0])}.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ class Problem:
     def starts(self, values: str) -> tl.State:
         """Every initialisation with these values, stacked."""
         masks = tl.masks.ones(self.model)
-        states = [self.dense.select(init_seed=seed).start for seed in self.study.init_seeds]
+        states = [self.dense.select(init_seed=seed).snapshots[0] for seed in self.study.init_seeds]
         pairs = zip(states, self.study.init_seeds, strict=True)
         return stack_states([tl.State(VALUES[values](s.params, masks, seed), s.buffers) for s, seed in pairs])
 
@@ -101,6 +115,8 @@ class Problem:
 def run(config: Config) -> Tables:
     """``untrained``: one row a mask and kind of values. ``learned``: one row a mask and way to evaluate it."""
     study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    for criterion in config.criteria:
+        refuse_too_large(criterion, model)
     dense, *sparse = levels
     problem = Problem(config, study, model, task, dense)
     tables = {"untrained": pd.concat(list(_untrained(problem, sparse)), ignore_index=True)}
@@ -132,7 +148,8 @@ def _masks(problem: Problem, sparse: list[tl.Level]) -> Iterator[tuple[str, floa
             found = []
             for seed in seeds:
                 one = problem.dense.select(init_seed=seed)
-                evidence = Evidence(model, one.masks, one.start, one.end, seed=seed)
+                x, y = draw_examples(problem.task, problem.study.score_examples, seed)
+                evidence = Evidence(model, one.masks, one.snapshots[0], one.end, x, y, seed)
                 found.append(find(criterion, evidence, goal))
             yield criterion, target, stack(found)
     for level in sparse:

@@ -47,8 +47,8 @@ def grasp(model: nn.Module, masks: Named, x: Tensor, y: Tensor) -> Named:
 def synflow(model: nn.Module, masks: Named, x: Tensor) -> Named:
     net = network(model, masks).double()
     with torch.no_grad():
-        for tensor in net.state_dict().values():
-            tensor.copy_(tensor.abs())
+        for name, tensor in net.state_dict().items():
+            tensor.copy_(tensor.abs() * (not name.endswith(("bias", "running_mean"))))
     net(torch.ones(1, *x.shape[1:], dtype=torch.float64)).sum().backward()
     return collect(masks, [(w.grad * w).abs() for w in weights(net, masks)])
 

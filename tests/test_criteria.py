@@ -10,9 +10,10 @@ import torch
 from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp
 from scipy import stats
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ticketlab import masks as mask_ops
-from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, score
+from ticketlab.engine.criteria import CRITERIA, Evidence, ZeroScoresError, draw_examples, refuse_too_large, score
 from ticketlab.engine.criteria.gradients import synflow
 from ticketlab.engine.criteria.second_order import EXACT_LIMIT
 from ticketlab.functional import State, stack_states, state
@@ -101,6 +102,35 @@ def test_optimal_brain_damage_by_loops_over_weights_and_examples(problem):
         assert_close(score(name, given), expected, given.masks)
 
 
+class Attention(nn.Module):
+    """Five tokens of width 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.output = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.output(self.encoder(x).mean(1))
+
+
+def test_attention_has_every_score():
+    model, task = build(Attention), blobs(60, (5, 8))
+    at, masks, x, y = state(model), mask_ops.ones(model), task.train.x[:6], task.train.y[:6]
+    given = Evidence(model, masks, at, at, x, y)
+    with sdpa_kernel(SDPBackend.MATH):
+        fisher, hessian = (f(model, masks, x, y) for f in (slow.fisher_diagonal, slow.hessian_diagonal))
+        expected = {"snip": slow.snip(model, masks, x, y), "grasp": slow.grasp(model, masks, x, y)}
+        expected["obd_gauss_newton"] = _saliency(at, slow.gauss_newton_diagonal(model, masks, x))
+    expected |= {"obd_fisher": _saliency(at, fisher), "obd_exact": _saliency(at, hessian)}
+    for name, scores in expected.items():
+        assert_close(score(name, given), scores, masks)
+
+
+def _saliency(at, diagonal):
+    return {n: h * at.params[n] ** 2 / 2 for n, h in diagonal.items()}
+
+
 # Closed forms
 
 
@@ -157,6 +187,19 @@ def test_synflow_is_conserved_from_layer_to_layer(problem):
     x = task().train.x
     scores = score("synflow", Evidence(model, masks, state(model), state(model), x))
     sums = [float(s.sum()) for s in scores.values()]
+    assert sums[0] > 0 and sums == pytest.approx([sums[0]] * len(sums), rel=1e-12)
+
+
+@pytest.mark.parametrize("factory", [small_mlp, small_conv_bn])
+def test_synflow_is_conserved_whatever_biases_and_running_statistics_are(factory):
+    """Also beside buffers that are no numbers to compute with."""
+    model = moved(build(factory))
+    model.register_buffer("flags", torch.tensor([True, False]))
+    model.register_buffer("indices", torch.tensor([-1, 2]))
+    x = (images() if factory is small_conv_bn else blobs()).train.x
+    at = state(model)
+    assert any(p.abs().min() > 0 for n, p in at.params.items() if "bias" in n)
+    sums = [float(s.sum()) for s in score("synflow", Evidence(model, mask_ops.ones(model), at, at, x)).values()]
     assert sums[0] > 0 and sums == pytest.approx([sums[0]] * len(sums), rel=1e-12)
 
 
@@ -305,8 +348,51 @@ def test_an_unknown_criterion_is_refused_with_the_nearest():
 def test_a_criterion_of_data_without_data_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}' needs inputs"):
         score(name, evidence(x=None, y=None))
+    if name == "obd_gauss_newton":  # the curvature of the outputs, whatever the labels are
+        given, without = evidence(), evidence(y=None)
+        assert_close(score(name, without), score(name, given), given.masks)
+        return
     with pytest.raises(ValueError, match=f"'{name}' needs labels"):
         score(name, evidence(y=None))
+
+
+@pytest.mark.parametrize("name", NEED_LABELS)
+def test_labels_and_inputs_that_do_not_fit_the_model_are_refused(name):
+    x, y = blobs().train.x[:4], torch.tensor([0, 1, 2, 0])
+    if name != "obd_gauss_newton":
+        for label in (3, -100):
+            with pytest.raises(ValueError, match=r"labels must lie in 0\.\.2"):
+                score(name, evidence(x=x, y=torch.tensor([0, 1, 2, label])))
+    for wrong in (x[:, :5], x.float()):
+        with pytest.raises(ValueError, match="x must be what the model takes"):
+            score(name, evidence(x=wrong, y=y))
+    with pytest.raises(ValueError, match="x must be what the model takes"):
+        score("synflow", evidence(x=x[:, :5], y=None))
+
+
+@pytest.mark.parametrize("name", [*NEED_LABELS, "synflow"])
+def test_batch_norm_without_running_statistics_is_refused_where_outputs_are_looked_at(name):
+    model = build(lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)))
+    at, split = state(model), blobs().train
+    given = Evidence(model, mask_ops.ones(model), at, at, split.x[:8], split.y[:8])
+    assert score("magnitude", given)
+    with pytest.raises(ValueError, match=rf"'{name}' needs running statistics: batch norms \['1'\] have none"):
+        score(name, given)
+    with pytest.raises(ValueError, match="needs running statistics"):
+        refuse_too_large(name, model)
+    refuse_too_large("magnitude", model)
+
+
+@pytest.mark.parametrize("name", ["movement", "magnitude_increase"])
+def test_scores_that_are_zero_all_over_are_refused(name):
+    given = evidence()
+    still = Evidence(given.model, given.masks, given.end, given.end)
+    with pytest.raises(ZeroScoresError, match=r"must have a score that differs from 0: none has in fc1\.weight, fc2"):
+        score(name, still)
+    last = {n: torch.zeros_like(m) for n, m in given.masks.items()}
+    for mask in last.values():
+        mask[0, 0] = True
+    assert score(name, Evidence(given.model, last, given.end, given.end))  # a weight a layer: nothing to choose
 
 
 def test_synflow_needs_the_shape_of_floating_inputs_and_no_labels():
@@ -346,6 +432,9 @@ def test_evidence_that_does_not_fit_is_refused():
         Evidence(model, masks, at, at, given.x, given.y[:5])
     with pytest.raises(ValueError, match="as many, at least one"):
         Evidence(model, masks, at, at, given.x[:0])
+    for y in (given.y.double(), given.y.int(), given.y[:, None]):
+        with pytest.raises(ValueError, match="one int64 label for each example"):
+            Evidence(model, masks, at, at, given.x, y)
 
 
 def test_examples_are_drawn_once_for_a_seed_without_repeats():

@@ -58,6 +58,8 @@ def test_a_method_that_empties_a_layer_is_left_out_of_the_stack(table):
     assert found["empties_a_layer"].tolist() == [True, True, False, False]
     assert found["kept"].tolist()[2:] == [3, 3] and found["test_error"].isna().tolist() == [True, True, False, False]
     assert len(pruning_criteria._compared(finder, [parse("small_init/global")], level)) == 2
+    still = pruning_criteria._compared(finder, [parse("movement@init"), parse("movement@init*2")], level)
+    assert still["empties_a_layer"].all()  # nothing has moved: no score tells weights apart
 
 
 def test_a_network_of_the_stack_is_the_one_trained_alone(table):
@@ -113,6 +115,29 @@ def test_names_are_filled_in_as_in_the_literature():
 def test_configs_that_make_no_sense_are_refused(change, match):
     with pytest.raises(ValueError, match=match):
         pruning_criteria.Config(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "levels", "match"),
+    [
+        ({"at_levels": (99,)}, 2, r"at_levels must lie in 1\.\.2, the levels of the run: got \[99\]"),
+        ({"at_levels": (0, 1)}, 2, r"at_levels must lie in 1\.\.2"),
+        ({"at_levels": ()}, 2, r"at_levels must lie in 1\.\.2"),
+        ({}, 0, r"at_levels must lie in 1\.\.0"),
+        ({"replicas": 50}, 2, "replicas must be 1 to the run's 2 init seeds: got 50"),
+    ],
+)
+def test_what_would_compare_nothing_is_refused_before_training(tmp_path, change, levels, match):
+    study = replace(STUDY, levels=levels)
+    with pytest.raises(ValueError, match=match):
+        pruning_criteria.run(pruning_criteria.Config(store=tmp_path, study=study, early_step=10, **change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_second_level_is_compared_or_the_only_one():
+    config = pruning_criteria.Config()
+    wanted = [pruning_criteria._wanted(config, replace(STUDY, levels=n)) for n in (1, 2, 5)]
+    assert wanted == [{1}, {2}, {2, 4}]
 
 
 def test_a_run_is_measured_by_its_first_seeds_and_must_have_the_early_step(tmp_path, table):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import reference_criteria as slow
@@ -11,12 +12,13 @@ from cases import blobs, build, small_mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import prune_sorted
+from torch import nn
 
 import ticketlab as tl
 from ticketlab import masks as mask_ops
 from ticketlab.engine import store
-from ticketlab.engine.criteria import CRITERIA, Evidence, find, forward_passes, keep, score
-from ticketlab.functional import state
+from ticketlab.engine.criteria import CRITERIA, Evidence, ZeroScoresError, find, forward_passes, keep, score
+from ticketlab.functional import State, state
 from ticketlab.models import mlp
 
 RECIPE = tl.Recipe(steps=20, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)
@@ -107,6 +109,16 @@ def test_synflow_never_empties_a_layer(widths):
         find("magnitude", begun, layers / total)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_synflow_with_the_default_biases_of_linear_layers_empties_none(seed):
+    """Each of torch's biases would be a source of flow of its own, and the last layers would take all of it."""
+    widths = (6, 40, 20, 20, 3)
+    begun = evidence(lambda: nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))), seed=seed)
+    assert any(p.any() for n, p in begun.end.params.items() if n.endswith("bias"))
+    found = find("synflow", begun, 8 / mask_ops.total(begun.masks))
+    assert sum(int(mask.sum()) for mask in found.values()) == 8 and all(mask.any() for mask in found.values())
+
+
 def test_layer_densities_rank_within_layers():
     """Both ends together: the percentile is of the layer where layers compete by themselves."""
     begun = evidence()
@@ -135,6 +147,24 @@ def test_densities_that_cannot_be_had_are_refused():
     assert equal(find("magnitude", begun, 1.0), begun.masks)
 
 
+def test_scores_that_say_nothing_of_what_is_to_be_pruned_are_refused():
+    begun = evidence()
+    params = {**begun.end.params, "output.weight": torch.zeros_like(begun.end.params["output.weight"])}
+    dead = replace(begun, end=State(params, begun.end.buffers))
+    layers = {"fc1.weight": 0.5, "fc2.weight": 0.5}
+    with pytest.raises(ZeroScoresError, match=r"differs from 0: none has in output\.weight\."):
+        find("magnitude", dead, {**layers, "output.weight": 0.9})
+    assert find("magnitude", dead, {**layers, "output.weight": 1.0})["output.weight"].all()
+    assert score("magnitude", dead)
+    with pytest.raises(ZeroScoresError, match="none has in fc1"):
+        keep(begun.masks, {n: torch.zeros(m.shape) for n, m in begun.masks.items()}, 0.5)
+    for density in (0.5, 1.0):
+        with pytest.raises(ValueError, match=r"must give finite scores: 1 in 'fc1\.weight' are not"):
+            scores = score("magnitude", begun)
+            scores["fc1.weight"][0, 0] = torch.nan
+            keep(begun.masks, scores, density)
+
+
 def test_costs_in_forward_passes():
     assert forward_passes("magnitude", 100, 10, 1000) == 0
     assert forward_passes("snip", 100, 10, 1000) == 3 * 100
@@ -157,7 +187,13 @@ def test_a_study_prunes_by_any_criterion(criterion, scope):
     x, y = tl.criteria.draw_examples(blobs(), 30, 3)
     at_end = Evidence(build(small_mlp), dense.masks, dense.start, dense.end, x, y, scope=scope)
     scores = score(criterion, at_end)
-    if scope == "global":
+    if criterion == "synflow":  # in its rounds, to the same counts
+        left = {n: m.numel() - mask_ops.n_removed(m.numel(), 0.1 if "output" in n else 0.2) for n, m in scores.items()}
+        by_layer = {n: kept / dense.masks[n].numel() for n, kept in left.items()}
+        expected = find("synflow", at_end, 82 / 103 if scope == "global" else by_layer, rounds=100)
+        counts = {n: int(m.sum()) for n, m in expected.items()}
+        assert counts == left if scope == "layer" else sum(counts.values()) == 82
+    elif scope == "global":
         expected = prune_sorted(dense.masks, scores, mask_ops.n_removed(103, 0.2))
     else:
         expected = {}
@@ -166,6 +202,20 @@ def test_a_study_prunes_by_any_criterion(criterion, scope):
             expected |= prune_sorted({name: mask}, scores, n)
     assert equal(levels[1].select(init_seed=3).masks, expected)
     assert nested(levels[2].select(init_seed=4).masks, levels[1].select(init_seed=4).masks)
+
+
+def test_a_study_by_synflow_reaches_densities_that_one_round_cannot():
+    wide = lambda: mlp((6,), 3, hidden=(30, 20, 10))  # noqa: E731
+    total = 6 * 30 + 30 * 20 + 20 * 10 + 10 * 3
+    config = replace(STUDY, criterion="synflow", prune_fraction=1 - 8 / total, levels=1, init_seeds=(3,))
+    dense, level = tl.imp(config, model=wide, task=blobs(), store=None)
+    x, y = tl.criteria.draw_examples(blobs(), config.score_examples, 3)
+    one = dense.select(init_seed=3)
+    at_end = Evidence(build(wide), one.masks, one.start, one.end, x, y)
+    with pytest.raises(mask_ops.EmptyLayerError):
+        find("synflow", at_end, 8 / total, rounds=1)
+    assert equal(level.select(init_seed=3).masks, find("synflow", at_end, 8 / total))
+    assert level.metrics["kept"].tolist() == [8]
 
 
 def test_a_field_that_came_later_does_not_rename_a_run_that_does_not_use_it(tmp_path):

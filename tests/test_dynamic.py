@@ -202,6 +202,19 @@ def test_grown_connections_start_from_zero_in_weight_and_optimizer_state(recipe)
         torch.testing.assert_close(after[seen["name"]][grown], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("growth", ["random", "gradient"])
+def test_a_diverged_replica_has_its_weights_under_its_own_mask(growth):
+    recipe = replace(SGD, learning_rate=1e300, momentum=0.0, eval_every=15)
+    moves = DropGrow(growth, every=10)
+    with pytest.warns(RuntimeWarning, match="replica 0 has a non-finite validation loss"):
+        outcome = train_one(moves, recipe)
+    for name, mask in outcome.masks.items():
+        assert not outcome.end.params[name][~mask].any()
+    first = half_masks(build(small_mlp), 0)  # the start was its last finite evaluation
+    assert outcome.metrics["diverged_step"].item() == 15
+    assert all(torch.equal(mask[0], first[name]) for name, mask in outcome.masks.items())
+
+
 def test_gradual_pruning_ends_at_its_counts_and_is_nested():
     model = build(small_mlp)
     counts = layer_counts(model, 0.3)
@@ -298,12 +311,12 @@ def test_sparse_masks_have_the_counts_and_depend_on_the_seed_alone():
         (lambda: DropGrow("gradients"), "unknown growth 'gradients'. Did you mean 'gradient'"),
         (lambda: DropGrow(drop_fraction=0.0), r"drop_fraction must lie in \(0, 1\)"),
         (lambda: DropGrow(drop_fraction=1.0), r"drop_fraction must lie in \(0, 1\)"),
-        (lambda: DropGrow(every=0), "every must be at least 1 step"),
+        (lambda: DropGrow(every=1, until=1.0), "every must be at least 2 steps"),
         (lambda: DropGrow(until=0.0), r"must lie in \(0, 1\]: got 0.0"),
         (lambda: DropGrow(until=1.5), r"must lie in \(0, 1\]: got 1.5"),
         (lambda: Gradual({}), "must keep a live weight"),
         (lambda: Gradual({"w": 0}), "must keep a live weight"),
-        (lambda: Gradual({"w": 1}, every=0), "every must be at least 1 step"),
+        (lambda: Gradual({"w": 1}, every=0), "every must be at least 2 steps"),
         (lambda: layer_counts(build(small_mlp), 0.0), r"density must lie in \(0, 1\]"),
         (lambda: layer_counts(build(small_mlp), 1.1), r"density must lie in \(0, 1\]"),
         (lambda: layer_counts(build(small_mlp), 0.5, "erk"), "unknown spread 'erk'"),

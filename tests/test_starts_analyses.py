@@ -47,6 +47,28 @@ def test_sign_and_value_tables_every_start_and_its_gaps(study, tmp_path, capsys)
     assert "error_above_reinit_points" in capsys.readouterr().out
 
 
+def test_a_difference_counts_the_pairs_in_which_neither_diverged():
+    errors = {("ticket", 0): np.nan, ("ticket", 1): 0.1, ("ticket", 2): 0.2, ("reinit", 2): np.nan}
+    rows = [
+        {"level": 1, "density": 0.5, "treatment": t, "init_seed": s, "test_error": errors.get((t, s), 0.3)}
+        for t, s in itertools.product(("ticket", "reinit", "reshuffle"), range(3))
+    ]
+    gaps = pd.DataFrame(sign_and_value._gaps(pd.DataFrame(rows))).set_index("treatment")
+    assert gaps["n"].to_dict() == {"ticket": 2, "reinit": 2, "reshuffle": 3}
+    assert gaps["error_above_ticket_n"].to_dict() == {"ticket": 2, "reinit": 1, "reshuffle": 2}
+    assert gaps["error_above_reinit_n"].to_dict() == {"ticket": 1, "reinit": 2, "reshuffle": 2}
+    assert gaps.loc["reshuffle", "error_above_ticket"] == pytest.approx(0.15)
+
+
+def test_going_on_at_the_only_rate_there_is_is_fine_tuning():
+    treatments = ("ticket", "lr_rewind", "fine_tune")
+    config = replace(sign_and_value.STUDY, levels=1, init_seeds=(0,), recipe=RECIPE, treatments=treatments)
+    _, level = tl.imp(config, store=None, progress=False)
+    one, other = (level.select(treatment=t, init_seed=0).theta_end for t in treatments[1:])
+    assert config.recipe.schedule == "constant" and all(torch.equal(p, other[n]) for n, p in one.items())
+    assert not {"lr_rewind", "fine_tune"} & set(sign_and_value.STARTS)
+
+
 def test_sign_and_value_needs_the_control_that_it_compares_with(tmp_path):
     config = replace(sign_and_value.STUDY, treatments=("ticket", "reshuffle"), levels=1, recipe=RECIPE)
     with pytest.raises(ValueError, match="treatments must contain 'reinit'"):
@@ -84,6 +106,52 @@ def test_untrained_supermasks_are_the_networks_that_they_say(study):
     keys = {"criterion": "large_final_same_sign", "values": "signed_constant", "init_seed": 4, "target_density": 0.3}
     row = table[(table[list(keys)] == pd.Series(keys)).all(axis=1)].iloc[0]
     assert row["error"] == pytest.approx(float(error)) and row["density"] == float(tl.masks.density(masks))
+
+
+def test_supermasks_are_of_the_initialisation_where_tickets_rewind_to_a_later_step(tmp_path):
+    config = replace(supermasks.STUDY, levels=1, init_seeds=(0,), recipe=RECIPE, rewind_step=30)
+    flags = {"criteria": ("snip", "movement"), "densities": (0.3,), "values": ("init",), "learned_values": ("init",)}
+    options = {**flags, "learned_densities": (), "learned_seeds": 1, "draws": 1, "learned_steps": 20}
+    run_config = supermasks.Config(store=tmp_path, study=config, device="cpu", **options)
+    tables = supermasks.run(run_config)
+    dense = next(iter(tl.load_run(tl.run_folder(config, tmp_path)))).select(init_seed=0)
+    model, task = tl.model_and_task(config, device="cpu")
+    first = dense.snapshots[0]
+    assert not torch.equal(first.params["fc1.weight"], dense.start.params["fc1.weight"])
+    output = tl.masks.prunable(model)[-1]
+    goal = {n: 0.3 ** (supermasks.OUTPUT_EXPONENT if n == output else 1) for n in dense.masks}
+    x, y = tl.criteria.draw_examples(task, config.score_examples, 0)
+    evidence = tl.criteria.Evidence(model, dense.masks, first, dense.end, x, y)
+    for criterion in ("snip", "movement"):
+        masks = tl.criteria.find(criterion, evidence, goal)
+        _, error = tl.evaluate(model, first.params, task.test.x, task.test.y, masks=masks)
+        assert tables["untrained"].query("criterion == @criterion")["error"].item() == pytest.approx(float(error))
+    problem = supermasks.Problem(run_config, config, model, task, dense=tl.load_run(tl.run_folder(config, tmp_path))[0])
+    assert torch.equal(problem.starts("init").params["fc1.weight"][0], first.params["fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"criteria": ("magnitud",)}, r"unknown criterion 'magnitud'\. Did you mean 'magnitude'"),
+        ({"values": ()}, "values must name at least one"),
+        ({"densities": (0.0,)}, r"densities must lie in \(0, 1\]: got \(0\.0,\)"),
+        ({"learned_densities": (2.0,)}, r"learned_densities must lie in \(0, 1\): got \(2\.0,\)"),
+        ({"learned_seeds": 0}, "learned_seeds must be at least 1: got 0"),
+        ({"learned_steps": -1}, "learned_steps must be at least 0: got -1"),
+        ({"draws": 0}, "draws must be at least 1: got 0"),
+    ],
+)
+def test_supermask_flags_that_make_no_sense_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        supermasks.Config(**change)
+
+
+def test_supermasks_by_a_criterion_that_is_too_dear_are_refused_before_training(tmp_path):
+    study = replace(supermasks.STUDY, model="lenet_300_100")
+    with pytest.raises(ValueError, match="'obd_exact' needs at most"):
+        supermasks.run(supermasks.Config(store=tmp_path, study=study, criteria=("obd_exact",)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_learned_supermasks_write_tables_and_a_figure(study, tmp_path, capsys):

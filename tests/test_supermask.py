@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -226,6 +227,16 @@ def test_masks_alone_learn_the_blobs(method):
     table = evaluations(build(wide), found, blobs().test)
     how = "sampled" if method == "bernoulli" else "deterministic"
     assert table[table["evaluation"] == how]["error"].mean() < 0.2  # chance is 0.67
+
+
+def test_a_deterministic_mask_that_keeps_nothing_of_a_layer_warns():
+    slow = replace(RECIPE, learning_rate=1e-3)
+    with pytest.warns(RuntimeWarning, match=r"keeps no weight of 'fc1\.weight' in replicas \[0, 1\], 'fc2"):
+        found = learned(density=0.02, recipe=slow)
+    assert found.metrics["kept"].tolist() == [0, 0]
+    sampled = evaluations(build(small_mlp), found, blobs().test).query("evaluation == 'sampled'")
+    assert 0 < sampled["density"].mean() < 0.06
+    assert learned(density=0.6, recipe=slow).metrics["density"].tolist() == [1, 1]
 
 
 # Evaluation

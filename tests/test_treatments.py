@@ -110,6 +110,19 @@ def test_reinit_draws_from_the_models_own_initialiser():
     assert (fresh.buffers["2.running_var"] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["reinit", "reinit_keep_sign"])
+def test_what_is_not_trained_stays_that_of_the_ticket(name):
+    def features():
+        net = nn.Sequential(nn.Linear(64, 40), nn.Linear(40, 30), nn.Linear(30, 3))
+        net[0].requires_grad_(False)
+        return net
+
+    given = origin(features)
+    fresh = TREATMENTS[name](given).state.params
+    assert equal({n: p for n, p in fresh.items() if n[0] == "0"}, {n: given.rewound.params[n] for n in list(fresh)[:2]})
+    assert not any(torch.equal(fresh[n], given.rewound.params[n]) for n in list(fresh)[2:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_reinit_comes_in_the_dtype_of_the_ticket(dtype):
     fresh = TREATMENTS["reinit"](origin(small_conv_bn, dtype=dtype)).state

@@ -34,7 +34,12 @@ class ImpConfig:
     output_fraction: float | None = None
     """Rate of the output layer under layer scope; None: half."""
     criterion: str = "magnitude"
-    """What a weight is kept for: magnitude, random, obd_gauss_newton, snip, movement, ... (engine.criteria)."""
+    """What a weight is kept for: magnitude, random, obd_gauss_newton, snip, movement, ... (engine.criteria).
+
+    Scores are taken at the end of each level's training, in as many rounds a level as the criterion is defined with.
+    snip, grasp and synflow are thereby not the methods of their papers, which prune at initialisation: those are in
+    analyses.pruning_criteria.
+    """
     score_examples: int = 1000
     """Training examples that a criterion of gradients sees; all where there are fewer."""
     treatments: tuple[str, ...] = ("ticket", "reinit")

@@ -22,7 +22,7 @@ from ticketlab.data import Task
 from ticketlab.engine import cost
 from ticketlab.engine import store as runs
 from ticketlab.engine.config import LATER_FIELDS, ImpConfig
-from ticketlab.engine.criteria import Evidence, draw_examples, refuse_too_large, score
+from ticketlab.engine.criteria import ROUNDS, Evidence, draw_examples, find, refuse_too_large, score
 from ticketlab.engine.store import Level
 from ticketlab.engine.training import train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Start, derived_seed
@@ -91,7 +91,7 @@ def imp(
     Raises:
         ValueError: Before anything is trained: an unknown name, a run directory of another study or a damaged
             one, or a directory that another process writes. While training: a level that would leave a layer
-            without a live weight; what is stored stays.
+            without a live weight, or scores that are all zero; what is stored stays.
     """
     study = _prepare(config, model, task, device, execution, progress)
     folder = None if store is None else _open(study, Path(store))
@@ -263,7 +263,18 @@ def _next_masks(study: _Study, ticket: Level, init_seed: int, number: int) -> Ma
     config, seed = study.config, derived_seed("criterion", init_seed, number)
     x, y = draw_examples(study.task, config.score_examples, init_seed)
     evidence = Evidence(study.model, ticket.masks, ticket.start, ticket.end, x, y, seed, config.scope)
-    return mask_ops.prune(ticket.masks, score(config.criterion, evidence), _fractions(config, study.model))
+    fractions = _fractions(config, study.model)
+    if ROUNDS.get(config.criterion, 1) == 1:
+        return mask_ops.prune(ticket.masks, score(config.criterion, evidence), fractions)
+    if isinstance(fractions, dict):
+        return find(config.criterion, evidence, {n: _left({n: m}, fractions[n]) for n, m in ticket.masks.items()})
+    return find(config.criterion, evidence, _left(ticket.masks, fractions))
+
+
+def _left(masks: Masks, fraction: float) -> float:
+    """The density after a pruning step."""
+    alive = int(mask_ops.kept(masks))
+    return (alive - mask_ops.n_removed(alive, fraction)) / mask_ops.total(masks)
 
 
 def _train(

@@ -52,7 +52,7 @@ class Recipe:
             "learning_rate must be positive and finite": 0 < self.learning_rate < math.inf,
             "momentum must lie in [0, 1)": 0 <= self.momentum < 1,
             "nesterov needs a momentum above 0": not self.nesterov or self.momentum > 0,
-            "weight_decay must be at least 0": self.weight_decay >= 0,
+            "weight_decay must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
             "decay must lie in (0, 1]": 0 < self.decay <= 1,
             "warmup_steps must lie in [0, steps]": 0 <= self.warmup_steps <= self.steps,
             "milestones must rise and lie in (0, steps)": list(self.milestones) == sorted(set(self.milestones))

@@ -47,7 +47,7 @@ class Outcome:
     """replica, step, loss_nats, error on the validation set."""
     wall_seconds: float
     masks: Masks
-    """As given, or where ``dynamics`` have moved them; of a diverged replica, where they were when it did."""
+    """As given, or where ``dynamics`` have moved them; of a diverged replica, at its last finite evaluation."""
 
 
 Advance = Callable[[range, Sequence[int]], None]
@@ -100,11 +100,12 @@ def train(
 
     Raises:
         ValueError: Shapes or lengths that do not fit, steps or rates out of range, frozen weights under weight
-            decay or beside dynamics, which would move them, ``vmap`` where the loop is needed, or a model with
-            active dropout, whose random numbers no seed of ours reaches.
+            decay or beside dynamics, which would move them, ``vmap`` where the loop is needed, or a model that
+            draws from a global generator as it trains, such as by dropout: no seed of ours reaches it.
     """
     _check(model, start, masks, recipe, order_seeds, first_step, snapshot_steps)
     _check_each(masks, recipe, order_seeds, frozen, learning_rates, dynamics, execution)
+    _refuse_draws(model, start, task, recipe)
     began = time.perf_counter()
     live = State(masked(start.params, masks), start.buffers).clone()
     masks = {name: mask.clone() for name, mask in masks.items()}
@@ -116,7 +117,7 @@ def train(
     else:
         make = {"loop": _loop, "vmap": _vmap}[resolve(execution, model, task.device, len(order_seeds))]
         advance = make(model, live, masks, task, recipe, order_seeds)
-    watch = Watch(model, live, task, execution)
+    watch = Watch(model, live, masks, task, execution)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
     looks = {*range(0, recipe.steps, recipe.eval_every), recipe.steps}
     stops = sorted(step for step in looks | set(snapshot_steps) if step > first_step)
@@ -156,8 +157,34 @@ def _check(
     wrong = [n for n, m in masks.items() if n not in start.params or m.shape != start.params[n].shape]
     if wrong:
         raise ValueError(f"masks must be stacked like the parameters: {wrong} are not.")
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
-        raise ValueError("dropout draws from a global generator and cannot be replayed: set p = 0 in every Dropout.")
+
+
+def _refuse_draws(model: nn.Module, start: State, task: Task, recipe: Recipe) -> None:
+    """Raise where a forward pass in training mode draws from a global generator, and leave that as it was."""
+    found = [name or "the model" for name, m in model.named_modules() if _dropout(m) > 0]
+    if found:
+        raise ValueError(
+            f"dropout draws from a global generator and cannot be replayed: set its probability to 0 in {found}."
+        )
+    net = copy.deepcopy(model).to(task.device).train()
+    params, buffers = start.select(0).clone()
+    cuda = [task.device] if task.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+        functional_call(net, {**params, **buffers}, (task.train.x[: recipe.batch_size],))
+        after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+    if not all(map(torch.equal, before, after)):
+        raise ValueError(
+            "the model draws from a global generator as it trains, which cannot be replayed: its forward pass advanced "
+            "the generator's state. Leave out dropout and other noise, or draw it from a generator of the model's own."
+        )
+
+
+def _dropout(module: nn.Module) -> float:
+    """The probability that a module drops something with, 0 where it has none."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    return float(module.dropout) if isinstance(module, nn.MultiheadAttention | nn.RNNBase) else 0.0
 
 
 def _check_each(

@@ -126,7 +126,10 @@ def dense_restart(origin: Origin) -> Start:
 
 
 def reinit(origin: Origin) -> Start:
-    """The ticket's mask on a fresh draw from the model's own initialiser; same steps and batches."""
+    """The ticket's mask on a fresh draw from the model's own initialiser; same steps and batches.
+
+    Parameters that are not trained stay those of the ticket: they are no part of what is drawn.
+    """
     return Start(_fresh(origin), origin.masks, origin.order_seed)
 
 
@@ -182,7 +185,10 @@ def frozen_unless_shrunk(origin: Origin) -> Start:
 
 def _fresh(origin: Origin) -> State:
     some = next(iter(origin.rewound.params.values()))
-    return state(initialise(origin.factory, origin.draw("reinit"))).to(some.device, some.dtype)
+    model = initialise(origin.factory, origin.draw("reinit"))
+    fresh = state(model).to(some.device, some.dtype)
+    stays = {n: origin.rewound.params[n] for n, p in model.named_parameters() if not p.requires_grad}
+    return State({**fresh.params, **stays}, fresh.buffers)
 
 
 def _valued(origin: Origin, params: Params) -> Start:

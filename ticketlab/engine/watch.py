@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ticketlab.data import Split, Task
-from ticketlab.functional import Execution, State, evaluate
+from ticketlab.functional import Execution, Masks, State, evaluate
 
 
 @torch.no_grad()
@@ -29,6 +29,7 @@ class Watch:
 
     model: nn.Module
     live: State
+    masks: Masks
     task: Task
     execution: Execution
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -36,7 +37,7 @@ class Watch:
     def __post_init__(self) -> None:
         replicas = len(next(iter(self.live.params.values())))
         self.alive = list(range(replicas))
-        self.last, self.best = self.live.clone(), self.live.clone()
+        self.last, self.best = self._now(), self.live.clone()
         self.best_loss = [math.inf] * replicas
         self.best_step: list[int | None] = [None] * replicas
         self.diverged_step: list[int | None] = [None] * replicas
@@ -51,7 +52,7 @@ class Watch:
             if loss[r] < self.best_loss[r]:
                 self.best_loss[r], self.best_step[r] = loss[r], step
                 put_back(self.best, [r], self.live.select([r]))
-        self.last = self.live.clone()
+        self.last = self._now()
 
     def metrics(self) -> pd.DataFrame:
         replicas = range(len(self.best_loss))
@@ -69,7 +70,10 @@ class Watch:
         return table
 
     def _freeze(self, r: int, step: int) -> None:
-        put_back(self.live, [r], self.last.select([r]))
+        live, masks = self.last
+        put_back(self.live, [r], live.select([r]))
+        for name, mask in masks.items():
+            self.masks[name][r] = mask[r]
         self.alive.remove(r)
         self.diverged_step[r] = step
         warnings.warn(
@@ -78,6 +82,9 @@ class Watch:
             RuntimeWarning,
             stacklevel=3,
         )
+
+    def _now(self) -> tuple[State, Masks]:
+        return self.live.clone(), {name: mask.clone() for name, mask in self.masks.items()}
 
     def _evaluate(self, state: State, split: Split) -> tuple[list[float], list[float]]:
         loss, error = evaluate(

@@ -9,7 +9,16 @@ initialisation, early or after training is up to the states in the evidence. In 
 from __future__ import annotations
 
 from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores, draw_examples
-from ticketlab.engine.criteria.find import CRITERIA, ROUNDS, find, forward_passes, keep, refuse_too_large, score
+from ticketlab.engine.criteria.find import (
+    CRITERIA,
+    ROUNDS,
+    ZeroScoresError,
+    find,
+    forward_passes,
+    keep,
+    refuse_too_large,
+    score,
+)
 from ticketlab.engine.criteria.weights import ZHOU
 
 __all__ = [
@@ -19,6 +28,7 @@ __all__ = [
     "Criterion",
     "Evidence",
     "Scores",
+    "ZeroScoresError",
     "draw_examples",
     "find",
     "forward_passes",

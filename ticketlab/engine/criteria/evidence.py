@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
 from ticketlab.data import Task
@@ -25,7 +26,8 @@ class Evidence:
     prunable weights. At initialisation, pass the same state twice.
 
     Raises:
-        ValueError: Masks or states that do not fit the model, or a stack of networks: score one at a time.
+        ValueError: Masks or states that do not fit the model, a stack of networks (score one at a time), or labels
+            that are not int64.
     """
 
     model: nn.Module
@@ -54,6 +56,11 @@ class Evidence:
         lengths = {len(part) for part in (self.x, self.y) if part is not None}
         if len(lengths) > 1 or 0 in lengths:
             raise ValueError(f"x and y must be as many, at least one: got {sorted(lengths)}.")
+        if self.y is not None and (self.y.ndim != 1 or self.y.dtype != torch.int64):
+            raise ValueError(
+                f"y must be one int64 label for each example: got {self.y.dtype} of shape {tuple(self.y.shape)}. "
+                "Convert it with y.flatten().long()."
+            )
 
     @property
     def initial(self) -> Params:
@@ -69,6 +76,7 @@ class Evidence:
         """``x``, or a refusal that names the criterion."""
         if self.x is None:
             raise ValueError(f"criterion {criterion!r} needs inputs: got none. Pass x, such as task.train.x[:1000].")
+        refuse_batch_statistics(criterion, self.model)
         return self.x
 
     def examples(self, criterion: str) -> tuple[Tensor, Tensor]:
@@ -76,13 +84,38 @@ class Evidence:
         x = self.inputs(criterion)
         if self.y is None:
             raise ValueError(f"criterion {criterion!r} needs labels: got none. Pass y, such as task.train.y[:1000].")
+        n_classes = self.one_output(self.final, x).shape[-1]
+        low, high = int(self.y.min()), int(self.y.max())
+        if low < 0 or high >= n_classes:
+            raise ValueError(f"labels must lie in 0..{n_classes - 1}, an output each: got {low} to {high}.")
         return x, self.y
+
+    def one_output(self, weights: Mapping[str, Tensor], x: Tensor, at: State | None = None) -> Tensor:
+        """The logits of the first example, or a refusal of inputs that do not fit the model."""
+        try:
+            with torch.no_grad():
+                return self.logits(weights, x[:1], at)[0]
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"x must be what the model takes: it fails on one example of shape {tuple(x.shape[1:])} and "
+                f"{x.dtype}: {error}"
+            ) from error
 
     def logits(self, weights: Mapping[str, Tensor], x: Tensor, at: State | None = None) -> Tensor:
         """f(x) with these prunable weights; all else as in ``end``, or in another state."""
         params, buffers = at or self.end
         with evaluating(self.model):
             return functional_call(self.model, {**params, **buffers, **weights}, (x,))
+
+
+def refuse_batch_statistics(criterion: str, model: nn.Module) -> None:
+    """Raise where an output depends on the other examples of a batch even in evaluation mode."""
+    norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+    if norms:
+        raise ValueError(
+            f"criterion {criterion!r} needs running statistics: batch norms {norms} have none, so that a score would "
+            "depend on how examples are batched. Build them with track_running_stats=True."
+        )
 
 
 def draw_examples(task: Task, n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ticketlab import masks as mask_ops
-from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores
+from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores, refuse_batch_statistics
 from ticketlab.engine.criteria.gradients import grasp, snip, synflow
 from ticketlab.engine.criteria.second_order import obd_exact, obd_fisher, obd_gauss_newton, refuse_above_limit
 from ticketlab.engine.criteria.weights import BY_SIGN, ZHOU, magnitude, random
@@ -35,18 +38,15 @@ def score(criterion: str, evidence: Evidence) -> Scores:
     """The scores of a criterion, higher = keep.
 
     Raises:
-        ValueError: An unknown name, a criterion that needs inputs or labels and got none, or scores not finite.
+        ValueError: An unknown name, a criterion that needs inputs or labels and got none or some that do not fit, or
+            scores that are not finite or all zero.
     """
     if criterion not in CRITERIA:
         raise ValueError(nearest("criterion", criterion, tuple(CRITERIA)))
-    scores = CRITERIA[criterion](evidence)
-    bad = {name: int((~s[evidence.masks[name]].isfinite()).sum()) for name, s in scores.items()}
-    if any(bad.values()):
-        where = ", ".join(f"{n} in {name!r}" for name, n in bad.items() if n)
-        raise ValueError(
-            f"criterion {criterion!r} must give finite scores: {where} are not. "
-            "Score in float64, or before weights diverge."
-        )
+    with _transformable():
+        scores = CRITERIA[criterion](evidence)
+    _refuse_not_finite(f"criterion {criterion!r}", evidence.masks, scores)
+    _refuse_all_zero(evidence.masks, scores)
     return scores
 
 
@@ -72,7 +72,8 @@ def find(
         Masks nested in ``evidence.masks``.
 
     Raises:
-        ValueError: As `score`; a density out of range, or one that leaves a layer without a live weight.
+        ValueError: As `score`; a density out of range, or one that leaves a layer without a live weight; scores that
+            are zero all over a layer that is to be pruned by itself.
     """
     rounds = ROUNDS.get(criterion, 1) if rounds is None else rounds
     if rounds < 1:
@@ -88,6 +89,7 @@ def find(
 
 def keep(masks: Masks, scores: Scores, density: float | Mapping[str, float]) -> Masks:
     """The best-scored weights at a density, in one shot; as `find`, with scores at hand."""
+    _refuse_not_finite("a criterion", masks, scores)
     return _keep(masks, scores, _counts(masks, density))
 
 
@@ -123,14 +125,50 @@ def _keep(masks: Masks, scores: Scores, counts: Mapping[tuple[str, ...], int]) -
     for names, n in counts.items():
         alive = _alive(masks, names)
         if n < alive:
+            _refuse_all_zero({m: masks[m] for m in names}, scores)
             new |= mask_ops.prune({m: masks[m] for m in names}, {m: scores[m] for m in names}, (alive - n) / alive)
     return new
 
 
+class ZeroScoresError(ValueError):
+    """Scores that tell no weight from another: what went would be up to the index alone."""
+
+
+def _refuse_not_finite(who: str, masks: Masks, scores: Scores) -> None:
+    bad = {name: int((~scores[name][mask].isfinite()).sum()) for name, mask in masks.items()}
+    if any(bad.values()):
+        where = ", ".join(f"{n} in {name!r}" for name, n in bad.items() if n)
+        raise ValueError(
+            f"{who} must give finite scores: {where} are not. Score in float64, or before weights diverge."
+        )
+
+
+def _refuse_all_zero(masks: Masks, scores: Scores) -> None:
+    pruned_further = _alive(masks, tuple(masks)) > len(masks)  # where each layer has one left there is nothing to tell
+    if pruned_further and not any(bool(scores[name][mask].any()) for name, mask in masks.items()):
+        raise ZeroScoresError(
+            f"some live weight must have a score that differs from 0: none has in {', '.join(masks)}. "
+            "Prune less, let these layers compete with others, or take another criterion or state."
+        )
+
+
+@contextmanager
+def _transformable() -> Iterator[None]:
+    """Attention as plain matrix products, which alone have every derivative and batching rule.
+
+    Of other operations that ``vmap`` has no rule for, torch warns that it loops over them: slow, not wrong.
+    """
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
 def refuse_too_large(criterion: str, model: nn.Module) -> None:
-    """Raise where a criterion would take too long on this model, before anything is trained."""
+    """Raise where a criterion would take too long on this model or cannot score it, before anything is trained."""
     if criterion == "obd_exact":
         refuse_above_limit(mask_ops.total(mask_ops.ones(model)))
+    if forward_passes(criterion, 1, 1, 1):  # it looks at outputs
+        refuse_batch_statistics(criterion, model)
 
 
 def forward_passes(criterion: str, n_examples: int, n_classes: int, n_weights: int, rounds: int | None = None) -> int:

@@ -46,18 +46,28 @@ def synflow(evidence: Evidence) -> Scores:
 
     .. math:: R = 1^\top f(1; |\theta|), \quad s_i = |\theta_i \, \partial R / \partial \theta_i|
 
-    Every parameter and buffer by its absolute value, biases and batch norm included, one input of ones, in float64.
-    The criterion is made for many rounds: one round can empty a layer.
+    The flow is that of the prunable weights alone: biases and running means, which would add flow of their own at
+    every layer, are zero. All else counts by its absolute value, batch norm's scales and running variances included;
+    one input of ones, in float64. The criterion is made for many rounds: one round can empty a layer.
     """
     x = evidence.inputs("synflow")
     if not x.is_floating_point():
         raise ValueError(f"criterion 'synflow' needs floating inputs, to put ones in their place: got {x.dtype}.")
-    parts = ({n: t.double().abs() for n, t in part.items()} for part in evidence.end)
-    absolute = State(*parts)
+    absolute = State(*({n: _absolute(n, t) for n, t in part.items()} for part in evidence.end))
     weights = {name: w.double().abs() for name, w in evidence.final.items()}
     ones = torch.ones_like(x[:1], dtype=torch.float64)
+    evidence.one_output(weights, ones, absolute)
     flow = grad(lambda w: evidence.logits(w, ones, absolute).sum())(weights)
     return {name: (g * weights[name]).abs() for name, g in flow.items()}
+
+
+def _absolute(name: str, tensor: Tensor) -> Tensor:
+    """A parameter or buffer in the network of the flow: nothing is added that does not come through a weight."""
+    if not tensor.is_floating_point():
+        return tensor
+    own = name.rpartition(".")[2]
+    added = "bias" in own or own == "running_mean"
+    return torch.zeros_like(tensor, dtype=torch.float64) if added else tensor.double().abs()
 
 
 def _gradient(evidence: Evidence, criterion: str, temperature: float) -> Params:

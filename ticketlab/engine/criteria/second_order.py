@@ -69,19 +69,18 @@ def obd_gauss_newton(evidence: Evidence) -> Scores:
     .. math:: h = \frac1n \sum_n \sum_c (J_n^\top r_{nc})^2, \quad r_{nc} = \sqrt{p_{nc}} (e_c - p_n)
 
     for the softmax Hessian of an example is diag(p) - p p^T = sum_c r_c r_c^T. It costs as many backward passes
-    of single examples as there are classes.
+    of single examples as there are classes, and no labels.
     """
-    x, _ = evidence.examples("obd_gauss_newton")
-    weights = evidence.final
-    classes = evidence.logits(weights, x[:1]).shape[-1]
+    x, weights = evidence.inputs("obd_gauss_newton"), evidence.final
+    classes = evidence.one_output(weights, x).shape[-1]
 
-    def squares(one: Tensor, _: Tensor) -> Params:
+    def squares(one: Tensor) -> Params:
         logits, pull = vjp(lambda w: evidence.logits(w, one[None])[0], weights)[:2]
         p = logits.softmax(0)
         roots = p.sqrt()[:, None] * (torch.eye(classes, dtype=p.dtype, device=p.device) - p)  # row c is r_c
         return {name: g.square().sum(0) for name, g in vmap(pull)(roots)[0].items()}
 
-    return _saliency(weights, _mean_over_examples(evidence, "obd_gauss_newton", squares, classes))
+    return _saliency(weights, _mean_over_examples(weights, squares, classes, x))
 
 
 def obd_fisher(evidence: Evidence) -> Scores:
@@ -89,25 +88,22 @@ def obd_fisher(evidence: Evidence) -> Scores:
 
     With the labels of the data, not of the model: it vanishes where every example is fitted.
     """
-    weights = evidence.final
+    (x, y), weights = evidence.examples("obd_fisher"), evidence.final
 
     def squares(one: Tensor, label: Tensor) -> Params:
         gradient = grad(lambda w: F.cross_entropy(evidence.logits(w, one[None]), label[None]))(weights)
         return {name: g.square() for name, g in gradient.items()}
 
-    return _saliency(weights, _mean_over_examples(evidence, "obd_fisher", squares, 1))
+    return _saliency(weights, _mean_over_examples(weights, squares, 1, x, y))
 
 
-def _mean_over_examples(
-    evidence: Evidence, criterion: str, squares: Callable[[Tensor, Tensor], Params], copies: int
-) -> Params:
+def _mean_over_examples(weights: Params, squares: Callable[..., Params], copies: int, *examples: Tensor) -> Params:
     """The mean of ``squares`` over examples, in blocks that hold ``copies`` gradients of each."""
-    x, y = evidence.examples(criterion)
-    size = max(1, _BLOCK_ELEMENTS // (copies * sum(mask.numel() for mask in evidence.masks.values())))
-    mean = {name: torch.zeros_like(w) for name, w in evidence.final.items()}
-    for xs, ys in zip(x.split(size), y.split(size), strict=True):
-        for name, square in vmap(squares)(xs, ys).items():
-            mean[name] += square.sum(0) / len(x)
+    size = max(1, _BLOCK_ELEMENTS // (copies * sum(w.numel() for w in weights.values())))
+    mean = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for block in zip(*(part.split(size) for part in examples), strict=True):
+        for name, square in vmap(squares)(*block).items():
+            mean[name] += square.sum(0) / len(examples[0])
     return mean
 
 

@@ -139,8 +139,8 @@ def validate(dynamics: Dynamics, masks: Mapping[str, Tensor], steps: int) -> Non
 
 
 def _check_schedule(every: int, until: float) -> None:
-    if every < 1:
-        raise ValueError(f"every must be at least 1 step: got {every}.")
+    if every < 2:
+        raise ValueError(f"every must be at least 2 steps, for an update takes the place of a descent: got {every}.")
     if not 0 < until <= 1:
         raise ValueError(f"until, a share of training, must lie in (0, 1]: got {until}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -72,11 +73,16 @@ def learn_masks(
         recipe: Of the scores; see ``RECIPES``.
         order_seeds: R seeds of batch orders.
         method: ``bernoulli`` or ``edge_popup``.
-        density: What edge-popup keeps of each layer; the probability that bernoulli begins with.
+        density: What edge-popup keeps of each layer; the probability that bernoulli begins with, whose deterministic
+            mask therefore begins with every weight above 0.5 and with none at 0.5 or below.
         rescaling: The power p of (size / kept)^p; the method's own in ``RESCALING`` when None.
         draw_seeds: R seeds of first scores and of drawn masks; ``order_seeds`` when None (the streams are apart).
         description: Label of the progress bar.
         progress: Show a progress bar where the output is a terminal.
+
+    Warns:
+        RuntimeWarning: A deterministic mask that leaves a layer without a weight, and so outputs without a
+            signal. Masks drawn from the same logits (``evaluations``) still have a meaning.
 
     Raises:
         ValueError: An unknown method, a density outside (0, 1) or one that leaves a layer empty, or what ``train``
@@ -94,7 +100,17 @@ def learn_masks(
     outcome = train(
         module, begun, {}, task, recipe, order_seeds, execution="loop", description=description, progress=progress
     )
-    return _learned(module, outcome)
+    found = _learned(module, outcome)
+    empty = {n: (~mask.flatten(1).any(1)).nonzero()[:, 0].tolist() for n, mask in found.masks.items()}
+    if any(empty.values()):
+        where = ", ".join(f"{name!r} in replicas {replicas}" for name, replicas in empty.items() if replicas)
+        warnings.warn(
+            f"a learned mask keeps no weight of {where}: no probability came above 0.5, so that the deterministic "
+            "network is constant there. Look at sampled masks, begin with a higher density or train longer.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def _check(
