@@ -86,6 +86,7 @@ def run(config: Config) -> Tables:
     if not 2 <= config.n_batches <= config.n_examples:
         raise ValueError(f"n_batches must lie in 2..n_examples, {config.n_examples}: got {config.n_batches}.")
     study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    model.eval()
     factory = partial(tl.models.build, study.model, task.input_shape, task.n_classes)
     data = task.limit(min(config.n_examples, len(task.train))).to(dtype=torch.float64).train
     dense: tl.Level | None = None

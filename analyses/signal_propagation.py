@@ -129,9 +129,14 @@ def _widths(model: nn.Module) -> list[int] | None:
 
 
 def _density(model: nn.Module, found: list[tuple[Tensor, dict[str, float]]]) -> pd.DataFrame:
-    """Share of singular values per unit of ln s, the lowest (0.2 %, or below 1/1000 of the top) left out."""
+    """Share of singular values per unit of ln s, the lowest (0.2 %, or below 1/1000 of the top) left out.
+
+    No rows for dead networks, whose singular values are all zero.
+    """
     values = torch.cat([v.flatten() for v, _ in found]).cpu().numpy()
     positive = values[values > 0]
+    if not len(positive):
+        return pd.DataFrame({name: np.empty(0) for name in ("singular_value", "density_per_log", "theory_per_log")})
     # A lost direction is zero up to rounding: bins down there would leave none for the spectrum itself.
     low = max(np.quantile(positive, 0.002), positive.max() / 1000)
     edges = np.geomspace(low, positive.max(), _BINS + 1)

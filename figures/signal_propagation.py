@@ -1,8 +1,9 @@
-"""Where the layers of tickets and controls lie beside the edge of chaos, and what their Jacobians do."""
+"""Where the layers of tickets and controls lie in the phase diagram, and what their Jacobians do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from figures.style import (
     LABELS,
@@ -22,18 +24,18 @@ from figures.style import (
     treatments,
 )
 
+_APART = 5 / 72  # inches between paths that would coincide
 DENSE = {"color": "0.45", "linestyle": "-", "linewidth": 2.2}
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Nine panels: sigma_w^2 of three layers, Jacobian spectra and their measures, signals by layer."""
+    """Nine panels: the phase diagram and sigma_w^2 of two layers, Jacobian spectra and measures, signals by layer."""
     networks, layers, densities = tables["networks"], tables["layers"], tables["densities"]
     with paper():
         figure, axes = plt.subplots(3, 3, figsize=(TWO_COLUMNS, 6.3))
-        depths = sorted(layers["depth"].unique())
-        shown = [depths[0], depths[len(depths) // 2], depths[-1]]
-        for place, depth in zip(axes[0], shown, strict=True):
-            _phase(place, layers[layers["depth"] == depth])
+        _phase_diagram(axes[0, 0], layers)
+        for place, depth in zip(axes[0, 1:], (layers["depth"].min(), layers["depth"].max()), strict=True):
+            _sigma_w2(place, layers[layers["depth"] == depth])
         _spectra(axes[1, 0], densities, sorted(densities["level"].unique())[-2:][0])
         _spectra(axes[1, 1], densities, densities["level"].max())
         _against_density(axes[1, 2], networks, "mean_squared", "mean squared singular value")
@@ -41,7 +43,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         _against_density(axes[2, 0], networks, "condition_number", "condition number (median)")
         _by_layer(axes[2, 1], layers, "variance", "activation variance")
         _by_layer(axes[2, 2], layers, "gradient_norm", "gradient norm (rms, nats)")
-        axes[0, 0].legend(loc="best")
+        axes[0, 1].legend(loc="best")
         n, k = networks["init_seed"].nunique(), networks["rewind_step"].iloc[0]
         about = f"{networks['n_inputs'].iloc[0]} training examples, at step {k}"
         figure.suptitle(f"Signal propagation, {name_task(networks)}: n = {n} replicas, {about}", fontsize=8)
@@ -59,8 +61,47 @@ def _against_density(axes: Axes, table: pd.DataFrame, column: str, label: str) -
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _phase(axes: Axes, layer: pd.DataFrame) -> None:
-    """The phase diagram's axis sigma_w^2, with the edge of chaos: for ReLU it does not depend on sigma_b^2."""
+def _phase_diagram(axes: Axes, layers: pd.DataFrame) -> None:
+    """Paths through the plane of sigma_w^2 and sigma_b^2, from the dense network to the sparsest.
+
+    For ReLU chi_1 does not depend on sigma_b^2: order and chaos meet in a vertical line. Where every bias is zero
+    the paths would hide one another: they are then drawn side by side, and the axis has one tick.
+    """
+    top = 1.2 * layers["sigma_b2"].max()
+    depths = sorted(layers["depth"].unique())
+    shown = dict(zip(dict.fromkeys([depths[0], depths[len(depths) // 2], depths[-1]]), "os^", strict=False))
+    paths = [(depth, treatment) for depth in shown for treatment in treatments(layers)]
+    apart = 0 if top else _APART
+    for place, (depth, treatment) in enumerate(paths):
+        layer = layers[layers["depth"] == depth]
+        rows = layer[(layer["treatment"] == treatment) | (layer["level"] == 0)]
+        mean = rows.groupby("level")[["sigma_w2", "sigma_b2"]].mean()
+        up = ScaledTranslation(0, apart * ((len(paths) - 1) / 2 - place), axes.figure.dpi_scale_trans)
+        line: dict[str, Any] = {**_line(treatment), "linewidth": 0.7}
+        dots: dict[str, Any] = {"color": line["color"], "alpha": np.linspace(0.2, 1, len(mean)), "linewidths": 0}
+        axes.plot(mean["sigma_w2"], mean["sigma_b2"], transform=axes.transData + up, **line)
+        axes.scatter(mean["sigma_w2"], mean["sigma_b2"], 7, marker=shown[depth], transform=axes.transData + up, **dots)
+    edge, low = layers["critical_sigma_w2"].iloc[0], layers.loc[layers["sigma_w2"] > 0, "sigma_w2"].min() / 2
+    high = max(4 * edge, 1.5 * layers["sigma_w2"].max())
+    axes.axvspan(low, edge, color="0.93", lw=0, zorder=0)
+    axes.axvspan(edge, high, color="0.78", lw=0, zorder=0)
+    axes.axvline(edge, color="0.3", lw=0.9)
+    for name, left, right in (("ordered", low, edge), ("chaotic", edge, high)):
+        axes.text(np.sqrt(left * right), 0.97, name, fontsize=6, ha="center", va="top",
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set(xscale="log", xlim=(low, high), ylim=(-top / 2, top) if top else (-1, 1))
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top])
+    axes.set(xlabel=r"effective $\sigma_w^2$", ylabel=r"effective $\sigma_b^2$")
+    axes.grid(visible=False)
+    names = layers.drop_duplicates("depth").set_index("depth")["layer"]
+    marks = [axes.scatter([], [], 7, "0.3", marker=mark, label=names[depth]) for depth, mark in shown.items()]
+    axes.legend(handles=marks, loc="lower left", handletextpad=0, borderpad=0.1, fontsize=6)
+    note = "" if top else ",\n" + r"all at $\sigma_b^2 = 0$, side by side"
+    axes.set_title("from dense (faint) to sparse, means" + note, fontsize=7)
+
+
+def _sigma_w2(axes: Axes, layer: pd.DataFrame) -> None:
+    """The phase diagram's axis sigma_w^2 against density, every replica shown, with the edge of chaos."""
     _against_density(axes, layer, "sigma_w2", r"effective $\sigma_w^2$")
     edge = layer["critical_sigma_w2"].iloc[0]
     axes.axhline(edge, color="0.3", lw=0.9)

@@ -39,7 +39,7 @@ PROBLEMS = {"mlp": (small_mlp, blobs), "conv_bn": (small_conv_bn, images), "atte
 def problem(kind="mlp", seed=0, n=30):
     """A network away from the kinks that zero biases make, half of its weights pruned, and data."""
     factory, task = PROBLEMS[kind]
-    model = build(factory, seed)
+    model = build(factory, seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -337,7 +337,10 @@ def test_a_stack_gives_what_its_replicas_give_alone(measure, kind):
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_module_in_training_mode_is_evaluated_and_left_as_it_was(measure):
-    model, params, masks, x, y = problem("conv_bn")
+    model, params, masks, x, y = problem("attention")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
     expected = MEASURES[measure](model.eval(), params, x, y, masks=masks)
     before = state(model)
     found = MEASURES[measure](model.train(), params, x, y, masks=masks)
@@ -346,6 +349,58 @@ def test_a_module_in_training_mode_is_evaluated_and_left_as_it_was(measure):
     assert all(p.grad is None and torch.equal(p, before.params[n]) for n, p in model.named_parameters())
     for name, value in asdict(expected).items():
         assert torch.equal(getattr(found, name), value) if isinstance(value, torch.Tensor) else True
+
+
+class BatchStatistics(nn.Module):
+    """Batch norm that no module type tells."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, None, None, training=True)
+
+
+class Total(nn.Module):
+    """Each input's outputs and those of all before it."""
+
+    def forward(self, x):
+        return x.cumsum(0)
+
+
+@pytest.mark.parametrize("measure", [*MEASURES, "gradient"])
+def test_what_depends_on_the_batch_is_refused(measure):
+    call = MEASURES.get(measure, gradients.gradient)
+    model, params, masks, x, y = problem("conv_bn")
+    with pytest.raises(ValueError, match=r"depend on the rest of the batch: batch norm '1' is in training mode. Call"):
+        call(model.train(), params, x, y, masks=masks)
+    for last in (BatchStatistics(), Total()):
+        coupled = build(lambda last=last: nn.Sequential(small_mlp(), last)).eval()
+        with pytest.raises(ValueError, match="each input must pass through the network by itself"):
+            call(coupled, state(coupled).params, blobs().train.x[:30], blobs().train.y[:30])
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_masks_alone_may_be_stacked_as_the_levels_of_one_network(measure):
+    model, params, _, x, y = problem("conv_bn", n=12)
+    levels = [half_masks(model, seed) for seed in range(2)]
+    buffers = state(model).buffers
+    call = gradients.alignment if measure == "alignment" else MEASURES[measure]
+    found = asdict(call(model, params, x, y, masks=stack(levels), buffers=buffers))
+    for r, masks in enumerate(levels):
+        alone = asdict(call(model, params, x, y, masks=masks, buffers=buffers))
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name][r], value, equal_nan=True) if torch.is_tensor(value) else None
+    stacked = gradients.gradient(model, params, x, y, masks=stack(levels))
+    close(flat({n: g[1] for n, g in stacked.items()}), flat(gradients.gradient(model, params, x, y, masks=levels[1])))
+
+
+@pytest.mark.parametrize("measure", [*MEASURES, "gradient"])
+def test_weights_that_are_not_finite_are_refused(measure):
+    model, params, _, x, y = problem()
+    for value in (float("nan"), float("inf")):
+        broken = {**params, "fc1.weight": torch.full_like(params["fc1.weight"], value)}
+        with pytest.raises(ValueError, match=r"params must be finite: \['fc1.weight'\] are not"):
+            MEASURES.get(measure, gradients.gradient)(model, broken, x, y)
+    with pytest.raises(ValueError, match="logits must be numbers"):
+        MEASURES.get(measure, gradients.gradient)(model, params, x * float("nan"), y)
 
 
 @pytest.mark.parametrize("measure", [*MEASURES, "gradient"])
@@ -367,9 +422,8 @@ def test_bad_data_is_refused(measure):
     refused("masks must cover every prunable parameter", x, y, masks=dict(list(masks.items())[:-1]))
     refused("must be bool", x, y, masks={n: m.double() for n, m in masks.items()})
     refused("must have shape", x, y, masks={n: m[:-1] for n, m in masks.items()})
-    refused(
-        "share one replica axis|shape of the parameter", x, y, masks={n: torch.stack([m] * 2) for n, m in masks.items()}
-    )
+    uneven = {n: torch.stack([m] * (2 + i)) for i, (n, m) in enumerate(masks.items())}
+    refused("share one replica axis|shape of the parameter", x, y, masks=uneven)
 
 
 def test_bad_options_are_refused():
@@ -387,16 +441,16 @@ def test_bad_options_are_refused():
         with pytest.raises(ValueError, match=r"top must lie in 1..90"):
             gradients.ntk_overlap(model, params, x, y, top=top)
     twice = stack([params, params])
-    with pytest.raises(ValueError, match="dense_params must have the replica axis of params, None: got 2"):
+    with pytest.raises(ValueError, match="dense_params must have the replica axis of params and masks, None: got 2"):
         gradients.alignment(model, params, x, y, masks=masks, dense_params=twice)
-    with pytest.raises(ValueError, match="params_end must have the replica axis of params, 2: got None"):
+    with pytest.raises(ValueError, match="params_end must have the replica axis of params and masks, 2: got None"):
         gradients.alignment(model, twice, x, y, masks=masks, params_end=params)
-    with pytest.raises(ValueError, match=r"logits \[n, classes\] of one network: got \(30, 1, 3\)"):
+    with pytest.raises(ValueError, match=r"logits \[n, classes\] of one network: got \(2, 1, 3\)"):
         gradients.gradient(
             nn.Sequential(model, nn.Unflatten(1, (1, 3))), {f"0.{n}": p for n, p in params.items()}, x, y
         )
     norm = nn.Sequential(nn.BatchNorm1d(6, track_running_stats=False), build(small_mlp))
-    with pytest.raises(ValueError, match=r"batch norms \['0'\] keep no running statistics"):
-        gradients.gradient(norm, state(norm).params, x, y)
+    with pytest.raises(ValueError, match="batch norm '0' keeps no running statistics"):
+        gradients.gradient(norm.eval(), state(norm).params, x, y)
     with pytest.raises(ValueError, match="a gradient needs a trainable parameter"):
         gradients.gradient(model.requires_grad_(False), params, x, y)

@@ -70,7 +70,14 @@ def test_networks_that_are_not_fully_connected_have_no_spectral_theory():
     )  # the zero and the least are not in it
 
 
-def tables() -> dict[str, pd.DataFrame]:
+def test_dead_networks_have_no_spectrum():
+    model = tl.initialise(lambda: tl.models.build("conv_2", (1, 8, 8), 10), 0)
+    found = signal_propagation._density(model, [(torch.zeros(5, 2), {})]).assign(level=1)
+    assert len(found) == 0
+    assert list(found) == ["singular_value", "density_per_log", "theory_per_log", "level"]
+
+
+def tables(biases: float = 0.0) -> dict[str, pd.DataFrame]:
     about = {"task": "digits", "model": "mlp_100_50", "n_inputs": 30, "rewind_step": 0}
     networks, layers, densities = [], [], []
     for level, treatment in itertools.product((0, 1, 2), ("ticket", "reinit")):
@@ -81,7 +88,13 @@ def tables() -> dict[str, pd.DataFrame]:
             measured = dict.fromkeys(("mean_squared", "mean_squared_theory", "condition_number"), 2.0 + seed)
             networks.append({**base, "init_seed": seed, **measured})
             for depth, layer in enumerate(("fc1", "fc2", "output"), start=1):
-                row = {"layer": layer, "depth": depth, "sigma_w2": 0.5**level, "critical_sigma_w2": 2.0}
+                row = {
+                    "layer": layer,
+                    "depth": depth,
+                    "sigma_w2": 0.5**level,
+                    "sigma_b2": biases * level,
+                    "critical_sigma_w2": 2.0,
+                }
                 layers.append({**base, "init_seed": seed, **row, "variance": 0.1, "gradient_norm": 0.2 * depth})
         densities += [
             {**base, "singular_value": s, "density_per_log": 0.3, "theory_per_log": 0.2} for s in (0.5, 1.0, 2.0)
@@ -94,8 +107,25 @@ def test_the_figure_says_what_it_shows_in_the_same_bytes_each_time(tmp_path):
     titles = " | ".join([figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)])
     assert "n = 2 replicas" in titles and "30 training examples" in titles and "at 25 % of the weights" in titles
     notes = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert notes.count("edge of chaos") == 3
+    assert notes.count("edge of chaos") == 2 and {"ordered", "chaotic"} <= {*notes}
     dots = [line for line in figure.axes[5].lines if line.get_linestyle() == "None"]
     assert {2.0, 3.0} == {*np.concatenate([line.get_ydata() for line in dots])}  # every replica is shown
     first = [path.read_bytes() for path in save(draw(tables()), tmp_path / "first")]
     assert first == [path.read_bytes() for path in save(draw(tables()), tmp_path / "second")]
+
+
+def test_layers_lie_in_the_phase_diagram_where_the_table_has_them():
+    for biases, title in ((0.0, "side by side"), (0.03, "from dense")):
+        phase = draw(tables(biases)).axes[0]
+        paths = [line.get_xydata() for line in phase.lines if len(line.get_xydata()) == 3]
+        assert len(paths) == 3 * 2  # layers and treatments, each from the dense network on
+        for path in paths:
+            np.testing.assert_allclose(path, [(0.5**level, biases * level) for level in range(3)])
+        assert title in phase.get_title() and [*phase.lines[-1].get_xdata()] == [2.0, 2.0]
+        assert {text.get_text() for text in phase.get_legend().get_texts()} == {"fc1", "fc2", "output"}
+
+
+def test_a_level_of_dead_networks_leaves_its_spectrum_empty():
+    given = tables()
+    given["densities"] = given["densities"][given["densities"]["level"] == 0]
+    draw(given)

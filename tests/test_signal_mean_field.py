@@ -170,7 +170,7 @@ def test_kinks_anywhere_are_found():
         ("relu", 2.0, 0.1, "lengths grow without bound"),
         ("relu", 3.0, 0.0, "lengths grow without bound"),
         ("linear", 1.5, 0.2, "lengths grow without bound"),
-        ("gelu", 2.5, 0.0, "one stable end.*inf"),
+        ("gelu", 2.5, 0.0, "one stable end.*and lengths grow without bound"),
         ("rleu", 1.0, 0.0, "unknown activation 'rleu'. Did you mean 'relu'"),
         ("tanh", -1.0, 0.0, "sigma_w2 must be finite and at least 0"),
         ("tanh", 1.0, -0.1, "sigma_b2 must be finite and at least 0"),
@@ -186,12 +186,31 @@ def test_kinks_anywhere_are_found():
         (torch.log, 1.0, 0.1, "must be finite"),
         (lambda u: u.float(), 1.0, 0.1, "must keep float64"),
         (3, 1.0, 0.1, "must be a name or an elementwise callable"),
+        (nn.PReLU(), 1.0, 0.1, "must have its parameters in float64: convert it with .double"),
+        (
+            torch.sin,
+            200.0,
+            0.1,
+            r"lengths still grow at q = 31\.6, beyond which sin varies too fast",
+        ),  # q* is near 100.1
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # some of these functions are not meant for what they are given
 def test_refusals(activation, sigma_w2, sigma_b2, match):
     with pytest.raises(ValueError, match=match):
         signal.mean_field(activation, sigma_w2, sigma_b2)
+
+
+def test_an_activation_that_overflows_and_one_with_parameters():
+    found = signal.mean_field(torch.exp, 0.1, 0.1, q_start=0.1)
+    assert found.q_star == pytest.approx(0.1 * math.exp(2 * found.q_star) + 0.1, rel=1e-10)  # E exp(2 u) = exp(2 q)
+    leaky = signal.mean_field(nn.PReLU(init=0.01).double(), 1.0, 0.1)
+    assert leaky.q_star == pytest.approx(signal.mean_field("leaky_relu", 1.0, 0.1).q_star, rel=1e-6)
+
+
+def test_an_edge_beyond_what_is_resolved_is_not_denied():
+    with pytest.raises(ValueError, match=r"none does, with a stable length up to q = 31\.6, the last resolved"):
+        signal.critical_sigma_w2(torch.sin, 60.0)  # at q near 61
 
 
 def test_maps_refuse_what_is_no_correlation_or_length():

@@ -249,6 +249,11 @@ class Centred(nn.Module):
         return x - x.mean(0)
 
 
+class Total(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(0)
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -276,13 +281,24 @@ def test_refusals():
         signal.jacobian_singular_values(mlp, params, x, source="relu2", target="fc1")
     with pytest.raises(ValueError, match="unknown layer 'fc3'"):
         signal.layer_statistics(mlp, params, x, layers=["fc3"])
-    with pytest.raises(ValueError, match="y must hold a label for each of the 3"):
-        signal.layer_statistics(mlp, params, x, torch.tensor([1]))
+    for y, why in (
+        ([1], "one label for each"),
+        ([[0], [1], [2]], "one label for each"),
+        ([0.0, 1.0, 2.0], "labels must be integer class indices: got torch.float32"),
+        ([0, 1, 3], r"labels must lie in 0\.\.2, the outputs: got 0\.\.3"),
+        ([0, 1, -100], r"labels must lie in 0\.\.2, the outputs: got -100"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            signal.layer_statistics(mlp, params, x, torch.tensor(y))
+    with pytest.raises(ValueError, match=r"logits \[n, classes\]"):
+        deeper = build(lambda: nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3))))
+        signal.layer_statistics(deeper, tl.state(deeper).params, x, torch.tensor([0, 1, 1]))
     with pytest.raises(ValueError, match="n_probes at least 2"):
         signal.jacobian_moments(mlp, params, x, n_probes=1)
-    with pytest.raises(ValueError, match="each input must pass through the network by itself"):
-        centred = build(lambda: nn.Sequential(nn.Linear(6, 3), Centred()))
-        signal.jacobian_singular_values(centred, tl.state(centred).params, x)
+    for coupling in ([Centred()], [Centred(), nn.Softmax(1)], [Total()]):  # a softmax has a constant sum
+        with pytest.raises(ValueError, match="each input must pass through the network by itself"):
+            coupled = build(lambda coupling=coupling: nn.Sequential(nn.Linear(6, 3), *coupling))
+            signal.jacobian_singular_values(coupled, tl.state(coupled).params, x)
     twice = build(Twice)
     with pytest.raises(ValueError, match="must run once in a forward pass: it runs 2 times"):
         signal.layer_statistics(twice, tl.state(twice).params, x)
@@ -296,6 +312,108 @@ def test_refusals():
         signal.singular_value_density(np.ones(1), [3, 2, 4], [1.0, 1.0])
     with pytest.raises(ValueError, match="n_factors must be at least 1"):
         signal.fuss_catalan(0, 1)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [signal.jacobian_singular_values, signal.jacobian_moments, signal.layer_statistics, signal.effective_sigma_w2],
+)
+def test_masks_and_weights_that_do_not_fit_are_refused(measure):
+    model = build(small_mlp)
+    params, masks = tl.state(model).params, half_masks(model, 0)
+
+    def call(model, params, masks=None):
+        inputs = [] if measure is signal.effective_sigma_w2 else [normal(3, 6)]
+        return measure(model, params, *inputs, masks=masks)
+
+    for wrong, why in (
+        ({n: 0.5 * m for n, m in masks.items()}, "must be bool"),
+        ({n: 3 * m for n, m in masks.items()}, "must be bool"),
+        ({**masks, "fc1.bias": params["fc1.bias"] > 0}, "cover every prunable parameter and no other"),
+        (dict(list(masks.items())[1:]), "cover every prunable parameter and no other"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            call(model, params, wrong)
+    if measure is not signal.effective_sigma_w2:
+        with pytest.raises(ValueError, match=r"params must be finite: \['fc1.bias'\] are not"):
+            call(model, {**params, "fc1.bias": params["fc1.bias"] / 0})
+
+
+def test_values_that_are_not_finite_are_refused():
+    model = build(small_mlp)
+    with pytest.raises(ValueError, match="values and derivatives must be finite"):
+        signal.jacobian_singular_values(model, tl.state(model).params, normal(3, 6) * math.nan)
+
+
+def test_masks_alone_may_be_stacked_as_the_levels_of_one_network():
+    model, x = build(small_conv_bn).eval(), normal(3, 1, 8, 8)
+    params, levels = tl.state(model).params, [half_masks(model, seed) for seed in (0, 1)]
+    stacked = tl.functional.stack(levels)
+    found = signal.jacobian_singular_values(model, params, x, stacked)
+    torch.testing.assert_close(
+        found, torch.stack([signal.jacobian_singular_values(model, params, x, m) for m in levels])
+    )
+    assert signal.layer_statistics(model, params, x, masks=stacked)["replica"].nunique() == 2
+    sigma_w2 = signal.effective_sigma_w2(model, params, stacked)
+    assert all(torch.equal(w2[1], signal.effective_sigma_w2(model, params, levels[1])[n]) for n, w2 in sigma_w2.items())
+
+
+class Attention(nn.Module):
+    """Three tokens of four entries; the attention returns a tuple, and its output projection does not run itself."""
+
+    def __init__(self, n_out: int) -> None:
+        super().__init__()
+        self.att = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.output = nn.Linear(12, n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 4)
+        return self.output(self.encoder(x + self.att(x, x, x, need_weights=False)[0]).flatten(1))
+
+
+@pytest.mark.parametrize("n_out", [3, 20])
+def test_attention(n_out):
+    model, x = build(lambda: Attention(n_out)).eval(), normal(3, 12)
+    params = tl.state(model).params
+    s = signal.jacobian_singular_values(model, params, x)
+    expected = torch.stack([torch.linalg.svdvals(differences(model, params, one)) for one in x])
+    torch.testing.assert_close(s, expected, rtol=1e-6, atol=1e-7)
+    top = signal.largest_singular_values(model, params, x)
+    torch.testing.assert_close(top[:, 0], s[:, 0], rtol=1e-8, atol=0)
+    exact = torch.stack([(s ** (2 * k)).sum(-1) / n_out for k in (1, 2)], -1)
+    moments = signal.jacobian_moments(model, params, x, n_probes=200)
+    assert ((moments.values - exact).abs() < 5 * moments.standard_errors).all()
+    for y in (None, torch.tensor([0, 1, 2])):
+        table = signal.layer_statistics(model, params, x, y)
+        assert table["layer"].tolist() == ["encoder.linear1", "encoder.linear2", "output"]
+    for measure in (
+        lambda: signal.layer_statistics(model, params, x, layers=["att"]),
+        lambda: signal.jacobian_singular_values(model, params, x, source="att"),
+        lambda: signal.jacobian_singular_values(model, params, x, target="att"),
+    ):
+        with pytest.raises(ValueError, match=r"'att' must return one tensor .*: it returns tuple"):
+            measure()
+
+
+def test_attention_alone_has_no_layer_to_report():
+    model = build(lambda: Attention(3)).eval()
+    model.encoder, model.output = nn.Identity(), nn.Identity()
+    with pytest.raises(ValueError, match="no module with prunable weights returns one tensor"):
+        signal.layer_statistics(model, tl.state(model).params, normal(3, 12))
+
+
+def test_a_layer_by_itself_and_tied_layers_have_rows():
+    layer = build(lambda: nn.Linear(4, 3))
+    params, x, y = tl.state(layer).params, normal(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    alone = signal.layer_statistics(layer, params, x, y)
+    within = nn.Sequential(layer)
+    inside = signal.layer_statistics(within, {f"0.{n}": p for n, p in params.items()}, x, y)
+    assert alone["layer"].tolist() == [""] and inside["layer"].tolist() == ["0"]
+    assert alone.drop(columns="layer").equals(inside.drop(columns="layer"))
+    tied = build(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+    tied[2].weight = tied[0].weight
+    assert signal.layer_statistics(tied, tl.state(tied).params, x)["layer"].tolist() == ["0", "2"]
 
 
 def test_a_lost_direction_has_an_infinite_condition_number():

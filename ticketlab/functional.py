@@ -209,19 +209,28 @@ def fitted(
     Args:
         model: Whose names and shapes count.
         params: Its parameters, or a stack of them.
-        masks: True = kept; with the replica axis, or one for all replicas.
-        buffers: With the replica axis of ``params``; copies of the model's own when None.
+        masks: True = kept; with the replica axis, or one for all replicas. Where they alone have the axis (the
+            levels of one network), parameters are the same on all of it.
+        buffers: With the replica axis of ``params`` or masks; copies of the model's own when None.
 
     Raises:
         ValueError: Names or shapes that do not fit the model, or one another.
     """
     replicas = n_replicas(model, params)
+    levels = {len(m) for name, m in (masks or {}).items() if name in params and m.ndim == params[name].ndim + 1}
+    own = dict(model.named_buffers())
+    if replicas is None and len(levels) == 1:
+        replicas = levels.pop()
+        params = {name: p.expand(replicas, *p.shape) for name, p in params.items()}
+        buffers = {
+            n: b.expand(replicas, *b.shape) if n in own and b.shape == own[n].shape else b
+            for n, b in (buffers or {}).items()
+        }
     lead = () if replicas is None else (replicas,)
     for name, mask in (masks or {}).items():
         shape = tuple(params[name].shape) if name in params else ()
         if name in params and tuple(mask.shape) not in (shape, shape[len(lead) :]):
             raise ValueError(f"masks[{name!r}] must have the shape of the parameter, {shape}: got {tuple(mask.shape)}.")
-    own = dict(model.named_buffers())
     wrong = [n for n, b in (buffers or {}).items() if n not in own or tuple(b.shape) != (*lead, *own[n].shape)]
     if wrong:
         raise ValueError(f"buffers must be the model's, with the replica axis {lead} of params: {wrong} are not.")

@@ -52,9 +52,9 @@ def alignment(
 
     Args:
         dense_params: theta without the mask; what the parameters stored with a ticket are not, for pruned
-            weights are zero there. With the replica axis of ``params``.
+            weights are zero there. With the replica axis of ``params_end``.
         dense_buffers: As ``buffers``, at ``dense_params``; those of the ticket when None.
-        params_end: theta_T, in the shapes of ``params``.
+        params_end: theta_T, with the replica axis of ``params``, or of the masks where they alone have one.
             The others as in :func:`ticketlab.gradients.gradient`.
 
     Raises:
@@ -78,7 +78,7 @@ def _beside(at: Point, name: str, params: Mapping[str, Tensor], buffers: Mapping
     """Other unmasked parameters of the same replicas."""
     other = point(at.model, params, None, buffers)
     if other.replicas != at.replicas:
-        raise ValueError(f"{name} must have the replica axis of params, {at.replicas}: got {other.replicas}.")
+        raise ValueError(f"{name} must have the replica axis of params and masks, {at.replicas}: got {other.replicas}.")
     return other
 
 

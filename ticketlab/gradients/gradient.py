@@ -36,17 +36,19 @@ def gradient(
         params: The model's parameters, or a stack of replicas.
         x: Inputs, in the dtype of ``params`` or integer tokens; shared by all replicas.
         y: Labels in 0..classes - 1.
-        masks: True = kept, one for each prunable parameter; stacked or not. Nothing is pruned when None.
+        masks: True = kept, one for each prunable parameter; stacked or not, also over the parameters of one
+            network, as its levels. Nothing is pruned when None.
         buffers: The model's own when None; otherwise with the replica axis of ``params``.
         coordinates: ``live``: zero where a weight is pruned, which is the ticket's gradient. ``all``: the
             derivatives in pruned weights too, at the same point.
         batch_size: Examples whose graph is held at once; changes the result by rounding alone.
 
     Returns:
-        One tensor for each trainable parameter, in its shape and dtype, behind the replica axis of ``params``.
+        One tensor for each trainable parameter, in its shape and dtype, behind the replica axis of ``params`` or masks.
 
     Raises:
-        ValueError: Labels that do not go with the inputs or the outputs, no examples, masks that do not fit.
+        ValueError: Labels that do not go with the inputs or the outputs, no examples, masks that do not fit, weights
+            that are not finite, outputs that depend on the rest of the batch: through batch norm in training mode, say.
     """
     if coordinates not in get_args(Coordinates):
         raise ValueError(nearest("coordinates", coordinates, get_args(Coordinates)))

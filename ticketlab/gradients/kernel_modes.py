@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ticketlab import ntk
-from ticketlab.functional import evaluating
 from ticketlab.gradients.point import check_data, point
 
 
@@ -61,8 +60,7 @@ def ntk_overlap(
     if not 0 < top <= logits.shape[-2] * logits.shape[-1]:
         raise ValueError(f"top must lie in 1..{logits.shape[-2] * logits.shape[-1]}, the kernel's side: got {top}.")
     residual = (logits.softmax(-1) - F.one_hot(y.long(), logits.shape[-1])).double().flatten(-2)
-    with evaluating(model):
-        spectrum = ntk.spectrum(ntk.kernel(model, params, x, masks=masks, buffers=buffers), top=residual.shape[-1])
+    spectrum = ntk.spectrum(ntk.kernel(model, params, x, masks=masks, buffers=buffers), top=residual.shape[-1])
     squares = (spectrum.eigenvectors.mT @ residual[..., None])[..., 0].square()  # [*replica, n * classes]
     energy = spectrum.eigenvalues.clamp(min=0) * squares
     total = energy.sum(-1)

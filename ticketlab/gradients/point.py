@@ -48,11 +48,7 @@ class Point:
     def loss_sum(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Float[Tensor, "*replica"]:
         """Sum of the cross-entropies in nats, one a replica."""
         logits = self.logits(weights, x)
-        low, high, last = int(y.min()), int(y.max()), logits.shape[-1] - 1
-        if low < 0 or high > last:
-            raise ValueError(
-                f"labels must lie in 0..{last}, the outputs: got {low}..{high}. Number the classes from 0."
-            )
+        check_classes(y, logits.shape[-1])
         targets = y.long().expand(logits.shape[:-1])
         return -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].sum(-1)
 
@@ -87,21 +83,18 @@ def point(
 
     Raises:
         ValueError: Names or shapes that do not fit, masks that are not bool or do not cover every prunable
-            parameter, batch norm without running statistics, or a model without a trainable parameter.
+            parameter, weights that are not finite, batch norm that depends on the batch, or a model without a
+            trainable parameter.
     """
+    refuse_batch_statistics(model, "a gradient needs")
     if masks is not None:
         mask_ops.validate(model, masks)
     replicas, fit = fitted(model, params, masks, buffers)
-    norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
-    if norms:
-        raise ValueError(
-            f"outputs must not depend on the rest of the batch: batch norms {norms} keep no running statistics. "
-            "Build them with track_running_stats=True."
-        )
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if not names:
         raise ValueError("a gradient needs a trainable parameter: all have requires_grad=False. Set it to True.")
     weights = {name: p.detach() for name, p in fit.params.items()}
+    check_finite(weights)
     dtype = weights[names[0]].dtype
     # Statistics kept in float32 must not meet inputs in float64.
     held = {n: b.detach().to(dtype) if b.is_floating_point() else b.detach() for n, b in fit.buffers.items()}
@@ -110,8 +103,26 @@ def point(
     return Point(model, weights, held, live, replicas)
 
 
-def check_data(at: Point, x: Tensor, y: Tensor, batch_size: int) -> None:
-    """Raise a ValueError unless inputs and labels go together and with the weights, and a batch holds something."""
+def refuse_batch_statistics(model: nn.Module, needs: str) -> None:
+    """Raise a ValueError if a batch norm takes its statistics from the batch; ``needs`` begins the message."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            why = "is in training mode" if module.training else "keeps no running statistics"
+            raise ValueError(
+                f"{needs} outputs that do not depend on the rest of the batch: batch norm {name!r} {why}. "
+                "Call model.eval() (with track_running_stats=True)."
+            )
+
+
+def check_finite(params: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names the parameters with an infinite or NaN entry."""
+    wrong = [name for name, p in params.items() if not p.isfinite().all()]
+    if wrong:
+        raise ValueError(f"params must be finite: {wrong} are not. Leave out networks whose training diverged.")
+
+
+def check_labels(x: Tensor, y: Tensor) -> None:
+    """Raise a ValueError unless there is an integer label for each of at least one input."""
     if x.ndim < 1 or y.ndim != 1 or not 0 < len(x) == len(y):
         raise ValueError(
             "a gradient needs at least one example and one label for each: "
@@ -119,8 +130,38 @@ def check_data(at: Point, x: Tensor, y: Tensor, batch_size: int) -> None:
         )
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise ValueError(f"labels must be integer class indices: got {y.dtype}. Convert them with .long().")
+
+
+def check_classes(y: Tensor, n_classes: int) -> None:
+    """Raise a ValueError unless every label is that of an output."""
+    low, high, last = int(y.min()), int(y.max()), n_classes - 1
+    if low < 0 or high > last:
+        raise ValueError(f"labels must lie in 0..{last}, the outputs: got {low}..{high}. Number the classes from 0.")
+
+
+def check_data(at: Point, x: Tensor, y: Tensor, batch_size: int) -> None:
+    """Raise a ValueError unless inputs and labels go together and with the model, and a batch holds something."""
+    check_labels(x, y)
     weight = next(iter(at.weights.values()))
     if x.is_floating_point() and x.dtype != weight.dtype:
         raise ValueError(f"x must have the dtype of params, {weight.dtype}: got {x.dtype}. Cast one of the two.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 example: got {batch_size}.")
+    if len(x) > 1:
+        _check_apart(at, x[[0, -1]])
+
+
+def _check_apart(at: Point, pair: Tensor) -> None:
+    """Two inputs, and either beside a copy of itself: no output may change, or results depend on the batch size."""
+    with torch.no_grad():
+        logits = at.logits({}, pair)
+        alone = torch.stack([at.logits({}, pair[[i, i]])[..., i, :] for i in (0, 1)], -2)
+    if logits.isnan().any():
+        raise ValueError("logits must be numbers: the model gives NaN for finite weights. Look at its inputs.")
+    rounding = torch.finfo(logits.dtype).eps ** 0.5
+    size = float(logits.nan_to_num(0, 0, 0).abs().max())
+    if not torch.allclose(logits, alone, rtol=rounding, atol=rounding * size):
+        raise ValueError(
+            "each input must pass through the network by itself, the same each time: an output depends on the rest "
+            "of the batch, or on chance. Replace what couples a batch, or put such modules in evaluation mode."
+        )

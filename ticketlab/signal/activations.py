@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ticketlab.functional import nearest
 
@@ -104,6 +104,8 @@ def _checked(name: str, function: Callable[[Tensor], Tensor]) -> Elementwise:
 
 
 def _check_elementwise(name: str, function: Callable[[Tensor], Tensor]) -> None:
+    if isinstance(function, nn.Module) and any(p.dtype != torch.float64 for p in function.parameters()):
+        raise ValueError(f"activation {name!r} must have its parameters in float64: convert it with .double().")
     u = torch.linspace(-2.9, 3.1, 24, dtype=torch.float64).reshape(4, 6)
     must = f"activation {name!r} must be elementwise: a function of each element alone that maps [4, 6] to [4, 6]"
     try:

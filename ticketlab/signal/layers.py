@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ticketlab.functional import State, evaluating, nearest
+from ticketlab.gradients.point import check_classes, check_labels
 from ticketlab.masks import prunable
-from ticketlab.signal.section import hooked, networks
+from ticketlab.signal.section import check_output, hooked, networks
 
 
 def layer_statistics(
@@ -41,59 +42,75 @@ def layer_statistics(
         model: Lends its forward pass; not changed.
         params: Its parameters, or a stack of them.
         x: Inputs, shared by all replicas.
-        y: Labels, for ``gradient_norm``.
+        y: Labels in 0..classes - 1, for ``gradient_norm``.
         masks: True = kept; stacked or not.
-        layers: Names of modules; those that hold prunable weights when None.
+        layers: Names of modules. When None, those that hold prunable weights, tied ones included, and return one
+            tensor: attention, which returns a tuple, has no row, nor have parts of it that do not run as modules.
         buffers: The model's own when None; otherwise with the replica axis of ``params``.
 
     Returns:
-        One row a replica (column ``replica``, for a stack alone) and layer, in order (``depth`` from 1).
+        One row a replica (column ``replica``, for a stack alone) and layer, in order (``depth`` from 1); a model
+        that is itself a layer has the name "".
 
     Raises:
         ValueError: Arguments that do not fit the model, an unknown layer, one that does not run exactly once, batch
-            norm in training mode, labels of another length.
+            norm in training mode, labels that do not go with the inputs or the outputs.
     """
     states, stacked = networks(model, params, x, masks, buffers)
-    known = [name for name, _ in model.named_modules() if name]
-    names = [n.rpartition(".")[0] for n in prunable(model)] if layers is None else list(layers)
-    for name in names:
+    known = [name for name, _ in model.named_modules()]
+    for name in layers or ():
         if name not in known:
-            raise ValueError(nearest("layer", name, known))
-    if y is not None and len(y) != len(x):
-        raise ValueError(f"y must hold a label for each of the {len(x)} inputs: got {len(y)}.")
+            raise ValueError(nearest("layer", name, [n for n in known if n] or ['""']))
+    if y is not None:
+        check_labels(x, y)
     rows = []
     for replica, state in enumerate(states):
-        for depth, (name, row) in enumerate(_of_network(model, state, x, y, names).items(), start=1):
+        for depth, (name, row) in enumerate(_of_network(model, state, x, y, layers).items(), start=1):
             rows.append(({"replica": replica} if stacked else {}) | {"layer": name, "depth": depth} | row)
     return pd.DataFrame(rows)
 
 
 def _of_network(
-    model: nn.Module, state: State, x: Tensor, y: Tensor | None, names: Sequence[str]
+    model: nn.Module, state: State, x: Tensor, y: Tensor | None, layers: Sequence[str] | None
 ) -> dict[str, dict[str, float]]:
-    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in (_weighted(model) if layers is None else layers)}
 
-    def note(name: str, output: Tensor) -> Tensor:
+    def note(name: str, output: Tensor) -> Tensor | None:
         outputs[name].append(output)
-        return output.clone()  # an in-place activation that follows must not write into it
+        # An in-place activation that follows must not write into it.
+        return output.clone() if isinstance(output, Tensor) else None
 
     with torch.set_grad_enabled(y is not None), evaluating(model), hooked(model, outputs, note):
         entering = x.detach().clone().requires_grad_(y is not None)
         logits = functional_call(model, {**state.params, **state.buffers}, (entering,))
+    if layers is None:
+        outputs = {name: found for name, found in outputs.items() if found and isinstance(found[0], Tensor)}
+        if not outputs:
+            raise ValueError("no module with prunable weights returns one tensor: pass the names of others as layers.")
     for name, found in outputs.items():
         if len(found) != 1:
             raise ValueError(f"layer {name!r} must run once in a forward pass: it runs {len(found)} times.")
+        check_output("layer", name, found[0], len(x))
     rows = {name: _statistics(found[0].detach()) for name, found in outputs.items()}
     if y is not None:
-        loss = F.cross_entropy(logits, y, reduction="sum")
-        grads = torch.autograd.grad(loss, [outputs[name][0] for name in names])
-        for name, grad in zip(names, grads, strict=True):
-            rows[name]["gradient_norm"] = float(grad.flatten(1).double().square().sum(1).mean().sqrt())
+        if logits.ndim != 2:
+            raise ValueError(f"gradient_norm needs a model that returns logits [n, classes]: got {logits.shape}.")
+        check_classes(y, logits.shape[1])
+        loss = F.cross_entropy(logits, y.long(), reduction="sum")
+        grads = torch.autograd.grad(loss, [found[0] for found in outputs.values()])
+        for name, grad in zip(outputs, grads, strict=True):
+            rows[name]["gradient_norm"] = float(grad.reshape(len(x), -1).double().square().sum(1).mean().sqrt())
     return rows
 
 
+def _weighted(model: nn.Module) -> list[str]:
+    """The modules that hold a prunable weight, of their own or tied to another's."""
+    weights = {id(model.get_parameter(name)) for name in prunable(model)}
+    return [name for name, m in model.named_modules() if weights & {id(p) for p in m.parameters(recurse=False)}]
+
+
 def _statistics(h: Tensor) -> dict[str, float]:
-    h = h.flatten(1).double()
+    h = h.reshape(len(h), -1).double()
     n = len(h)
     units = h / h.norm(dim=1, keepdim=True)
     pairs = (units.sum(0).square().sum() - n) / (n * (n - 1)) if n > 1 else torch.tensor(float("nan"))

@@ -120,8 +120,9 @@ def mean_field(activation: Activation, sigma_w2: float, sigma_b2: float, *, q_st
         q_start: The squared length from which the network starts; needed only where it decides between several ends.
 
     Raises:
-        ValueError: Lengths grow without bound, every length is a fixed point, or several ends are possible;
-            an unknown activation, a negative variance, a callable that is not elementwise.
+        ValueError: Lengths grow without bound, or as far as the activation is resolved; every length is a fixed
+            point, or several ends are possible; an unknown activation, a negative variance, a callable that is not
+            elementwise.
     """
     phi = elementwise(activation)
     _check(sigma_w2=sigma_w2, sigma_b2=sigma_b2)
@@ -145,17 +146,22 @@ def q_slope(activation: Activation, q: float, sigma_w2: float) -> float:
     return sigma_w2 * mean(phi, lambda u: phi(u) * phi.derivative(u) * u, q) / q
 
 
+def resolved(phi: Elementwise) -> np.ndarray:
+    """The squared lengths of the grid up to which Gaussian integrals of phi are exact: all but for one like sin."""
+    return _GRID[9 * np.sqrt(_GRID) < phi.reach]
+
+
 def fixed_points(phi: Elementwise, difference: Callable[[float], float]) -> tuple[list[float], float]:
     """Zeros of difference(q), and its sign at the largest q where it is not rounding: 0 where it is zero everywhere.
 
     Bracketed on a grid of q > 0 over 22 decades; a pair of zeros closer than a quarter decade is missed.
     ``difference`` is relative to q.
     """
-    grid = _GRID[9 * np.sqrt(_GRID) < phi.reach]
+    grid = resolved(phi)
     values = np.array([difference(q) for q in grid])
     grid, values = grid[np.abs(values) > _EQUAL], values[np.abs(values) > _EQUAL]
     found = []
-    for i in np.flatnonzero(values[:-1] * values[1:] < 0):
+    for i in np.flatnonzero(np.sign(values[:-1]) * np.sign(values[1:]) < 0):
         low, high = math.log(grid[i]), math.log(grid[i + 1])
         found.append(math.exp(brentq(lambda s: difference(math.exp(s)), low, high, xtol=1e-15)))
     return found, float(np.sign(values[-1])) if len(values) else 0.0
@@ -188,11 +194,17 @@ def _q_star(phi: Elementwise, sigma_w2: float, sigma_b2: float, q_start: float |
     if q_start is not None:
         _check(q_start=q_start)
         ends = [_end(crossings, ends, growth(q_start) if q_start else 0.0, q_start)]
+    onwards = "lengths grow without bound"
+    if phi.reach < math.inf:
+        last = resolved(phi)[-1]
+        onwards = f"lengths still grow at q = {last:.3g}, beyond which {phi.name} varies too fast to be integrated"
     if ends == [math.inf]:
-        raise ValueError(f"the length map must have a stable fixed point: {where} lengths grow without bound.")
+        raise ValueError(f"the length map must have a stable fixed point: {where} {onwards}.")
     if len(ends) != 1:
+        finite = [q for q in ends if q < math.inf]
         raise ValueError(
-            f"the length map must have one stable end: {where} it has {ends or 'none'} "
+            f"the length map must have one stable end: {where} it has {finite or 'none'}"
+            f"{f', and {onwards}' if math.inf in ends else ''} "
             f"(all fixed points: {crossings}). Pass q_start to say where the network starts."
         )
     return ends[0]

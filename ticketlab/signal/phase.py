@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ticketlab.functional import fitted
-from ticketlab.masks import prunable
+from ticketlab.masks import prunable, validate
 from ticketlab.signal.activations import Activation, elementwise
-from ticketlab.signal.mean_field import _check, chi, fixed_points, is_stable, mean_field
+from ticketlab.signal.mean_field import _check, chi, fixed_points, is_stable, mean_field, resolved
 from ticketlab.signal.quadrature import mean
 
 
@@ -45,9 +45,12 @@ def critical_sigma_w2(activation: Activation, sigma_b2: float) -> float:
     slopes = {q: chi(phi, q, 1.0) for q in lengths}
     found = [1 / s for q, s in slopes.items() if s > 0 and is_stable(phi, q, 1 / s, sigma_b2)]
     if len(found) != 1:
+        limit = (
+            "finite length" if math.isinf(phi.reach) else f"length up to q = {resolved(phi)[-1]:.3g}, the last resolved"
+        )
         raise ValueError(
             f"one sigma_w2 must put {phi.name} at the edge of chaos for sigma_b2 = {sigma_b2:g}: "
-            f"{f'{len(found)} do, {found}' if found else 'none does, with a stable and finite length'}."
+            f"{f'{len(found)} do, {found}' if found else f'none does, with a stable {limit}'}."
         )
     return found[0]
 
@@ -99,11 +102,13 @@ def effective_sigma_w2(
     Bernoulli(p) mask p sigma_w^2; for a mask that prefers large weights it is what those weights really carry.
 
     Returns:
-        By the name of the weight, float64: a scalar, or one value a replica for stacked parameters.
+        By the name of the weight, float64: a scalar, or one value a replica for stacked parameters or masks.
 
     Raises:
         ValueError: Parameters or masks that do not fit the model.
     """
+    if masks is not None:
+        validate(model, masks)
     _, state = fitted(model, params, masks)
     modules = dict(model.named_modules())
     found = {}

@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ticketlab.functional import State, evaluating, fitted, nearest, select
+from ticketlab import masks as mask_ops
+from ticketlab.functional import State, evaluating, fitted, nearest, select, stream
+from ticketlab.gradients.point import check_finite, refuse_batch_statistics
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,25 @@ class Section:
             seen[name].append(output.clone() if isinstance(output, Tensor) else output)
             return None
 
-        with evaluating(self.model), hooked(self.model, seen, note):
+        with evaluating(self.model), hooked(self.model, seen, note), sdpa_kernel(SDPBackend.MATH):
+            # Fused attentions have no second derivative; what this forward pass records is all that is differentiated.
             y = functional_call(self.model, self.tensors, (x,))
         for name, outputs in seen.items():
             if len(outputs) != 1:
                 raise ValueError(f"module {name!r} must run once in a forward pass: it runs {len(outputs)} times.")
+            check_output("module", name, outputs[0], len(x))
         target = y if self.target is None else seen[self.target][0]
         return target, x if self.source is None else seen[self.source][0]
+
+
+def check_output(kind: str, name: str, output: object, n: int) -> None:
+    """Raise a ValueError unless what a named module returns is one tensor, an entry of its first axis an input."""
+    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != n:
+        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"{kind} {name!r} must return one tensor whose first axis is the {n} inputs: it returns {given}. "
+            "Name one inside it or after it."
+        )
 
 
 @contextmanager
@@ -95,8 +109,8 @@ def sections(
     """One section a replica, and whether there is a replica axis.
 
     Raises:
-        ValueError: Names, shapes or dtypes that do not fit; batch norm that depends on the batch; inputs that
-            otherwise act on one another's outputs.
+        ValueError: Names, shapes or dtypes that do not fit; weights that are not finite; batch norm that depends on
+            the batch; inputs that otherwise act on one another's outputs.
     """
     states, stacked = networks(model, params, x, masks, buffers)
     known = [name for name, _ in model.named_modules() if name]
@@ -116,13 +130,9 @@ def networks(
     buffers: Mapping[str, Tensor] | None,
 ) -> tuple[list[State], bool]:
     """Each replica's m * theta and buffers, detached, and whether there is a replica axis."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            why = "is in training mode" if module.training else "keeps no running statistics"
-            raise ValueError(
-                f"signal statistics need outputs that do not depend on the rest of the batch: batch norm {name!r} "
-                f"{why}. Call model.eval() (with track_running_stats=True)."
-            )
+    refuse_batch_statistics(model, "signal statistics need")
+    if masks is not None:
+        mask_ops.validate(model, masks)
     replicas, state = fitted(model, params, masks, buffers)
     weight = next(iter(state.params.values()))
     if x.ndim == 0 or len(x) == 0 or x.dtype != weight.dtype or x.device != weight.device:
@@ -130,6 +140,7 @@ def networks(
             f"x must hold at least one input on its first axis, in {weight.dtype} on {weight.device} as params: "
             f"got shape {tuple(x.shape)}, {x.dtype} on {x.device}."
         )
+    check_finite(state.params)
     # Statistics kept in float32 must not pull a float64 Jacobian down with them.
     buffers = {n: b.to(weight.dtype) if b.is_floating_point() else b for n, b in state.buffers.items()}
     plain = State({n: p.detach() for n, p in state.params.items()}, {n: b.detach() for n, b in buffers.items()})
@@ -144,7 +155,7 @@ def _channels_last(images: Tensor) -> Tensor:
 
 
 def _check_apart(section: Section, x: Tensor) -> None:
-    """One product gives a row of every input's Jacobian only if no input acts on another's output."""
+    """One product gives a row of every input's Jacobian only if neither of two inputs acts on the other's output."""
     with torch.enable_grad():
         u = section.entering(x).requires_grad_()
         y = section(u, x)
@@ -153,11 +164,18 @@ def _check_apart(section: Section, x: Tensor) -> None:
                 f"{section.target or 'the output'} must depend on {section.source or 'the input'}, differentiably: "
                 "it does not. Name a source that runs before the target."
             )
-        (grad,) = torch.autograd.grad(y[:1].sum(), u, allow_unused=True)
-    if grad is None:
-        raise ValueError(f"{section.target or 'the output'} must depend on {section.source or 'the input'}.")
-    if len(x) > 1 and len(grad) == len(x) and grad[1:].any():
+        # Weighed at random, for a plain sum may be constant, as softmax's is.
+        weights = torch.randn(y.shape[1], generator=stream("weights of outputs", 0)).to(y)
+        grads = torch.stack(
+            [torch.autograd.grad(one @ weights, u, retain_graph=True, materialize_grads=True)[0] for one in y]
+        )
+    if not (y.isfinite().all() and grads.isfinite().all()):
         raise ValueError(
-            "each input must pass through the network by itself: the output of the first depends on the second. "
+            "values and derivatives must be finite: those of "
+            f"{section.target or 'the output'} at the first inputs are not. Look at x and the buffers."
+        )
+    if len(x) > 1 and (grads[0, 1].any() or grads[1, 0].any()):
+        raise ValueError(
+            "each input must pass through the network by itself: the output of one depends on another. "
             "Replace what couples a batch, or put such modules in evaluation mode."
         )
