@@ -207,6 +207,15 @@ def test_stacked_replicas_are_separate_kernels(name: str, method: str) -> None:
         assert_close(together[r], ntk.kernel(model, state(model)[0], x, masks=select(masks, r), method=method))
 
 
+def test_buffers_alone_may_be_stacked() -> None:
+    model, x = build(conv), images(3, 0)
+    params, buffers = state(model)
+    other = {n: b + 0.5 if b.is_floating_point() else b for n, b in buffers.items()}
+    together = ntk.kernel(model, params, x, buffers=stack([buffers, other]))
+    for r, one in enumerate((buffers, other)):
+        assert_close(together[r], ntk.kernel(model, params, x, buffers=one))
+
+
 def test_levels_are_a_stack_of_masks_over_one_network() -> None:
     model, x = build(mlp), vectors(6)(4, 0)
     params, levels = state(model)[0], [some_masks(model, d) for d in (0.8, 0.4, 0.1)]
@@ -328,6 +337,55 @@ class Branching(nn.Module):
         return self.second(hidden if hidden.isfinite().all().item() else -hidden)
 
 
+class Auxiliary(nn.Module):
+    """A layer that is also called for what is not returned: on other inputs, and on fewer of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside = self.first(2 * x), self.first(x[:1]).detach()
+        return self.second(self.first(x).tanh())
+
+
+class AuxiliaryConvolution(nn.Module):
+    """The same of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 2, 3), nn.Linear(50, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside = self.first(2 * x)
+        return self.second(self.first(x).tanh().flatten(1))
+
+
+class Sorted(nn.Module):
+    """The examples in another order inside, each on its own all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort(descending=True)
+        return self.second(self.first(x[order]).tanh()[order.argsort()])
+
+
+class Experts(nn.Module):
+    """Every example goes to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = x[:, 0] < x[:, 1]
+        hidden = x.new_zeros(len(x), 5).index_put((left,), self.a(x[left])).index_put((~left,), self.b(x[~left]))
+        return self.head(hidden.tanh())
+
+
 def normalised() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.ReLU(), nn.Linear(4, 2))
 
@@ -343,6 +401,14 @@ USERS_MODELS = {
     "sequence first": (SequenceFirst, vectors(3, 4), {"head.weight", "head.bias"}),
     "folded": (Folded, vectors(3, 4), {"head.weight", "head.bias"}),
     "branching": (Branching, vectors(6), {"first.weight", "first.bias", "second.weight", "second.bias"}),
+    "auxiliary": (Auxiliary, vectors(6), {"first.weight", "first.bias", "second.weight", "second.bias"}),
+    "auxiliary convolution": (
+        AuxiliaryConvolution,
+        images,
+        {"first.weight", "first.bias", "second.weight", "second.bias"},
+    ),
+    "sorted": (Sorted, vectors(6), {"second.weight", "second.bias"}),
+    "experts": (Experts, vectors(6), {"head.weight", "head.bias"}),
     "weight norm": (normalised, vectors(6), {"2.weight", "2.bias"}),
     "scalar output": (scalar_output, vectors(6), {"0.weight", "0.bias", "2.weight", "2.bias"}),
 }
@@ -357,6 +423,24 @@ def test_a_users_model_gets_the_right_kernel(name: str, method: str) -> None:
     params = state(model)[0]
     rows = one_gradient_at_a_time(model, params, x, {n: torch.ones_like(p, dtype=bool) for n, p in params.items()})
     assert_close(ntk.kernel(model, params, x, method=method), torch.einsum("nok,mpk->nomp", rows, rows))
+    assert_close(ntk.jacobian(model, params, x).values, rows)
+
+
+@pytest.mark.parametrize("name", ["sorted", "experts"])
+def test_the_second_inputs_are_looked_at_too(name: str) -> None:
+    factory, inputs, _ = USERS_MODELS[name]
+    model, x = build(factory), inputs(5, 1)
+    params = state(model)[0]
+    assert_close(ntk.kernel(model, params, x[:1], x), ntk.kernel(model, params, x[:1], x, method="generic"))
+
+
+def test_a_routing_that_the_first_few_did_not_show() -> None:
+    model, x = build(Experts), vectors(6)(40, 0)
+    x[:, 0], x[1, 0] = -9, 9  # the second of 40 inputs is not among 16 evenly spaced ones
+    params = state(model)[0]
+    with pytest.raises(ValueError, match=r"'a.weight' must meet every example alike.*method='generic'"):
+        ntk.kernel(model, params, x)
+    assert ntk.kernel(model, params, x, method="generic").isfinite().all()
 
 
 def test_an_input_changed_under_a_layer_is_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -211,6 +213,11 @@ def test_target_alignment() -> None:
     assert float(ntk.target_alignment(full, labels)) == pytest.approx(float(ntk.alignment(full, ideal)))
     with pytest.raises(ValueError, match="y must hold integer labels"):
         ntk.target_alignment(k, labels[:4])
+    for wrong in (labels + 1, labels - 1):
+        with pytest.raises(ValueError, match=r"labels must lie in 0\.\.2: got -?\d\.\.\d"):
+            ntk.target_alignment(full, wrong)
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.n_classes - 1: got -1"):
+        ntk.target_alignment(k, labels - 1)
 
 
 def test_drift() -> None:
@@ -241,6 +248,23 @@ def test_regression_on_the_training_set_interpolates() -> None:
     torch.testing.assert_close(ntk.kernel_regression(k, y, k), y, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("predict", [ntk.kernel_regression, partial(ntk.gradient_flow_prediction, time=1.0)])
+def test_outputs_of_another_shape_are_refused(full: bool, predict: Callable[..., Tensor]) -> None:
+    k = with_eigenvalues([3.0, 2.0, 1.0])
+    k = k[:, None, :, None] if full else k
+    y, across = torch.zeros(3, 1, dtype=F64), k[:2]
+    found = predict(k, y, across, f_train=torch.ones(3, 1), f_test=torch.ones(2, 1))
+    assert found.shape == (2, 1)
+    assert predict(k, y, across, f_train=torch.ones(4, 3, 1), f_test=torch.ones(4, 2, 1)).shape == (4, 2, 1)
+    with pytest.raises(ValueError, match=r"f_train must hold the outputs \(3, 1\).*got \(3,\)"):
+        predict(k, y, across, f_train=torch.ones(3))
+    with pytest.raises(ValueError, match=r"f_test must hold the outputs \(2, 1\).*got \(2,\)"):
+        predict(k, y, across, f_test=torch.ones(2))
+    with pytest.raises(ValueError, match=r"f_test must hold the outputs \(2, 1\).*got \(3, 1\)"):
+        predict(k, y, across, f_test=torch.ones(3, 1))
+
+
 def test_what_is_refused() -> None:
     k = with_eigenvalues([3.0, 2.0, 1.0])
     y = torch.zeros(3, 1, dtype=F64)
@@ -266,6 +290,14 @@ def test_what_is_refused() -> None:
         ntk.kernel_regression(k, y[:, 0], k)
     with pytest.raises(ValueError, match="k_test must have the test inputs first"):
         ntk.kernel_regression(k, y, k[:, :2])
+    broken = k.index_fill(0, torch.tensor([1]), torch.nan)
+    with pytest.raises(ValueError, match="the kernel k_test must be finite: 3 of its 9 entries"):
+        ntk.kernel_regression(k, y, broken)
+    for compare in (ntk.alignment, ntk.drift):
+        with pytest.raises(ValueError, match="second kernel must be finite: 3 of its 9 entries"):
+            compare(k, broken)
+    with pytest.raises(ValueError, match="first kernel must be finite"):
+        ntk.target_alignment(broken, y)
     model, params, masks, x = small()
     operator = ntk.operator(model, params, x, masks=masks)
     with pytest.raises(ValueError, match="top must lie in 1 to 14"):

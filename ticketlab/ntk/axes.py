@@ -5,6 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def check_finite(what: str, values: Tensor) -> None:
+    """Raise a ValueError unless every entry of a kernel, or of what is made of one, is finite."""
+    if not values.sum().isfinite() and not values.isfinite().all():  # the sum first: one pass less
+        raise ValueError(
+            f"the {what} must be finite: {int((~values.isfinite()).sum())} of its {values.numel()} entries are not. "
+            f"Look at the parameters and inputs, or use a wider dtype than {values.dtype}."
+        )
+
+
 def by_output(kernel: Tensor) -> Tensor:
     """The kernel as [*replica, n, out, m, out']; a kernel without output axes gets axes of length 1.
 

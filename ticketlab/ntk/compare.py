@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ticketlab.ntk.axes import by_output
+from ticketlab.ntk.axes import by_output, check_finite
 from ticketlab.ntk.spectrum import Spectrum
 
 
@@ -82,7 +82,7 @@ def alignment(k_a: Tensor, k_b: Tensor, centered: bool = True) -> Float[Tensor, 
         centered: False for the plain cosine (Cristianini et al. 2001).
 
     Raises:
-        ValueError: Kernels of two shapes.
+        ValueError: Kernels of two shapes, or entries that are not finite.
     """
     return _cosine(*_pair(k_a, k_b, centered))
 
@@ -96,11 +96,15 @@ def target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Float[Tenso
         centered: As in :func:`alignment`.
 
     Raises:
-        ValueError: Targets that do not go with the kernel.
+        ValueError: Targets that do not go with the kernel, or entries that are not finite.
     """
     outputs = by_output(k).shape[-1]
     with_outputs = k.ndim > 3
-    if y.ndim == 1 and not y.is_floating_point():
+    if y.ndim == 1 and len(y) and not y.is_floating_point():
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or (with_outputs and high >= outputs):
+            last = outputs - 1 if with_outputs else "n_classes - 1"
+            raise ValueError(f"labels must lie in 0..{last}: got {low}..{high}. Number the classes from 0.")
         y = F.one_hot(y.long(), outputs if with_outputs else -1)
     y = y.double() if y.ndim == 2 else y.double()[:, None]
     if len(y) != k.shape[-1 - int(with_outputs)] or (with_outputs and y.shape[1] != outputs):
@@ -116,7 +120,7 @@ def drift(k_start: Tensor, k_end: Tensor) -> Drift:
     """How far the kernel has moved between two points, such as theta_0 and theta_k or theta_T.
 
     Raises:
-        ValueError: Kernels of two shapes.
+        ValueError: Kernels of two shapes, or entries that are not finite.
     """
     start, end = _pair(k_start, k_end, centered=False)
     return Drift((end - start).norm(dim=-1) / start.norm(dim=-1), 1 - _cosine(start, end))
@@ -129,6 +133,8 @@ def _pair(k_a: Tensor, k_b: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
             "both kernels must be of the same inputs and outputs: "
             f"got shapes {tuple(k_a.shape)} and {tuple(k_b.shape)}."
         )
+    check_finite("first kernel", k_a)
+    check_finite("second kernel", k_b)
     if centered:
         a, b = (k - k.mean(-4, keepdim=True) for k in (a, b))
         a, b = (k - k.mean(-2, keepdim=True) for k in (a, b))

@@ -12,6 +12,7 @@ from torch.func import vjp
 
 from ticketlab.functional import evaluating
 from ticketlab.ntk import generic
+from ticketlab.ntk.axes import check_finite
 from ticketlab.ntk.blocks import n_fitting
 from ticketlab.ntk.gather import columns_of_jacobian
 from ticketlab.ntk.layers import Features, Layer, features, find_layers
@@ -45,7 +46,12 @@ class KernelOperator:
 
         J times a vector is the derivative of u -> J' u, which is linear in u: it needs no forward-mode rule,
         and those are missing for more operations (fused attention among them) than second derivatives are.
+
+        Raises:
+            ValueError: A vector of another shape, or a product that is not finite.
         """
+        if vector.shape != (self.size,):
+            raise ValueError(f"vector must have shape ({self.size},), [n * out]: got {tuple(vector.shape)}.")
         names = list(self.problem.live)
         point = generic.live_vector(self.problem, names)
         parts = vector.view(len(self.x), self.n_outputs).split(self.block_size)
@@ -60,13 +66,17 @@ class KernelOperator:
             for x, part in blocks:
                 step += pull(x, part)
             pushed = [vjp(lambda part, x=x: pull(x, part), part)[1](step)[0] for x, part in blocks]
-        return torch.cat(pushed).flatten()
+        found = torch.cat(pushed).flatten()
+        check_finite("product with the kernel", found)
+        return found
 
     def trace(self) -> Float[Tensor, ""]:
         """The sum of the squared live gradients, a block of J at a time."""
         with evaluating(self.problem.model):
             blocks = (_rows(self.problem, x) for x in self.x.split(self.block_size))
-            return torch.stack([rows.double().square().sum() for rows in blocks]).sum()
+            found = torch.stack([rows.double().square().sum() for rows in blocks]).sum()
+        check_finite("trace", found)
+        return found
 
 
 def jacobian(
@@ -96,7 +106,9 @@ def jacobian(
         )
     with evaluating(model):
         rows = [torch.cat([_rows(p, block) for block in x.split(_block_size(p, x))]) for p in found]
-    return LiveJacobian(torch.stack(rows) if stacked else rows[0])
+    values = torch.stack(rows) if stacked else rows[0]
+    check_finite("Jacobian", values)
+    return LiveJacobian(values)
 
 
 def operator(

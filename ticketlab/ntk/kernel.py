@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ticketlab.functional import evaluating, nearest
 from ticketlab.ntk import gather, generic, rows, structured
+from ticketlab.ntk.axes import check_finite
 from ticketlab.ntk.layers import Features, Layer, features, find_layers
 from ticketlab.ntk.plan import Method, Plan, plan
 from ticketlab.ntk.problem import Coordinates, Outputs, Problem, check_inputs, problems
@@ -106,8 +107,9 @@ def kernel(
         [n, out, m, out] for ``full``, else [n, m]; behind a leading replica axis if anything was stacked.
 
     Raises:
-        ValueError: Batch norm that uses the statistics of the batch, masks or coordinates that do not fit,
-            inputs of two shapes, pruned weights with ``structured``, or a kernel that is not finite.
+        ValueError: Outputs that depend on the rest of the batch (batch norm that uses its statistics, say), masks,
+            buffers or coordinates that do not fit, inputs of two shapes, pruned weights with ``structured``, a
+            layer that is used in one way for the first examples and in another later, or a kernel that is not finite.
 
     See Also:
         :func:`ticketlab.ntk.jacobian`: the factor J of this kernel, for its small eigenvalues.
@@ -130,7 +132,7 @@ def kernel(
 def _kernel(
     problem: Problem, x1: Tensor, x2: Tensor | None, outputs: Outputs, method: Method, block_size: int | None
 ) -> Tensor:
-    layers, n_outputs = find_layers(problem, x1)
+    layers, n_outputs = find_layers(problem, x1, x2)
     layers = [] if method == "generic" else layers
     covered = {name for layer in layers for name in layer.names}
     rest = [name for name, live in problem.live.items() if name not in covered and bool(live.any())]
@@ -140,11 +142,7 @@ def _kernel(
     sizes = (n_outputs, n_rest, problem.dtype, n, m)
     steps = plan(layers, method, *sizes, trace=trace, symmetric=x2 is None, blocks_of=block_size)
     theta = _filled(_Work(problem, layers, rest, n_outputs, trace, steps), x1, x2)
-    if not theta.sum().isfinite() and not theta.isfinite().all():  # the sum first: one pass less
-        raise ValueError(
-            f"the kernel must be finite: {int((~theta.isfinite()).sum())} of its {theta.numel()} entries are not. "
-            f"Look at the parameters and inputs, or use a wider dtype than {problem.dtype}."
-        )
+    check_finite("kernel", theta)
     return theta
 
 

@@ -8,13 +8,12 @@ is a sum of outer products over positions,
 Inputs are recorded in one forward pass and deltas by one backward pass an output. A weight that is used
 several times, in one module or in tied ones, has its uses lined up along the position axis: the sum is the
 same. A use that the recording does not see leaves a trace in the autograd graph, and the weight then has
-no fast path.
+no fast path; nor has one that meets the examples in another order, or only some of them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ticketlab.ntk.problem import Problem
-from ticketlab.ntk.uses import Use, apart, graph, is_plain, n_groups, patches_of, record
+from ticketlab.ntk.uses import Use, apart, is_plain, n_groups, n_positions, patches_of, record
 
 
 @dataclass(frozen=True)
@@ -60,49 +59,68 @@ class Features:
     deltas: Float[Tensor, "unit out n position"]
 
 
-def find_layers(problem: Problem, x: Tensor) -> tuple[list[Layer], int]:
+FEW = 16
+"""Examples that are looked at before the layers are chosen."""
+
+
+def find_layers(problem: Problem, x1: Tensor, x2: Tensor | None = None) -> tuple[list[Layer], int]:
     """The layers with a fast path, in the order of the parameters, and the number of outputs.
 
-    Everything is read off two small forward passes, of one example and of two: which axis is the batch,
-    whether the examples keep apart, and how often each parameter is used.
+    Everything is read off two small forward passes, of one example and of a few that are spread over the inputs:
+    which axis is the batch, whether the examples keep apart and in order, and how often each parameter is used.
     """
+    x = _spread(x1, FEW) if x2 is None else torch.cat([_spread(x1, FEW // 2), _spread(x2, FEW // 2)])
     _, alone, _ = record(problem, x[:1])
-    y, uses, leaves = record(problem, torch.cat([x[:1], x[-1:]]))
+    y, uses, counts = record(problem, x)
     if not y.requires_grad:
         return [], y.shape[1]
-    reached, edges = graph(y)
-    uses = [use for use in uses if use.output.node in reached]
     separate = dict(zip(map(id, uses), apart(y, uses), strict=True))
     layers = []
     for name in problem.live:
         mine = [use for use in uses if use.weight == name]
         if (
-            0 < len(mine) == edges[id(leaves[name])]
-            and all(is_plain(use, 2) and separate[id(use)] for use in mine)
+            0 < len(mine) == counts[name]
+            and all(separate[id(use)] for use in mine)
             and all(is_plain(use, 1) for use in alone if use.weight == name)
             and len({n_groups(use) for use in mine}) == 1
         ):
-            layers.append(_layer(problem, mine, edges, leaves))
+            layers.append(_layer(problem, mine, counts))
     return layers, y.shape[1]
 
 
-def _layer(problem: Problem, uses: list[Use], edges: Counter[int], leaves: dict[str, Tensor]) -> Layer:
+def _spread(x: Tensor, n: int) -> Tensor:
+    """At most n of the inputs, evenly spaced, with the first and the last; a single one twice."""
+    n = max(2, min(n, len(x)))
+    return x[torch.arange(n, device=x.device) * (len(x) - 1) // (n - 1)]
+
+
+def _layer(problem: Problem, uses: list[Use], counts: Mapping[str, int]) -> Layer:
     name, bias = uses[0].weight, uses[0].bias
     # The bias comes along only where each of its uses is one of this weight's.
     shared = any(use.bias != bias for use in uses)
-    if not bias or bias not in problem.live or shared or len(uses) != edges[id(leaves[bias])]:
+    if not bias or bias not in problem.live or shared or len(uses) != counts[bias]:
         bias = None
     live = problem.live[name].flatten(1)
     if bias is not None:
         live = torch.cat([live, problem.live[bias][:, None]], 1)
-    positions = sum(patches_of(use).shape[-1] for use in uses)
-    return Layer(name, bias, n_groups(uses[0]), positions, live)
+    return Layer(name, bias, n_groups(uses[0]), sum(map(n_positions, uses)), live)
 
 
 def features(problem: Problem, layers: Sequence[Layer], x: Tensor) -> list[Features]:
-    """Inputs and deltas of each layer for a block of examples: one forward pass, one backward pass an output."""
-    y, uses, _ = record(problem, x)
+    """Inputs and deltas of each layer for a block of examples: one forward pass, one backward pass an output.
+
+    Raises:
+        ValueError: A layer that this block does not use as the examples of :func:`find_layers` did.
+    """
+    y, uses, counts = record(problem, x)
     by_layer = [[use for use in uses if use.weight == layer.weight] for layer in layers]
+    for layer, mine in zip(layers, by_layer, strict=True):
+        used = all(len(mine) == counts[name] for name in layer.names) and all(is_plain(use, len(x)) for use in mine)
+        if not used or sum(map(n_positions, mine)) != layer.positions:
+            raise ValueError(
+                f"{layer.weight!r} must meet every example alike: a block of {len(x)} uses it in another way than the "
+                "first few did, as a routing by value may. Use ntk.kernel(..., method='generic')."
+            )
     edges = [use.output for mine in by_layer for use in mine]
     found: list[tuple[Tensor | None, ...]] = []
     for o in range(y.shape[1]):

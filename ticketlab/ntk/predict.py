@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ticketlab.ntk.axes import as_matrix, square_matrix
+from ticketlab.ntk.axes import as_matrix, check_finite, square_matrix
 
 
 def kernel_regression(
@@ -37,7 +37,7 @@ def kernel_regression(
         f_test: Outputs of the network on the test inputs; zero when None.
 
     Raises:
-        ValueError: A negative ridge, or shapes that do not go together.
+        ValueError: A negative ridge, kernels that are not finite, or shapes that do not go together.
     """
     if not ridge >= 0:
         raise ValueError(f"ridge must be at least 0: got {ridge}.")
@@ -64,7 +64,7 @@ def gradient_flow_prediction(
         time: t, at least 0; infinite for the limit. The others as in :func:`kernel_regression`.
 
     Raises:
-        ValueError: A negative time, or shapes that do not go together.
+        ValueError: A negative time, kernels that are not finite, or shapes that do not go together.
     """
     if not time >= 0:
         raise ValueError(f"time must be at least 0: got {time}.")
@@ -95,6 +95,14 @@ def _predict(
             f"got {tuple(k_test.shape)} for {tuple(k_train.shape)}. "
             "Compute it as kernel(model, params, x_test, x_train)."
         )
+    check_finite("kernel k_test", k_test)
+    test = (k_test.shape[-2 - 2 * int(has_outputs)], y_train.shape[1])
+    for name, f, shape in (("f_train", f_train, tuple(y_train.shape)), ("f_test", f_test, test)):
+        if f is not None and (f.ndim not in (2, 3) or f.shape[-2:] != shape):
+            raise ValueError(
+                f"{name} must hold the outputs {shape} of the network, stacked or not: got {tuple(f.shape)}. "
+                "Of a network with one output they are [n, 1]."
+            )
     gap = y_train.double() - (0 if f_train is None else f_train.double())
     gap = gap.flatten(-2)[..., None] if has_outputs else gap
     values, vectors = torch.linalg.eigh(matrix)

@@ -6,7 +6,7 @@ Every question about the arguments is settled here, so that the methods may trus
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as masks_
-from ticketlab.functional import Buffers, Params, masked, n_replicas
+from ticketlab.functional import Buffers, Params, evaluating, masked, n_replicas
 
 Coordinates = Literal["live", "all"] | Mapping[str, Tensor]
 Outputs = Literal["full", "trace", "sum_logits"]
@@ -66,11 +66,12 @@ def problems(
 ) -> tuple[list[Problem], bool]:
     """One problem a replica, and whether there is a replica axis at all.
 
-    The axis may be that of the parameters, of the masks (the levels of one network), or of both.
+    The axis may be that of the parameters, of the masks (the levels of one network), of coordinates or buffers,
+    or of several of them.
 
     Raises:
-        ValueError: Batch norm that depends on the batch, masks or coordinates that do not fit, axes of
-            different lengths, no coordinate at all.
+        ValueError: Batch norm that depends on the batch, masks, coordinates or buffers that do not fit, axes of
+            different lengths, no parameter to differentiate in.
     """
     _refuse_batch_statistics(model)
     replicas = n_replicas(model, params)
@@ -86,11 +87,14 @@ def problems(
         _check_coordinates(own, coordinates)
     elif coordinates not in ("live", "all"):
         raise ValueError(f"coordinates must be 'live', 'all' or a dict of bool tensors: got {coordinates!r}.")
+    _check_buffers(model, buffers or {})
     wanted = coordinates if isinstance(coordinates, Mapping) else (masks or {}) if coordinates == "live" else {}
     axes = {replicas} if replicas is not None else set()
-    axes |= _axes(model, masks or {}) | _axes(model, wanted)
+    axes |= _axes(model, masks or {}) | _axes(model, wanted) | _axes(model, buffers or {})
     if len(axes) > 1:
-        raise ValueError(f"params, masks and coordinates must share one replica axis: got lengths {sorted(axes)}.")
+        raise ValueError(
+            f"params, masks, coordinates and buffers must share one replica axis: got lengths {sorted(axes)}."
+        )
 
     found = []
     for r in range(max(axes, default=1)):
@@ -100,12 +104,16 @@ def problems(
         if not isinstance(coordinates, Mapping):  # what has no mask is live
             live = {n: live.get(n, torch.ones_like(point[n], dtype=torch.bool)) for n in own}
         live = {name: mask.to(point[name].device) for name, mask in live.items()}
-        found.append(Problem(model, point, _buffers(model, buffers, point, r), live, outputs == "sum_logits"))
+        dtype = next(iter(point.values())).dtype
+        statistics = _replica(model, {**dict(model.named_buffers()), **(buffers or {})}, r)
+        # Statistics kept in float32 must not pull a float64 kernel down with them.
+        statistics = {n: b.detach().to(dtype if b.is_floating_point() else b.dtype) for n, b in statistics.items()}
+        found.append(Problem(model, point, statistics, live, outputs == "sum_logits"))
     return found, bool(axes)
 
 
 def check_inputs(problem: Problem, x1: Tensor, x2: Tensor | None) -> None:
-    """Raise a ValueError unless both sets of inputs are non-empty, alike, and where the weights are."""
+    """Raise a ValueError unless both sets of inputs are non-empty, alike, where the weights are, and kept apart."""
     weight = next(iter(problem.weights.values()))
     for name, x in (("x1", x1), ("x2", x2)):
         if x is None:
@@ -124,6 +132,21 @@ def check_inputs(problem: Problem, x1: Tensor, x2: Tensor | None) -> None:
             )
         if x.device != weight.device:
             raise ValueError(f"{name} must be on the device of params, {weight.device}: it is on {x.device}.")
+    with evaluating(problem.model), torch.no_grad():
+        _check_apart(problem, torch.cat([x1[:1], (x1 if x2 is None else x2)[-1:]]))
+
+
+def _check_apart(problem: Problem, pair: Tensor) -> None:
+    """Two inputs, and then the same two in another order and one of them twice: no output may change."""
+    logits = replace(problem, sum_logits=False)  # sums of some outputs are zero, and then rounding alone
+    y, other = logits.forward(problem.weights, pair), logits.forward(problem.weights, pair[[1, 1, 0]])[[2, 0]]
+    # Batches of two sizes may be computed by two algorithms, on some devices with less than the dtype's precision.
+    rounding = torch.finfo(y.dtype).eps ** (1 / 3) * y.abs().amax()
+    if ((y - other).abs() > rounding).any():
+        raise ValueError(
+            "each input must pass through the network by itself, the same each time: an output depends on the rest "
+            "of the batch, or on chance. Replace what couples a batch, or put such modules in evaluation mode."
+        )
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
@@ -137,6 +160,8 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def _check_coordinates(own: Mapping[str, Tensor], coordinates: Mapping[str, Tensor]) -> None:
+    if not coordinates:
+        raise ValueError(f"coordinates must name at least one trainable parameter, among {sorted(own)}: got none.")
     for name, mask in coordinates.items():
         if name not in own:
             raise ValueError(f"coordinates must name trainable parameters: {name!r} is not one of {sorted(own)}.")
@@ -148,6 +173,17 @@ def _check_coordinates(own: Mapping[str, Tensor], coordinates: Mapping[str, Tens
             )
 
 
+def _check_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    own = dict(model.named_buffers())
+    for name, buffer in buffers.items():
+        if name not in own or not _fits(buffer, own[name]):
+            expected = f"shape {tuple(own[name].shape)}" if name in own else f"a name among {sorted(own)}"
+            raise ValueError(
+                f"buffers[{name!r}] must have {expected}, or that shape behind a replica axis: "
+                f"got {tuple(buffer.shape)}."
+            )
+
+
 def _fits(tensor: Tensor, own: Tensor) -> bool:
     """Whether a tensor has a shape of the model's, with or without a replica axis."""
     return tensor.shape == own.shape or tensor.shape[1:] == own.shape
@@ -155,27 +191,10 @@ def _fits(tensor: Tensor, own: Tensor) -> bool:
 
 def _axes(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[int]:
     """The lengths of the replica axes among named tensors: empty where none is stacked."""
-    own = dict(model.named_parameters())
+    own = dict((*model.named_parameters(), *model.named_buffers()))
     return {len(t) for name, t in tensors.items() if t.ndim > own[name].ndim}
 
 
 def _replica(model: nn.Module, tensors: Mapping[str, Tensor], r: int) -> dict[str, Tensor]:
-    own = dict(model.named_parameters())
+    own = dict((*model.named_parameters(), *model.named_buffers()))
     return {name: t[r] if t.ndim > own[name].ndim else t for name, t in tensors.items()}
-
-
-def _buffers(model: nn.Module, given: Mapping[str, Tensor] | None, point: Params, r: int) -> Buffers:
-    own = dict(model.named_buffers())
-    dtype = next(iter(point.values())).dtype
-    found = {}
-    for name, buffer in (own if given is None else given).items():
-        if name not in own or not _fits(buffer, own[name]):
-            expected = f"shape {tuple(own[name].shape)}" if name in own else f"a name among {sorted(own)}"
-            raise ValueError(
-                f"buffers[{name!r}] must have {expected}, or that shape behind a replica axis: "
-                f"got {tuple(buffer.shape)}."
-            )
-        one = buffer[r] if buffer.ndim > own[name].ndim else buffer
-        # Statistics kept in float32 must not pull a float64 kernel down with them.
-        found[name] = one.detach().to(dtype) if one.is_floating_point() else one.detach()
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from ticketlab.functional import stream
 from ticketlab.ntk.problem import Problem
 
 
@@ -86,17 +87,23 @@ class _Recorder(TorchFunctionMode):
         )
 
 
-def record(problem: Problem, x: Tensor) -> tuple[Tensor, list[Use], dict[str, Tensor]]:
+def record(problem: Problem, x: Tensor) -> tuple[Tensor, list[Use], dict[str, int]]:
+    """The outputs, the uses that they are made of, and how often the graph uses each parameter in all.
+
+    A use for something else, such as an auxiliary head or a detached copy, has no part in the derivatives.
+    """
     leaves = {n: w.detach().requires_grad_(w.is_floating_point()) for n, w in problem.weights.items()}
     with torch.enable_grad(), _Recorder({id(leaf): name for name, leaf in leaves.items()}) as recorder:
         y = problem.forward(leaves, x.detach())
-    return y, recorder.uses, leaves
+    reached, edges = _graph(y)
+    counts = {name: edges[id(leaf)] for name, leaf in leaves.items()}
+    return y, [use for use in recorder.uses if use.output.node in reached], counts
 
 
-def graph(y: Tensor) -> tuple[set[Any], Counter[int]]:
+def _graph(y: Tensor) -> tuple[set[Any], Counter[int]]:
     """The nodes below an output, and how many edges lead to each leaf (by id): the number of its uses."""
     root: Any = y.grad_fn
-    seen, stack, edges = {root}, [root], Counter[int]()
+    seen, stack, edges = {root}, [root] if root is not None else [], Counter[int]()
     while stack:
         for node, _ in stack.pop().next_functions:
             if node is None:
@@ -110,13 +117,28 @@ def graph(y: Tensor) -> tuple[set[Any], Counter[int]]:
 
 
 def apart(y: Tensor, uses: Sequence[Use]) -> list[bool]:
-    """Whether the outputs of the first example leave the other rows of each recorded layer alone."""
+    """Whether row n of each use serves the outputs of example n alone: not another's, as after a sort or a routing.
+
+    Where it does, the gradient of sum_n c_n y_n in row n is c_n times that of sum_n y_n. The c_n are powers of
+    two, all different, which scale a gradient without rounding.
+    """
     if not uses:
         return []
-    first = torch.zeros_like(y)
-    first[0] = 1
-    grads = torch.autograd.grad(y, [use.output for use in uses], first, retain_graph=True, allow_unused=True)
-    return [g is None or not bool(g[1:].any()) for g in grads]
+    n = len(y)
+    c = 2.0 ** (torch.arange(n, device=y.device, dtype=y.dtype) - n // 2)
+    # Outputs are weighed at random, for their plain sum may be constant, as softmax's is.
+    v = torch.randn(y.shape[1], generator=stream("weights of outputs", 0)).to(y)
+    edges = [use.output for use in uses]
+    plain, scaled = (
+        torch.autograd.grad(y, edges, each[:, None] * v, retain_graph=True, materialize_grads=True)
+        for each in (torch.ones_like(c), c)
+    )
+    return [is_plain(use, n) and _proportional(p, s, c) for use, p, s in zip(uses, plain, scaled, strict=True)]
+
+
+def _proportional(plain: Tensor, scaled: Tensor, c: Float[Tensor, " n"]) -> bool:
+    gap = (scaled / c.view(-1, *[1] * (plain.ndim - 1)) - plain).abs()
+    return not bool((gap > torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().amax()).any())
 
 
 def is_plain(use: Use, n: int) -> bool:
@@ -126,6 +148,10 @@ def is_plain(use: Use, n: int) -> bool:
 
 def n_groups(use: Use) -> int:
     return use.convolution["groups"] if use.convolution else 1
+
+
+def n_positions(use: Use) -> int:
+    return patches_of(replace(use, x=use.x[:1])).shape[-1]
 
 
 def patches_of(use: Use) -> Float[Tensor, "n column position"]:
