@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analyses.certificate import __main__ as certificate
+from analyses.certificate import complete
 from analyses.certificate.features import N_FEATURES, features, isqrt, normalised
 from analyses.certificate.network import (
     HIDDEN_BIAS,
@@ -27,10 +30,11 @@ from analyses.certificate.network import (
     shapes,
     without_idle_units,
 )
-from analyses.certificate.polish import State, array_bits, certified, moves, neighbours, polish
+from analyses.certificate.polish import State, array_bits, certified, moves, neighbours, polish, price_of_an_error
 from analyses.certificate.search import Training, description_bits, prices, train
 from ticketlab import bounds
 
+COMPLETE = Path(__file__).parent.parent / "certificates" / "mnist-complete.json"
 CERTIFICATES = sorted((Path(__file__).parent.parent / "certificates").glob("mnist*.json"))
 TINY = ["--steps", "60", "--rounds", "1", "--hidden", "6", "--batch-size", "200"]
 
@@ -185,6 +189,32 @@ def test_polish_never_makes_the_bound_worse():
     assert certified(after, x, y, 0.05) < certified(network, x, y, 0.05)
 
 
+def test_networks_without_a_bound_below_1_are_polished_too():
+    x, y = examples(60)
+    silent = Network(*(np.zeros(shape, dtype=np.int64) for shape in shapes(2)))  # wrong everywhere
+    for start in (silent, random_network(7)):
+        assert certified(start, x, y, 0.05)[0] == 1
+        assert certified(polish(start, x, y, sweeps=1, delta=0.05, additions=60), x, y, 0.05)[0] <= 1
+    assert price_of_an_error(6, 60, 0.25) == math.log2(3)
+    assert 50 < price_of_an_error(6, 60, 1.0) < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        *((name, 0, "must be at least 1, and seed 0: got") for name in ("hidden", "steps", "rounds", "batch_size")),
+        ("seed", -1, "must be at least 1, and seed 0: got"),
+        ("hidden", 65, "hidden must be at most 64"),
+        ("nats_per_bit", math.nan, "nats_per_bit must be at least 0"),
+        ("learning_rate", 0.0, "learning_rate above 0"),
+        ("power", 1.5, r"power in \[0, 1\]"),
+    ],
+)
+def test_settings_that_cannot_be_searched_with_are_refused_at_once(name, value, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Training(**{name: value})
+
+
 def test_prices_are_the_empirical_ideal_lengths():
     w = torch.tensor([0.0] * 12 + [1, -1, 1, -2.0])
     table = prices(w)
@@ -244,6 +274,68 @@ def test_a_number_changed_is_found(digits, tmp_path, capsys, name, value):
     assert f"wrong in {name}\n" in capsys.readouterr().out
 
 
+def test_what_is_not_recomputed_is_not_verified(digits, tmp_path, capsys):
+    copy = tmp_path / "copy.json"
+    copy.write_text(json.dumps({**json.loads(digits.read_text()), "true_error": 0.001}))
+    assert certificate.main(["--verify", str(copy)]) == 1
+    assert "wrong in true_error\n" in capsys.readouterr().out
+    assert certificate.main(["--verify", str(digits), "--task", "mnist"]) == 2
+    assert "must name a delta and a task, mnist" in capsys.readouterr().err
+
+
+def test_other_data_than_those_named_are_refused(monkeypatch):
+    raw = certificate.read("digits")
+    monkeypatch.setattr(certificate, "read", lambda task: raw._replace(x=np.repeat(raw.x[:1], len(raw.x), axis=0)))
+    with pytest.raises(ValueError, match="training examples of digits must have SHA-256"):
+        _load("digits")
+
+
+def program_and_message(word):
+    inflate = zlib.decompressobj(-15)
+    return inflate.decompress(word).decode(), inflate.unused_data
+
+
+@pytest.fixture(scope="module")
+def enlarged():
+    """Handwritten digits of 28 x 28 pixels, and the committed network with and without its program."""
+    images = np.pad(loaded("digits").images[:300].repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
+    kind, word = certificate.word_of(COMPLETE)
+    assert kind == "word"
+    return images, word, certificate.network_of(COMPLETE.with_name("mnist.json"))
+
+
+def test_the_program_is_the_network_in_short(enlarged):
+    images, word, network = enlarged
+    program, message = program_and_message(word)
+    assert program == certificate.PROGRAM.read_text()
+    assert program_and_message(complete.encode(program, network)) == (program, message)
+    found = complete.scores(word, images)
+    with_biases = replace(network, output_bias=0 * network.output_bias)
+    expected = scores(with_biases, features(images))
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95  # real numbers in place of rounded ones
+    assert (found.argmax(1) == expected.argmax(1)).mean() > 0.9
+
+
+def test_no_other_program_runs(enlarged):
+    images, word, network = enlarged
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    other = deflate.compress(b"raise SystemExit") + deflate.flush() + program_and_message(word)[1]
+    for bad, complaint in ((other, "program must be"), (word[5:], "program"), (word + b"0", "shortest form")):
+        with pytest.raises(ValueError, match=complaint):
+            complete.scores(bad, images[:1])
+    with pytest.raises(ValueError, match="program must be"):
+        complete.encode("print()", network)
+    with pytest.raises(ValueError, match=r"weights must be in -5\.\.5: got 6"):
+        complete.encode(certificate.PROGRAM.read_text(), replace(network, output=network.output * 0 + 6))
+
+
+def test_ties_and_scores_that_are_no_numbers_are_errors(enlarged, monkeypatch):
+    images, word, _ = enlarged
+    assert complete.count_errors(word, np.zeros_like(images[:2]), np.array([0, 1])) == 2  # blank: all scores are 0
+    monkeypatch.setattr(complete, "scores", lambda word, images: np.array([[np.nan] * 10, np.arange(10.0)]))
+    assert complete.count_errors(word, images[:2], np.array([9, 9])) == 1
+
+
 def test_a_flipped_bit_is_refused_or_gets_its_own_numbers(digits, tmp_path, capsys):
     claimed = json.loads(digits.read_text())
     message, copy = bytes.fromhex(claimed["message"]), tmp_path / "copy.json"
@@ -258,7 +350,7 @@ def test_a_flipped_bit_is_refused_or_gets_its_own_numbers(digits, tmp_path, caps
 
 def test_what_is_no_certificate_is_refused(tmp_path, capsys):
     empty = tmp_path / "empty.json"
-    for content, complaint in (("{}", "must hold a message"), ('{"message": "00"}', "must name a task")):
+    for content, complaint in (("{}", "must hold a message or a word"), ('{"message": "00"}', "must name a task")):
         empty.write_text(content)
         assert certificate.main(["--verify", str(empty)]) == 2
         assert complaint in capsys.readouterr().err
@@ -268,7 +360,7 @@ def test_the_order_of_the_images_does_not_matter(monkeypatch):
     raw = certificate.read("digits")
     order = np.random.default_rng(0).permutation(len(raw.y))
     monkeypatch.setattr(certificate, "read", lambda task: raw._replace(x=raw.x[order], y=raw.y[order]))
-    assert _load("digits").sha256 == loaded("digits").sha256
+    assert (_load("digits").y == loaded("digits").y[order]).all()  # read without complaint
 
 
 @pytest.mark.skipif(not os.environ.get("TICKETLAB_DATA"), reason="the images of MNIST are not here")

@@ -1,4 +1,4 @@
-"""Fixed features of digit images: what the certified networks see. Nothing here is learned, so it costs no bits.
+"""Fixed features of digit images: what the certified networks see. Nothing here is learned.
 
 Textbook preprocessing of handwriting: an image is set upright and to size by its own moments; then where its strokes
 run (gradients in eight directions) and where its paper is enclosed (concavities and holes) is pooled on a coarse grid.
@@ -21,6 +21,8 @@ ONE = 1024  # fixed point: units a pixel
 KINDS = (8, 12)
 """Maps of gradients and of concavities; every map has GRID * GRID cells."""
 N_FEATURES = sum(KINDS) * GRID**2
+SIDES = (15, 14, 13, 11, 7, 3, 12, 5, 6, 9, 10)
+"""Of the concavities after holes: where ink is met, 1 for left, 2 for right, 4 for the top, 8 for the bottom."""
 
 
 def features(images: NDArray[np.uint8], chunk: int = 1000) -> NDArray[np.uint8]:
@@ -70,7 +72,8 @@ def normalised(images: NDArray[np.uint8]) -> Integers:
     var_y = np.maximum(mass * (by_row @ rows**2) - sum_y**2, 1)
     cov = mass * ((ink @ columns) * rows).sum(1) - sum_x * sum_y
     shear = np.clip(cov * ONE // var_y, -2 * ONE, 2 * ONE)
-    extent_x, extent_y = (isqrt(v * ONE // mass * ONE // mass) for v in (var_x - cov * shear // ONE, var_y))
+    upright_x = np.maximum(var_x - cov * shear // ONE, 0)  # the shear is rounded
+    extent_x, extent_y = (isqrt(v * ONE // mass * ONE // mass) for v in (upright_x, var_y))
     mean = isqrt(extent_x * extent_y)
     step_x, step_y = (np.maximum(np.maximum(e, mean) * SPAN[0] // (SPAN[1] * SIZE), 64) for e in (extent_x, extent_y))
 
@@ -132,7 +135,7 @@ def concavities(images: Integers) -> Integers:
     region, _ = ndimage.label(paper, plus)
     hole = ~ink & (region != region[:, :1, :1])[:, 1:-1, 1:-1]
     rest = ~ink & ~hole
-    return np.stack([hole, *(rest & (met == kind) for kind in (15, 14, 13, 11, 7, 3, 12, 5, 6, 9, 10))], 1).astype(int)
+    return np.stack([hole, *(rest & (met == side) for side in SIDES)], 1).astype(int)
 
 
 def pooled(maps: Integers) -> Integers:

@@ -1,7 +1,8 @@
 """Descent on the bound itself: one weight or two at a time, errors counted on the training examples, bits as coded.
 
 Near a network with p = errors / n and bound B, an error more leaves the bound where it is if it saves
-log2(B (1 - p) / (p (1 - B))) bits, by the slopes of kl(p || B). So what falls is bits + that price * errors.
+log2(B (1 - p) / (p (1 - B))) bits, by the slopes of kl(p || B). So what falls is bits + that price * errors. Where p or
+B is 0 or 1 the price is that of the nearest p or B at which it is finite.
 """
 
 from __future__ import annotations
@@ -86,8 +87,7 @@ def polish(
     best = without_idle_units(network)
     bound, errors = certified(best, x, y, delta)
     for sweep in range(sweeps):
-        p = max(errors, 1) / len(y)
-        price = math.log2(bound * (1 - p) / (p * (1 - bound)))
+        price = price_of_an_error(errors, len(y), bound)
         state = State.of(best, *hardest(best, x, y, share))
         descend(state, moves(best, state.x, state.y, additions, seed + sweep), price)
         network = without_idle_units(Network(*state.arrays))
@@ -96,6 +96,12 @@ def polish(
             break
         best = network
     return best
+
+
+def price_of_an_error(errors: int, n: int, bound: float) -> float:
+    """In bits; of at least one error and one right answer, and of a bound below 1."""
+    p, bound = min(max(errors, 1), n - 1) / n, min(bound, math.nextafter(1.0, 0.0))
+    return math.log2(bound * (1 - p) / (p * (1 - bound)))
 
 
 def hardest(network: Network, x: NDArray[np.uint8], y: NDArray[np.uint8], share: float) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Nothing here needs to be trusted: a bound speaks of the network that was found, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm import trange
 from analyses.certificate.network import (
     HIDDEN_BIAS,
     LARGEST,
+    MOST_HIDDEN,
     OUTPUT_BIAS,
     Network,
     lots,
@@ -47,6 +49,20 @@ class Training:
     """Of the generalised cross-entropy, from 0, cross-entropy itself, to 1, which is bounded."""
     batch_size: int = 500
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"hidden": 1, "steps": 1, "rounds": 1, "batch_size": 1, "seed": 0}
+        if wrong := {name: getattr(self, name) for name, value in least.items() if getattr(self, name) < value}:
+            raise ValueError(f"hidden, steps, rounds and batch_size must be at least 1, and seed 0: got {wrong}.")
+        if self.hidden > MOST_HIDDEN:
+            raise ValueError(
+                f"hidden must be at most {MOST_HIDDEN}, the most that the code can write: got {self.hidden}."
+            )
+        if not (0 <= self.nats_per_bit < math.inf and 0 < self.learning_rate < math.inf and 0 <= self.power <= 1):
+            raise ValueError(
+                "nats_per_bit must be at least 0, learning_rate above 0, both finite, and power in [0, 1]: got "
+                f"{self.nats_per_bit}, {self.learning_rate} and {self.power}."
+            )
 
 
 def search(
