@@ -283,6 +283,11 @@ def test_what_is_not_recomputed_is_not_verified(digits, tmp_path, capsys):
     assert "must name a delta and a task, mnist" in capsys.readouterr().err
 
 
+def test_a_delta_out_of_range_is_refused_before_training(capsys):
+    assert certificate.main(["--delta", "1"]) == 2
+    assert "delta must lie in (0, 1): got 1.0" in capsys.readouterr().err
+
+
 def test_other_data_than_those_named_are_refused(monkeypatch):
     raw = certificate.read("digits")
     monkeypatch.setattr(certificate, "read", lambda task: raw._replace(x=np.repeat(raw.x[:1], len(raw.x), axis=0)))
@@ -350,7 +355,7 @@ def test_a_flipped_bit_is_refused_or_gets_its_own_numbers(digits, tmp_path, caps
 
 def test_what_is_no_certificate_is_refused(tmp_path, capsys):
     empty = tmp_path / "empty.json"
-    for content, complaint in (("{}", "must hold a message or a word"), ('{"message": "00"}', "must name a task")):
+    for content, complaint in (("{}", "must hold a message or a word"), ('{"message": "00"}', "must name a delta and a task")):
         empty.write_text(content)
         assert certificate.main(["--verify", str(empty)]) == 2
         assert complaint in capsys.readouterr().err

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import build, half_masks, small_conv_bn, small_mlp
 from torch import nn
 
@@ -58,7 +59,11 @@ PROBLEMS = {
 
 
 def problem(name, seed=0):
-    factory, shape = PROBLEMS[name]
+    return with_data(*PROBLEMS[name], seed)
+
+
+def with_data(factory, shape, seed=0):
+    """A network whose vectors are random too, and four examples."""
     model = build(factory, seed)
     generator = torch.Generator().manual_seed(seed)
     for tensor in (*model.buffers(), *(p for p in model.parameters() if p.ndim == 1)):
@@ -102,6 +107,111 @@ def test_grouped_channels_move_with_their_group():
     assert found.axes["depthwise.weight"][1] == ()
     assert {group for axis in found.axes["first.weight"] for group, _ in axis} > {None}
     assert found.of("output.weight") == set()  # behind a slice and a concatenation
+
+
+class Mlp(nn.Module):
+    """Twelve hidden units, what a case does with them, a linear layer."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.between, self.output = nn.Linear(6, 12), between, nn.Linear(12, 3)
+        self.register_buffer("order", torch.randperm(12, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return self.output(self.between(self, self.first(x).tanh()))
+
+
+ORDERED = {
+    "max_pool1d": lambda m, h: F.max_pool1d(h, 3, 1, 1),
+    "avg_pool1d": lambda m, h: F.avg_pool1d(h, 3, 1, 1),
+    "max_pool2d": lambda m, h: F.max_pool2d(h.view(4, 4, 3), 3, 1, 1).flatten(1),
+    "adaptive": lambda m, h: F.adaptive_avg_pool2d(h.view(4, 4, 3), (4, 3)).flatten(1),
+    "index": lambda m, h: h[:, m.order],
+    "reflect": lambda m, h: F.pad(h, (3, 3), mode="reflect")[:, 3:15],
+    "shift": lambda m, h: F.pad(h, (1, -1)),
+    "expand": lambda m, h: h.mean(1, keepdim=True).expand(4, 12).reshape(4, 3, 4).cumsum(1).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_units_whose_order_matters_stay_where_they_are(name):
+    model, x = with_data(lambda: Mlp(ORDERED[name]), (6,))
+    try:
+        groups = permutation.groups(model, x)
+    except ValueError as error:
+        assert "must have hidden units that can be permuted" in str(error)
+    else:
+        assert_symmetric(model, x, groups)
+
+
+class Around(nn.Module):
+    """A convolution, what a case puts behind it, another convolution and a mean."""
+
+    def __init__(self, between, convolution=nn.Conv2d, last=None):
+        super().__init__()
+        self.first, self.between = convolution(2, 6, 3), between
+        self.last = last or convolution(6, 3, 1)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x))).flatten(2).mean(2)
+
+
+def weight_normed():
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
+    for place, dim in ((0, 0), (2, 1), (4, None)):
+        nn.utils.parametrizations.weight_norm(model[place], dim=dim)
+    return model
+
+
+class Written(nn.Module):
+    """Layers that are written as products."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(6, 12)), nn.Parameter(torch.randn(12, 5))
+        self.c, self.d = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        h = torch.addmm(self.d.expand(len(x), -1), torch.einsum("ni,io->no", x, self.a).tanh(), self.b)
+        centred = (h - h.mean(1, keepdim=True).expand_as(h)) / h.std(1, keepdim=True)
+        both = torch.stack([centred, h.sigmoid().float().double()], 1)
+        return torch.einsum("nkh,hc->nc", both, self.c) + both.var(dim=(1, 2), unbiased=False)[:, None]
+
+
+KNOWN = {
+    "prelu": (lambda: Around(nn.PReLU(6)), (2, 8, 8), {"first": 6}),
+    "prelu_of_one_weight": (lambda: Around(nn.PReLU()), (2, 8, 8), {"first": 6}),
+    "prelu_of_a_vector": (lambda: nn.Sequential(nn.Linear(6, 9), nn.PReLU(9), nn.Linear(9, 3)), (6,), {"0": 9}),
+    "transposed": (lambda: Around(nn.ConvTranspose2d(6, 6, 2, stride=2)), (2, 8, 8), {"first": 6, "between": 6}),
+    "transposed_groups": (
+        lambda: Around(nn.ConvTranspose2d(6, 8, 2, groups=2), last=nn.Conv2d(8, 3, 1)),
+        (2, 8, 8),
+        {"first": 2, "first#2": 3, "between": 4},
+    ),
+    "upsampled_1d": (lambda: Around(nn.Upsample(scale_factor=2, mode="linear"), nn.Conv1d), (2, 8), {"first": 6}),
+    "upsampled_2d": (lambda: Around(nn.Upsample(scale_factor=2, mode="bilinear")), (2, 8, 8), {"first": 6}),
+    "upsampled_3d": (lambda: Around(nn.Upsample(scale_factor=2), nn.Conv3d), (2, 4, 4, 4), {"first": 6}),
+    "padded": (lambda: Around(nn.ReflectionPad2d((1, 0, 2, 1))), (2, 8, 8), {"first": 6}),
+    "written": (Written, (6,), {"b": 12, "c": 5}),
+    "weight_norm": (weight_normed, (6,), {"0": 12, "2": 5}),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_layers_that_have_a_rule_keep_their_function(name):
+    factory, shape, sizes = KNOWN[name]
+    model, x = with_data(factory, shape)
+    groups = permutation.groups(model, x)
+    assert groups.sizes == sizes
+    assert_symmetric(model, x, groups)
+
+
+def assert_symmetric(model, x, groups):
+    params, buffers = state(model)
+    for seed in range(3):
+        chosen = permutation.random(groups, seed)
+        moved = [permutation.permute(groups, part, chosen) for part in (params, buffers)]
+        permutation.assert_same_function(model, (params, buffers), tuple(moved), x)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -217,6 +327,8 @@ def test_what_does_not_fit_is_refused():
         permutation.assert_same_function(model, (params, None), ({n: 2 * p for n, p in params.items()}, None), x)
     with pytest.raises(ValueError, match="must have hidden units that can be permuted"):
         permutation.groups(build(lambda: nn.Linear(3, 2)), torch.zeros(2, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"an operation without a rule \(here: cumsum\)"):
+        permutation.groups(build(lambda: Mlp(lambda m, h: h.cumsum(1))), x)
     with pytest.raises(ValueError, match=r"traceable by torch.export on an input of shape \(2, 5\)"):
         permutation.groups(model, x[:2, :5])
 

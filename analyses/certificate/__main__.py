@@ -77,6 +77,10 @@ class Config:
     """Folder for the certificate."""
     training: Annotated[Training, tyro.conf.arg(name="")] = field(default_factory=Training)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta must lie in (0, 1): got {self.delta}.")
+
 
 @dataclass(frozen=True)
 class Data:

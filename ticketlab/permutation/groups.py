@@ -68,19 +68,24 @@ def groups(model: nn.Module, x: Tensor) -> Groups:
                 f"the model must be traceable by torch.export on an input of shape {tuple(x.shape)}: {error}. "
                 "Check the input's shape and dtype; control flow that depends on values cannot be traced."
             ) from error
-    traced = _trace(program)
-    found = _named(*traced)
+    axes, tensors, unknown = _trace(program)
+    found = _named(axes, tensors)
     if not found.sizes:
         raise ValueError(
             f"{type(model).__name__} must have hidden units that can be permuted: every axis is tied to the input, "
-            "the output or an operation without a rule (see ticketlab.permutation.rules)."
+            f"the output or an operation without a rule (here: {', '.join(unknown) or 'none'}). Write such an "
+            "operation as others, or give it a rule in ticketlab.permutation.rules."
         )
     return found
 
 
-def _trace(program: ExportedProgram) -> tuple[Axes, dict[str, list[Axis]]]:
-    """Run the graph on axes instead of numbers: the axes of every parameter and buffer that it uses."""
-    axes, tensors = Axes(), {}
+def _trace(program: ExportedProgram) -> tuple[Axes, dict[str, list[Axis]], list[str]]:
+    """Run the graph on axes instead of numbers.
+
+    Returns:
+        The axes of every parameter and buffer that it uses, and the names of the operations that have no rule.
+    """
+    axes, tensors, unknown = Axes(), {}, list[str]()
     own = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     known: dict[Node, object] = {}
     for node in program.graph.nodes:
@@ -94,25 +99,33 @@ def _trace(program: ExportedProgram) -> tuple[Axes, dict[str, list[Axis]]]:
             for one in node.all_input_nodes:
                 opaque(axes, {"output": known[one]}, ())
         elif node.op == "call_function":
-            known[node] = _call(axes, node, known)
-    return axes, tensors  # type: ignore[return-value]
+            known[node] = _call(axes, node, known, unknown)
+    return axes, tensors, unknown  # type: ignore[return-value]
 
 
-def _call(axes: Axes, node: Node, known: Mapping[Node, object]) -> object:
-    """The axes of one operation's result; a list of them where it has several results."""
+def _call(axes: Axes, node: Node, known: Mapping[Node, object], unknown: list[str]) -> object:
+    """The axes of one operation's result; a list of them where it has several results.
+
+    The name of an operation without a rule is added to ``unknown``.
+    """
     operation: object = node.target
     if not isinstance(operation, torch._ops.OpOverload):  # taking one of several results
         source, index = node.args
         return known[source][index]  # type: ignore[index]
     names = [argument.name for argument in operation._schema.arguments]
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    arguments = {name: arguments[name] for name in names if name in arguments}
     given = torch.fx.node.map_arg(arguments, known.__getitem__)  # type: ignore[arg-type]
-    result = node.meta.get("val")
+    result, name = node.meta.get("val"), operation.overloadpacket.__name__
+    if name == "_assert_tensor_metadata":  # torch.export's own, in front of a change of dtype
+        return None
+    is_pointwise = torch.Tag.pointwise in operation.tags
+    rule = RULES.get(name, pointwise if is_pointwise else opaque) if isinstance(result, Tensor) else opaque
+    if rule is opaque and node.all_input_nodes and name not in unknown:
+        unknown.append(name)
     if not isinstance(result, Tensor):
         opaque(axes, given, ())
         return [opaque(axes, {}, tuple(getattr(r, "shape", ()))) for r in result or ()]
-    is_pointwise = torch.Tag.pointwise in operation.tags
-    rule = RULES.get(operation.overloadpacket.__name__, pointwise if is_pointwise else opaque)
     return rule(axes, given, tuple(result.shape))
 
 
