@@ -284,7 +284,8 @@ def test_what_is_not_recomputed_is_not_verified(digits, tmp_path, capsys):
 
 
 def test_a_delta_out_of_range_is_refused_before_training(capsys):
-    assert certificate.main(["--delta", "1"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        certificate.main(["--delta", "1"])
     assert "delta must lie in (0, 1): got 1.0" in capsys.readouterr().err
 
 
@@ -355,7 +356,8 @@ def test_a_flipped_bit_is_refused_or_gets_its_own_numbers(digits, tmp_path, caps
 
 def test_what_is_no_certificate_is_refused(tmp_path, capsys):
     empty = tmp_path / "empty.json"
-    for content, complaint in (("{}", "must hold a message or a word"), ('{"message": "00"}', "must name a delta and a task")):
+    complaints = {"{}": "must hold a message or a word", '{"message": "00"}': "must name a delta and a task"}
+    for content, complaint in complaints.items():
         empty.write_text(content)
         assert certificate.main(["--verify", str(empty)]) == 2
         assert complaint in capsys.readouterr().err
