@@ -6,6 +6,11 @@ on their magnitudes with signs drawn from the seed. Each has its own description
 and its own bounds. ``mdl`` is the formula k ln d in which sparsity alone tightens the bound; of a trained network it
 certifies nothing, and the table says so.
 
+The last two are measured where weights start from what a seed alone fixes: of runs that rewind to step 0, and of
+treatments other than ``lr_rewind`` and ``fine_tune``, which start from trained weights. Networks of ``sibling``
+(which start as their tickets do), ``frozen_init`` and ``frozen_unless_shrunk`` (whose pruned weights are not zero, so
+that their masks do not describe them) are left out.
+
 The sample is the training split. Validation examples take no part: every network is that of the last step, and the
 code is fixed in advance. A word of it says everything about a coded network, so that the choice of level, treatment,
 seed and number of values is paid for. A mask needs weights to lie on: the choice among those of the run (init seed,
@@ -36,6 +41,20 @@ from ticketlab import bounds
 from ticketlab.functional import stream
 
 STUDY = replace(DIGITS, treatments=("ticket", "reinit", "random_mask"))
+SEED_FIXED = (
+    "ticket",
+    "reinit",
+    "random_mask",
+    "layerwise_shuffle",
+    "dense_restart",
+    "reinit_keep_sign",
+    "reshuffle",
+    "reshuffle_keep_sign",
+    "random_sign",
+    "signed_constant",
+    "random_constant",
+)
+"""Treatments that start from a function of mask, level and seed, where the run itself rewinds to theta_0."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,10 @@ def run(config: Config) -> Tables:
     choices = {"init seed": len(study.init_seeds), "treatment": len(study.treatments)}
     choices |= {"level": study.levels + 1, "signs": 2}
     measure = Measure(model, task, choices, config)
-    wanted = config.at_levels or {*range(0, study.levels + 1, 2), study.levels}
+    rewinds = study.retraining == "rewind" and study.rewind_step == 0
+    wanted = set(config.at_levels or {*range(0, study.levels + 1, 2), study.levels})
+    if not wanted <= {*range(study.levels + 1)}:
+        raise ValueError(f"at_levels must lie in 0 to {study.levels}, the levels of the run: got {sorted(wanted)}.")
     rows: list[dict[str, Any]] = []
     for level in levels:
         if level.level not in wanted:
@@ -105,7 +127,7 @@ def run(config: Config) -> Tables:
         networks = list(_networks(level, task.device))
         for network in tqdm(networks, desc=f"bounds of level {level.level}", unit="network", disable=None):
             about = network.metrics[["level", "treatment", "init_seed", "density"]].iloc[0].to_dict()
-            for hypothesis in _hypotheses(measure, network, rewound=study.rewind_step > 0):
+            for hypothesis in _hypotheses(measure, network, rewinds and about["treatment"] in SEED_FIXED):
                 rows += [about | {"level_density": level.density} | row for row in _rows(measure, network, hypothesis)]
     table = pd.DataFrame(rows)
     said = ["hypothesis", "bound", "certificate", "covers", "assumptions"]
@@ -123,12 +145,12 @@ def _networks(level: tl.Level, device: torch.device) -> Iterator[tl.Level]:
         yield replace(one, start=one.start.to(device, torch.float32), end=one.end.to(device, torch.float32))
 
 
-def _hypotheses(measure: Measure, network: tl.Level, rewound: bool) -> Iterator[Hypothesis]:
-    """Those of the docstring; weights rewound to a trained step are fixed by no seed."""
+def _hypotheses(measure: Measure, network: tl.Level, seed_fixed: bool) -> Iterator[Hypothesis]:
+    """Those of the docstring; a mask on weights that were trained is described by no seed."""
     masks, train = network.masks, measure.task.train
     yield Hypothesis("trained", network.end, _coded(network, network.end), measure.error(network.end, network, train))
     yield _quantised(measure, network)
-    if rewound:
+    if not seed_fixed:
         return
     seed = int(network.metrics["init_seed"].iloc[0])
     params, buffers = network.start
@@ -172,9 +194,17 @@ def _rows(measure: Measure, network: tl.Level, hypothesis: Hypothesis) -> Iterat
     n, classes, error, description = len(task.train), task.n_classes, hypothesis.train_error, hypothesis.description
     test_error = measure.error(hypothesis.state, network, task.test)
     kept, total = int(tl.masks.kept(network.masks)), tl.masks.total(network.masks)
-    weights = "seed" if description.values == "seed" else "trained"
     found = [
-        bounds.mdl(error, kept, total, n, delta, weights=weights, n_classes=classes),  # type: ignore[arg-type]
+        bounds.mdl(
+            error,
+            kept,
+            total,
+            n,
+            delta,
+            weights="seed" if description.values == "seed" else "trained",
+            choice_nats=description.choice_nats,
+            n_classes=classes,
+        ),
         bounds.occam_hoeffding(error, description.nats, n, delta, n_classes=classes, covers=description.covers),
         bounds.occam_kl(error, description.nats, n, delta, n_classes=classes, covers=description.covers),
         _bound(measure, hypothesis),

@@ -118,6 +118,15 @@ def test_mdl_is_the_formula_as_stated():
     assert same.value == pytest.approx(found.value, rel=1e-14) and same.certificate
 
 
+def test_mdl_is_charged_for_choices():
+    nats = 50 * math.log(1000)
+    paid = bounds.mdl(0.1, 50, 1000, 60_000, weights="seed", choice_nats=math.log(36))
+    assert paid.value == pytest.approx(bounds.occam_hoeffding(0.1, nats + math.log(36), 60_000).value, rel=1e-14)
+    assert paid.certificate and paid.value > bounds.mdl(0.1, 50, 1000, 60_000, weights="seed").value
+    with pytest.raises(ValueError, match="choice_nats must be at least 0"):
+        bounds.mdl(0.1, 50, 1000, 60_000, choice_nats=math.nan)
+
+
 def test_mdl_certifies_masks_on_seed_fixed_weights_alone():
     trained = bounds.mdl(0.1, 50, 1000, 60_000)
     assert not trained.certificate and "left out" in trained.covers
@@ -237,12 +246,14 @@ def test_losses_outside_0_1_are_refused_with_what_to_do(bound):
     for loss in (2.3, -0.1, math.nan):
         with pytest.raises(ValueError, match=r"the loss must lie in \[0, 1\].*bounded_cross_entropy"):
             bound(loss, 10, 100)
-    for delta in (0, 1, -0.1, 1.5, math.nan):
+    for delta in (0, 1, -0.1, 1.5, math.nan, np.array([0.1, 0.2])):
         with pytest.raises(ValueError, match=r"delta must lie in \(0, 1\)"):
             bound(0.1, 10, 100, delta)
-    for n in (0, -3, 2.5):
+    for n in (0, -3, 2.5, np.array([10, 20])):
         with pytest.raises(ValueError, match="n must be a number of examples"):
             bound(0.1, 10, n)
+        with pytest.raises(ValueError, match="n must be a number of examples"):
+            bounds.pac_bayes_kl(0.1, 10, n)
     for description in (-1, math.nan):
         with pytest.raises(ValueError, match="description_nats must be at least 0"):
             bound(0.1, description, 100)
@@ -256,7 +267,11 @@ def test_other_numbers_out_of_range_are_refused():
         bounds.mdl(0.1, 2, 10, 100, weights="sparse")
     with pytest.raises(ValueError, match="must be a number of errors"):
         bounds.binomial_tail(0.0123, 10, 100)
+    with pytest.raises(ValueError, match="must be a number of errors"):
+        bounds.binomial_tail(500_000.4 / 10**6, 10, 10**6)
     assert bounds.binomial_tail(473 / 55_000, 10, 55_000).value > 0.0086  # a quotient of counts is one
+    for errors in range(49_000, 49_010):  # in float32 too
+        assert bounds.binomial_tail(np.float32(errors / 55_000), 10, 55_000).value > errors / 55_000
     with pytest.raises(ValueError, match="betas must be"):
         bounds.pac_bayes_catoni(0.1, 1, 100, betas=())
     with pytest.raises(ValueError, match=r"q must lie in \[0, 1\]"):
@@ -282,3 +297,6 @@ def test_bounded_cross_entropy_maps_into_0_1_and_back():
         bounds.bounded_cross_entropy(logits, y, mixing=0)
     with pytest.raises(ValueError, match="logits must be finite"):
         bounds.bounded_cross_entropy(logits * math.inf, y)
+    for labels in ([1, 3], [-1, 2]):
+        with pytest.raises(ValueError, match=r"labels must lie in 0..2, the columns of logits"):
+            bounds.bounded_cross_entropy(logits, torch.tensor(labels))

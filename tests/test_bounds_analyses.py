@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from figures import generalization_bounds as figure
 from figures.style import save
 from tests.cases import build, small_conv_bn
 from ticketlab import bounds
+from ticketlab.engine.treatments import FROZEN, RETRAINING, TREATMENTS
 
 HYPOTHESES = ("trained", "quantised", "untrained", "random_signs")
 BOUNDS = ("mdl", "occam_hoeffding", "occam_kl", "binomial_tail", "held_out")
@@ -52,6 +54,12 @@ def test_every_network_is_bounded_under_each_hypothesis(tmp_path):
     choices = {"all": 2 * 3 * 3 * 2}  # seeds, treatments, levels, signs
     nats = bounds.description_length(one.masks, choices=choices).nats
     found = table[(table["level"] == 2) & (table["treatment"] == "reinit") & (table["init_seed"] == 1)]
+    untrained = found[found["hypothesis"] == "untrained"].set_index("bound")
+    kept, total = int(tl.masks.kept(one.masks)), tl.masks.total(one.masks)
+    mdl_nats = kept * math.log(total) + math.log(36)  # the choices are paid for in every certificate
+    assert untrained.loc["mdl", "value"] == pytest.approx(
+        bounds.occam_hoeffding(error, mdl_nats, len(task.train)).value
+    )
     row = found[(found["hypothesis"] == "untrained") & (found["bound"] == "binomial_tail")].iloc[0]
     expected = bounds.binomial_tail(error, nats, len(task.train))
     assert row["value"] == pytest.approx(expected.value) and row["train_error"] == pytest.approx(error)
@@ -63,6 +71,35 @@ def test_every_network_is_bounded_under_each_hypothesis(tmp_path):
 def test_rewound_weights_are_fixed_by_no_seed(tmp_path):
     tables = analysis.run(tiny(tmp_path, levels=1, rewind_step=5, init_seeds=(0,), treatments=("ticket",)))
     assert set(tables["bounds"]["hypothesis"]) == {"trained", "quantised"}
+
+
+@pytest.mark.parametrize("changes", [{"treatments": ("ticket", "fine_tune", "lr_rewind")}, {"retraining": "fine_tune"}])
+def test_trained_weights_are_fixed_by_no_seed(tmp_path, changes):
+    config = replace(tiny(tmp_path, levels=1, init_seeds=(0,), **{"treatments": ("ticket",)} | changes), at_levels=(1,))
+    found = analysis.run(config)["bounds"].groupby("treatment")["hypothesis"].unique().map(set).to_dict()
+    trained = {"trained", "quantised"}
+    expected = {"ticket": trained} if "retraining" in changes else {"ticket": set(HYPOTHESES)}
+    assert found == expected | {name: trained for name in found if name != "ticket"}
+    assert all(name in TREATMENTS and name not in (*FROZEN, *RETRAINING) for name in analysis.SEED_FIXED)
+
+
+def test_levels_that_the_run_lacks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"at_levels must lie in 0 to 2, the levels of the run: got \[1, 99\]"):
+        analysis.run(replace(tiny(tmp_path), at_levels=(1, 99)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_network_of_a_stored_run_comes_back_from_its_bytes(tmp_path):
+    config = tiny(tmp_path, levels=1, init_seeds=(0,), treatments=("ticket",))
+    list(tl.imp(config.study, store=config.store))
+    level = tl.load_run(tl.run_folder(config.study, config.store))[1]
+    model, _ = tl.model_and_task(config.study)
+    one = level.select(treatment="ticket", init_seed=0)
+    assert list(level.masks) == sorted(level.masks) and list(level.theta_end) == sorted(level.theta_end)
+    word = bounds.encode(one.masks, one.theta_end, "coded")
+    masks, params = bounds.decode(word, tl.state(model).params, tl.masks.prunable(model))
+    assert all(torch.equal(params[n], p) for n, p in one.theta_end.items())
+    assert all(torch.equal(masks[n], m) for n, m in one.masks.items())
 
 
 def test_batch_norm_statistics_are_paid_for():

@@ -194,6 +194,24 @@ def test_the_very_network_comes_back(seed, values, n_values):
     assert ideal <= bits(word) + 1e-6 and bits(word) < ideal + SLACK_BITS
 
 
+@pytest.mark.parametrize("values", ["seed", "signs", "coded"])
+@pytest.mark.parametrize("kept", [0.5, 0.9])  # masks in one piece, and layer by layer
+def test_the_order_of_mappings_is_no_part_of_the_message(values, kept):
+    model, masks, params = network()
+    masks |= {"fc1.weight": torch.rand(masks["fc1.weight"].shape, generator=torch.Generator().manual_seed(0)) < kept}
+    params["fc1.weight"] = tl.state(model).params["fc1.weight"] * masks["fc1.weight"]
+    word = bounds.encode(masks, params, values)
+    for turn in range(1, len(params)):
+        order = [*list(params)[turn:], *list(params)[:turn]]
+        shuffled = {n: params[n] for n in order}
+        prunable = [n for n in order if n in masks]
+        assert bounds.encode({n: masks[n] for n in prunable}, shuffled, values) == word
+        found_masks, found = bounds.decode(word, shuffled, prunable[::-1])
+        assert list(found) == order
+        assert all(torch.equal(found[n], p) for n, p in params.items())
+        assert all(torch.equal(found_masks[n], m) for n, m in masks.items())
+
+
 def test_batch_norm_statistics_are_coded_with_the_network():
     model = build(small_conv_bn, 0, torch.float32)
     state = tl.state(model)
@@ -212,6 +230,9 @@ def test_no_bytes_but_a_whole_message_are_decoded():
     for broken in (word[:-1], word + b"\0", word + b"\1", b"", word[:20]):
         with pytest.raises(ValueError, match="the data must be one whole message"):
             bounds.decode(broken, params, tl.masks.prunable(model))
+    for names in (["fc1.weight", "zz"], []):
+        with pytest.raises(ValueError, match="prunable must name one or more tensors of the reference"):
+            bounds.decode(word, params, names)
 
 
 def test_quantise_leaves_few_values_and_less_error_than_the_quantiles():
@@ -242,10 +263,12 @@ def test_what_is_no_network_is_refused():
         bounds.encode(mask, {"w": torch.ones(5)}, "coded")
     with pytest.raises(ValueError, match="params must be float32"):
         bounds.encode(mask, {"w": torch.ones(4, dtype=torch.float64)}, "coded")
-    with pytest.raises(ValueError, match="choices must count"):
-        bounds.description_length(mask, choices={"density": 0})
-    with pytest.raises(ValueError, match=r"kept must lie in 0..3"):
-        bounds.subset_nats(4, 3)
+    for n in (0, 2.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="choices must count"):
+            bounds.description_length(mask, choices={"density": n})
+    for kept, total in ((4, 3), (2.5, 10), (2, 10.5), (math.nan, 10)):
+        with pytest.raises(ValueError, match=rf"kept must lie in 0..{total}"):
+            bounds.subset_nats(kept, total)
     with pytest.raises(ValueError, match="float16 or float32"):
         Encoder().floats(np.ones(2))
     with pytest.raises(ValueError, match=r"symbols must be in 0..1"):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,6 +166,17 @@ def test_stopped_extended_and_resumed_runs_have_the_bits_of_an_uninterrupted_one
     assert_same(shorter[2], resumed[2])
 
 
+def test_a_resumed_run_does_not_depend_on_the_order_of_names(tmp_path):
+    def model():  # in another order than that of its names
+        return nn.Sequential(OrderedDict(z=nn.Linear(6, 8), y=nn.ReLU(), a=nn.Linear(8, 3)))
+
+    config = replace(CONFIG, levels=2, treatments=("ticket", "random_mask"))
+    whole = list(tl.imp(config, model=model, task=blobs(), store=None))
+    list(tl.imp(replace(config, levels=1), model=model, task=blobs(), store=tmp_path))
+    for a, b in zip(whole, tl.imp(config, model=model, task=blobs(), store=tmp_path), strict=True):
+        assert_same(a, b)
+
+
 def test_a_finished_run_is_only_read(tmp_path):
     levels(store=tmp_path)
     folder = next(tmp_path.iterdir())
@@ -177,6 +189,7 @@ SCRIPT = """
 import sys; sys.path.insert(0, "tests")
 import torch; torch.set_num_threads(2)
 from test_imp import CONFIG, blobs, small_mlp, tl
+from collections import OrderedDict
 from dataclasses import replace
 config = replace(CONFIG, levels=6, recipe=replace(CONFIG.recipe, steps=200))
 for level in tl.imp(config, model=small_mlp, task=blobs(), store=sys.argv[1]):

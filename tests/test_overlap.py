@@ -107,6 +107,51 @@ def test_exact_p_values_equal_scipy(total, data):
     assert exact_p(*more)[0] == pytest.approx(min(1, 2 * min(tails)), rel=1e-7)
 
 
+def strata_p(x, strata):
+    """Two-sided p-value of a sum over strata (d, a, b), from scipy's distributions."""
+    pmf = np.ones(1)
+    for d, a, b in strata:
+        pmf = np.convolve(pmf, hypergeom.pmf(np.arange(min(a, b) + 1), d, a, b))
+    return min(1, 2 * min(pmf[: x + 1].sum(), pmf[x:].sum()))
+
+
+@pytest.mark.parametrize(("kept", "most"), [(2, 3), (5, 5), (9, 9)])
+def test_p_values_of_many_strata_are_exact_too(kept, most):
+    generator = np.random.default_rng(kept)
+    total = np.repeat([9, 30], [30, 120])
+    a, b = (np.minimum(generator.integers(0, n + 1, len(total)), total) for n in (kept, most))
+    mean = (a * b / total).sum()
+    for x in {int(mean * share) for share in (0.3, 0.8, 1, 1.3, 2)}:
+        found = exact_p(np.array([x]), total, a[None], b[None])[0]
+        assert found == pytest.approx(strata_p(x, zip(total, a, b, strict=True)), rel=1e-7)
+    dense = exact_p(np.array([total.sum()]), total, total[None], total[None])
+    assert dense == 1  # no stratum leaves a choice
+
+
+def test_small_counts_given_inputs_are_no_normal():
+    """4 shared of 400 live weights each, 0.71 expected: a normal would say 0.0009."""
+    x = torch.arange(784)
+    a, b = torch.zeros(2, 300, 784, dtype=torch.bool)
+    a[x[:400] % 300, x[:400]] = True
+    b[(x[187:587] + 7) % 300, x[187:587]] = True
+    b[a.nonzero()[200:204, 0], a.nonzero()[200:204, 1]] = True
+    row = of(overlap.compare({"fc": a}, {"fc": b}, given="input"), "fc")
+    strata = [(300, int(k), int(m)) for k, m in zip(a.sum(0), b.sum(0), strict=True)]
+    assert row["intersection"] >= 4 and 0.6 < row["expected"] < 0.8
+    assert row["p_value"] == pytest.approx(strata_p(row["intersection"], strata), rel=1e-7) and row["p_value"] > 0.003
+
+
+def test_p_values_given_inputs_are_uniform_where_counts_are_small():
+    mask = {"fc": random_masks(1, (0.01, 0.5), first=(60, 80))["fc1"][0]}
+    drawn = stack([null_masks(mask, seed, "input") for seed in range(600)])
+    table = overlap.compare(stack([mask] * 600), drawn, stacked=True, given="input").query("layer == 'fc'")
+    low = [int((table["p_value"] <= level).sum()) for level in (0.01, 0.05, 0.2)]
+    for count, level in zip(low, (0.01, 0.05, 0.2), strict=True):
+        assert binomtest(count, 600, level, alternative="greater").pvalue > 1e-4
+    expected, variance = table["expected"].iloc[0], table["variance"].iloc[0]
+    assert 0.3 < expected < 3 and abs(table["intersection"].mean() - expected) < 5 * (variance / 600) ** 0.5
+
+
 def test_exact_and_normal_agree_where_they_meet():
     a = random_masks(40, (0.5, 0.5))
     table = overlap.pairs(a)
@@ -295,6 +340,8 @@ def test_what_cannot_be_compared_is_refused():
         overlap.pairs([masks])
     with pytest.raises(ValueError, match="equal shapes"):
         overlap.pairs([masks, {"fc": layer(0, shape=(4, 3))}])
+    with pytest.raises(ValueError, match=r"one replica axis in front, of one length: got \[3, 4\]"):
+        overlap.pairs({"fc": layer(*range(12)), "output": layer(*range(12), shape=(4, 3))})  # one network, no stack
     with pytest.raises(ValueError, match=r"given must be one of \['layer', 'input', 'unit'\]: got 'pixel'"):
         overlap.compare(masks, masks, given="pixel")
     model = build(small_mlp)

@@ -40,8 +40,9 @@ def assert_equal(a, b, names=None):
 def test_the_mask_alone_leaves_the_fresh_weights():
     masks, _ = source()
     net = build(small_mlp, 2)
-    start = carry(net, tl.state(net), masks, 7)
+    start = carry(net, tl.state(net), dict(reversed(masks.items())), 7)
     assert_equal(start.masks, masks)
+    assert list(start.masks) == list(mask_ops.prunable(net))
     assert_equal(start.state.params, tl.state(net).params)
     assert start.order_seed == 7 and not start.frozen and start.learning_rate is None
 
@@ -109,8 +110,19 @@ def test_masks_of_another_model_are_refused():
     last = mask_ops.ones(build(lambda: mlp((6,), 3, hidden=(8, 6))))
     with pytest.raises(ValueError, match=r"only the number of classes may differ.*'fc2.weight'"):
         carry(net, tl.state(net), last, 0)
-    with pytest.raises(ValueError, match="only the number of classes may differ"):
+    with pytest.raises(ValueError, match=r"masks must be one network's: .*level.select"):
         carry(net, tl.state(net), stack([mask_ops.ones(net)] * 2), 0)
+    with pytest.raises(ValueError, match=r"must be bool, True = kept: got torch.float32"):
+        carry(net, tl.state(net), {name: mask.float() for name, mask in mask_ops.ones(net).items()}, 0)
+
+
+def test_a_fresh_state_of_another_network_is_refused():
+    net = build(small_mlp, 0)
+    for wrong in (build(small_conv_bn), build(lambda: mlp((6,), 3, hidden=(9, 5))), build(more_classes)):
+        with pytest.raises(ValueError, match=r"fresh must be one network's state, of the receiving model: .*weight"):
+            carry(net, tl.state(wrong), mask_ops.ones(net), 0)
+    with pytest.raises(ValueError, match="fresh must be one network's state"):
+        carry(net, stack_states([tl.state(net)] * 2), mask_ops.ones(net), 0)
 
 
 def test_inputs_of_another_size_are_refused_with_what_to_do():

@@ -29,7 +29,8 @@ def encode(masks: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = No
     """Bytes from which `decode` rebuilds the very network; 8 times their number is its description length in bits.
 
     The words are prefix-free for a decoder that knows the architecture and, for ``seed`` and ``signs``, the
-    reference weights. :func:`ticketlab.bounds.description_length` gives the terms.
+    reference weights. :func:`ticketlab.bounds.description_length` gives the terms. Masks and tensors are written in the
+    order of their sorted names, whatever that of the mappings.
 
     Args:
         masks: True = kept, of one network.
@@ -40,10 +41,11 @@ def encode(masks: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = No
         ValueError: Masks or tensors that do not fit one another, or another dtype than float32.
     """
     check_network(masks, params, values)
+    masks = dict(sorted(masks.items()))
     encoder = Encoder()
     encoder.uniform(get_args(Values).index(values), len(get_args(Values)))
     _encode_masks(encoder, masks)
-    for name, tensor in (params or {}).items():
+    for name, tensor in sorted((params or {}).items()):
         mask = masks.get(name)
         if values == "signs" and mask is not None:
             encoder.symbols(torch.signbit(tensor[mask]).long().cpu().numpy(), (1, 1))
@@ -57,21 +59,28 @@ def decode(data: bytes, reference: Mapping[str, Tensor], prunable: Sequence[str]
 
     Args:
         data: What `encode` gave.
-        reference: Tensors with the names, order and shapes of the network's. Their values are the weights that a
-            seed fixes: ``seed`` takes them all, ``signs`` the magnitudes and whatever is not masked.
-        prunable: Names of the masked tensors in the order of the masks: ``masks.prunable(model)``.
+        reference: Tensors with the names and shapes of the network's. Their values are the weights that a seed
+            fixes: ``seed`` takes them all, ``signs`` the magnitudes and whatever is not masked.
+        prunable: Names of the masked tensors: ``masks.prunable(model)``.
 
     Returns:
-        Masks, and tensors with pruned weights zero, on the CPU.
+        Masks, and tensors with pruned weights zero in the order of ``reference``, on the CPU.
 
     Raises:
-        ValueError: Bytes that are not one whole message for this architecture.
+        ValueError: Bytes that are not one whole message for this architecture, or masked tensors that the reference
+            lacks.
     """
+    missing = [name for name in prunable if name not in reference]
+    if missing or not prunable:
+        raise ValueError(
+            f"prunable must name one or more tensors of the reference: it lacks {missing} of {list(prunable)}. "
+            "Pass every tensor of the network, and masks.prunable(model)."
+        )
     decoder = Decoder(data)
     values: Values = get_args(Values)[decoder.uniform(len(get_args(Values)))]
-    masks = _decode_masks(decoder, {name: reference[name] for name in prunable})
-    params: Params = {}
-    for name, tensor in reference.items():
+    masks = _decode_masks(decoder, {name: reference[name] for name in sorted(prunable)})
+    params: Params = dict.fromkeys(reference, torch.empty(0))
+    for name, tensor in sorted(reference.items()):
         known, mask = tensor.detach().cpu(), masks.get(name)
         where = torch.ones_like(known, dtype=torch.bool) if mask is None else mask
         found = known[where]

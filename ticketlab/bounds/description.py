@@ -79,12 +79,14 @@ def description_length(
         The terms; :attr:`Description.nats` is what the bounds take.
 
     Raises:
-        ValueError: Masks or tensors that do not fit one another, or fewer than one alternative.
+        ValueError: Masks or tensors that do not fit one another, or alternatives that are no count of at least 1.
     """
     check_network(masks, params, values)
-    bad = {name: n for name, n in (choices or {}).items() if n < 1}
+    bad = {name: n for name, n in (choices or {}).items() if not (n >= 1 and n % 1 == 0)}
     if bad:
-        raise ValueError(f"choices must count the alternatives, at least 1 each: got {bad}. Leave out what was fixed.")
+        raise ValueError(
+            f"choices must count the alternatives, whole and at least 1 each: got {bad}. Leave out what was fixed."
+        )
     whole, by_layer = mask_lengths(masks)
     value_nats = math.log(len(get_args(Values)))
     if values == "signs":
@@ -100,10 +102,12 @@ def subset_nats(kept: int, total: int) -> float:
     """ln C(d, k) + ln (d + 1): how many of d are kept, each number alike, and then which.
 
     Raises:
-        ValueError: A number kept outside 0..total.
+        ValueError: A number kept that is no count in 0..total.
     """
-    if not 0 <= kept <= total:
-        raise ValueError(f"kept must lie in 0..{total}, the number of weights: got {kept}. Count them with masks.kept.")
+    if not (0 <= kept <= total and kept % 1 == 0 and total % 1 == 0):
+        raise ValueError(
+            f"kept must lie in 0..{total}, the number of weights, both counts: got {kept}. Count them with masks.kept."
+        )
     # C(d, k) (d + 1) is 1 / Beta(k + 1, d - k + 1)
     return float(gammaln(total + 2) - gammaln(kept + 1) - gammaln(total - kept + 1))
 

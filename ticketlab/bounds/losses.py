@@ -41,7 +41,7 @@ def bounded_cross_entropy(
         mixing: a, in (0, 1], fixed before the sample is seen (or paid for).
 
     Raises:
-        ValueError: A mixing outside (0, 1], logits that are not finite, or shapes that do not fit.
+        ValueError: A mixing outside (0, 1], logits that are not finite, or shapes or labels that do not fit.
     """
     if not 0 < mixing <= 1:
         raise ValueError(f"mixing must lie in (0, 1]: got {mixing}. Try 0.01.")
@@ -49,6 +49,10 @@ def bounded_cross_entropy(
         shapes = f"{tuple(logits.shape)} and {tuple(y.shape)}"
         raise ValueError(f"logits must be finite [n, classes], with a label each: got {shapes}.")
     classes = logits.shape[1]
+    if not ((y >= 0) & (y < classes)).all():
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1}, the columns of logits: got {int(y.min())}..{int(y.max())}."
+        )
     right = logits.detach().double().softmax(1).gather(1, y[:, None])[:, 0]
     low, high = -math.log(1 - mixing + mixing / classes), math.log(classes / mixing)
     mixed = -torch.log((1 - mixing) * right + mixing / classes).mean()

@@ -210,6 +210,8 @@ def _levels(study: _Study, folder: Path | None) -> Iterator[Level]:
                 locked, stored = True, runs.n_stored(folder)  # another process may have written in between
             if folder and number < stored:
                 level = runs.read_level(folder, number, study.task.device)
+                in_order = {name: level.masks[name] for name in mask_ops.prunable(study.model)}
+                level = replace(level, masks=in_order)  # a random mask of the next level counts in it
             else:
                 level = _dense(study) if dense is None or level is None else _pruned(study, number, dense, level)
                 if folder:

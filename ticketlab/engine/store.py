@@ -214,8 +214,9 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
         content = {name: _verified(path / name, digest) for name, digest in manifest["sha256"].items()}
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(_damaged(path / MANIFEST, "is not a whole manifest")) from error
-    masks = {n: t.to(device) for n, t in load_tensors(content[MASKS]).items()}
-    tensors = _unflatten({n: t.to(device) for n, t in load_tensors(content[WEIGHTS]).items()})
+    # by name: safetensors gives them in an order that differs from process to process
+    masks = {n: t.to(device) for n, t in sorted(load_tensors(content[MASKS]).items())}
+    tensors = _unflatten({n: t.to(device) for n, t in sorted(load_tensors(content[WEIGHTS]).items())})
     metrics, curves = (pd.read_csv(BytesIO(content[n]), dtype=_INTEGERS) for n in (METRICS, CURVES))
     start, end = tensors.pop("start"), tensors.pop("end")
     snapshots = {int(key.removeprefix("step_")): s for key, s in sorted(tensors.items())}

@@ -6,6 +6,7 @@ is, fresh and dense. Nothing else may differ (Morcos et al. 2019).
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ticketlab import masks as mask_ops
@@ -30,15 +31,22 @@ def carry(model: nn.Module, fresh: State, masks: Masks, order_seed: int, *, weig
         What `training.train` starts from, when stacked. Of a fresh output layer every weight is live.
 
     Raises:
-        ValueError: A mask of another model, weights that do not fit, layers other than the output that differ in
-            shape, a source layer without a live weight.
+        ValueError: A mask or a fresh state of another model, masks that are stacked or not bool, weights that do not
+            fit, layers other than the output that differ in shape, a source layer without a live weight.
 
     Reference:
         Morcos et al. 2019, One ticket to win them all, section 3.
     """
     output = mask_ops.prunable(model)[-1]
-    _check(fresh, masks, mask_ops.ones(model), output)
+    _check(masks, mask_ops.ones(model), output)
+    masks = {name: masks[name] for name in mask_ops.prunable(model)}  # random_mask depends on their order
     own = dict(fresh.params)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    wrong = [n for n in {**shapes, **own} if n not in shapes or n not in own or own[n].shape != shapes[n]]
+    if wrong:
+        raise ValueError(
+            f"fresh must be one network's state, of the receiving model: {wrong} are not. Take it with state(model)."
+        )
     if own[output].shape == masks[output].shape:
         replaced: set[str] = set()
         carried = dict(masks)
@@ -63,7 +71,7 @@ def _with_weights(fresh: State, weights: State, replaced: set[str]) -> State:
     return State({n: fresh.params[n] if n in replaced else p for n, p in weights.params.items()}, weights.buffers)
 
 
-def _check(fresh: State, masks: Masks, expected: Masks, output: str) -> None:
+def _check(masks: Masks, expected: Masks, output: str) -> None:
     if set(masks) != set(expected):
         raise ValueError(
             f"masks must be of the receiving model, with layers {sorted(expected)}: got {sorted(masks)}. "
@@ -71,6 +79,15 @@ def _check(fresh: State, masks: Masks, expected: Masks, output: str) -> None:
         )
     for name, own in expected.items():
         given, wanted = tuple(masks[name].shape), tuple(own.shape)
+        if masks[name].dtype != torch.bool:
+            raise ValueError(
+                f"masks[{name!r}] must be bool, True = kept: got {masks[name].dtype}. Convert it with mask != 0."
+            )
+        if len(given) == len(wanted) + 1:
+            raise ValueError(
+                f"masks must be one network's: masks[{name!r}] has shape {given}, the receiving layer {wanted}. "
+                "Cut them down to a replica with level.select."
+            )
         if given != wanted and not (name == output and given[1:] == wanted[1:]):
             raise ValueError(
                 f"only the number of classes may differ between source and target: masks[{name!r}] has shape {given}, "

@@ -13,11 +13,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ticketlab.functional import Masks, stack
-from ticketlab.overlap.null import EXACT_BELOW, EXACT_STRATA, Given, exact_p, moments, normal_p
+from ticketlab.overlap.null import EXACT_BELOW, Given, exact_p, moments, normal_p
 
 WHOLE = "all"
 """Name of the row for the whole network, in the column ``layer``."""
 _BLOCK = 2**16  # weights in one matrix product: counts stay exact in float32, and memory small
+_COUNTS = 2**21  # live weights of pairs and strata that are tabulated at a time: memory again
 
 
 def compare(masks_a: Masks, masks_b: Masks, *, stacked: bool = False, given: Given = "layer") -> pd.DataFrame:
@@ -30,8 +31,10 @@ def compare(masks_a: Masks, masks_b: Masks, *, stacked: bool = False, given: Giv
     layers, or similar layer densities alone would look like overlap. ``given="input"`` also keeps how many live
     weights each input of a layer has, ``given="unit"`` how many each unit has: overlap beyond these is not explained
     by which inputs (pixels) or which units are alive. p-values are two-sided (twice the smaller tail), exact where
-    the variance is below 100 and at most 32 strata (layers, inputs or units) are summed, and normal with continuity
-    correction otherwise.
+    the variance is below 100, and normal with continuity correction otherwise.
+
+    Nothing tells a replica axis from an axis of the layer: a conv1d weight has three too. Without ``stacked`` the first
+    axis of every mask is that of units, and a stack passed so is compared as one network.
 
     Args:
         masks_a: True = kept; one network, or a stack where ``stacked``.
@@ -97,6 +100,12 @@ def check(stacks: Sequence[Mapping[str, Tensor]]) -> None:
     if not stacks or not stacks[0]:
         raise ValueError("masks must name at least one layer: got none. Build them with masks.ones(model).")
     first = stacks[0]
+    replicas = {len(mask) for mask in first.values() if mask.ndim}
+    if len(replicas) > 1:
+        raise ValueError(
+            f"masks must have one replica axis in front, of one length: got {sorted(replicas)}. Stack single networks "
+            "with functional.stack."
+        )
     for masks in stacks:
         if set(masks) != set(first):
             raise ValueError(
@@ -154,8 +163,9 @@ def _rows(
 ) -> pd.DataFrame:
     mean, variance = (moment[a, b] for moment in moments(sizes, kept_a, kept_b))
     p_value = normal_p(x, mean, variance)
-    few = np.flatnonzero((variance < EXACT_BELOW) & (len(sizes) <= EXACT_STRATA))
-    p_value[few] = exact_p(x[few], sizes, kept_a[a[few]], kept_b[b[few]])
+    few = np.flatnonzero(variance < EXACT_BELOW)
+    for part in np.array_split(few, 1 + len(few) * len(sizes) // _COUNTS):
+        p_value[part] = exact_p(x[part], sizes, kept_a[a[part]], kept_b[b[part]])
     n_a, n_b, total = kept_a.sum(1)[a], kept_b.sum(1)[b], int(sizes.sum())
     with np.errstate(invalid="ignore"):
         z = np.where(variance > 0, (x - mean) / np.sqrt(variance), np.nan)

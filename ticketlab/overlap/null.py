@@ -6,6 +6,8 @@ the weights of one input or of one unit.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from functools import lru_cache, reduce
 from typing import Literal
 
@@ -20,8 +22,6 @@ from ticketlab.masks import layerwise_shuffle
 Given = Literal["layer", "input", "unit"]
 EXACT_BELOW = 100.0
 """Variance of the intersection below which p-values are exact, and from which they are normal."""
-EXACT_STRATA = 32
-"""Most strata that are convolved; a sum over more of them is taken as normal."""
 _TERMS = 96  # of a tail sum: its terms fall by exp(-96^2 / 200) at the largest variance that is summed
 
 
@@ -61,7 +61,10 @@ def exact_p(
     kept_a: Int[np.ndarray, "n stratum"],
     kept_b: Int[np.ndarray, "n stratum"],
 ) -> Float[np.ndarray, " n"]:
-    """Two-sided: twice the smaller tail, at most 1; the tails of one hypergeometric count or of a sum of several."""
+    """Two-sided: twice the smaller tail, at most 1; the tails of one hypergeometric count or of a sum of several.
+
+    The variance of the sum must be below ``EXACT_BELOW``.
+    """
     rows, back = np.unique(np.column_stack([x, kept_a, kept_b]), axis=0, return_inverse=True)
     x, kept_a, kept_b = rows[:, 0], *np.split(rows[:, 1:], 2, axis=1)
     if len(total) == 1:
@@ -95,17 +98,38 @@ def _one_stratum(x: np.ndarray, d: int, a: np.ndarray, b: np.ndarray) -> np.ndar
 
 
 def _several_strata(x: int, total: np.ndarray, kept_a: np.ndarray, kept_b: np.ndarray) -> float:
-    strata = [_pmf(int(d), int(a), int(b)) for d, a, b in zip(total, kept_a, kept_b, strict=True)]
-    place = x - sum(low for low, _ in strata)
-    pmf = reduce(np.convolve, [part for _, part in strata])
+    """The strata that leave a choice, convolved; those of equal counts come together, as powers of one."""
+    a, b = np.minimum(kept_a, kept_b), np.maximum(kept_a, kept_b)
+    free = (a > 0) & (b < total)
+    place = x - int(a[~free].sum())  # where one mask is empty or dense, the other's live weights decide
+    total, a, b = total[free], a[free], b[free]
+    equal = sorted(Counter(zip(total.tolist(), a.tolist(), b.tolist(), strict=True)).items())
+    strata = [_pmf(*counts, times) for counts, times in equal]
+    low = sum(start for start, _ in strata)
+    mean, variance = moments(total, a[None], b[None])
+    size = _end(mean.item(), variance.item()) - low  # what is cut off adds to nothing below it
+    pmf = reduce(lambda one, other: np.convolve(one, other)[:size], (part for _, part in strata), np.ones(1))
+    place -= low
     return float(min(1, 2 * min(pmf[: max(place + 1, 0)].sum(), pmf[max(place, 0) :].sum())))
 
 
-@lru_cache(maxsize=4096)
-def _pmf(d: int, a: int, b: int) -> tuple[int, np.ndarray]:
-    """The probabilities of one stratum that exceed 1e-100 (by Bernstein's bound), and the count that they begin at."""
-    mean, variance = (float(m[0, 0]) for m in moments(np.array([d]), np.array([[a]]), np.array([[b]])))
-    reach = 77 + np.sqrt(77**2 + 461 * variance)
-    low = max(0, a + b - d, int(mean - reach))
-    support = np.arange(low, min(a, b, int(mean + reach) + 1) + 1, dtype=np.float64)
+@lru_cache(maxsize=2**14)
+def _pmf(d: int, a: int, b: int, times: int) -> tuple[int, np.ndarray]:
+    """The probabilities of a sum of equal strata, a <= b, that exceed 1e-100, and the count that they begin at."""
+    mean, variance = (times * m.item() for m in moments(np.array([d]), np.array([[a]]), np.array([[b]])))
+    if times > 1:
+        (low, one), (more, other) = (_pmf(d, a, b, part) for part in (times // 2, times - times // 2))
+        return low + more, np.convolve(one, other)[: _end(mean, variance) - low - more]
+    low = max(0, a + b - d, int(mean - _reach(variance)))
+    support = np.arange(low, min(a + 1, _end(mean, variance)), dtype=np.float64)
     return low, np.exp(log_pmf(support, d, np.array(a), np.array(b)))
+
+
+def _end(mean: float, variance: float) -> int:
+    """From this count on probabilities are below 1e-100."""
+    return int(mean + _reach(variance)) + 2
+
+
+def _reach(variance: float) -> float:
+    """Distance from the mean beyond which probabilities are below 1e-100, by Bernstein's inequality."""
+    return 77 + math.sqrt(77**2 + 461 * variance)

@@ -82,7 +82,7 @@ def survival(levels: Sequence[Masks], *, stacked: bool = False) -> pd.DataFrame:
 
     Args:
         levels: Masks of one network, in order; or stacks of the same replicas.
-        stacked: Whether there is a replica axis in front.
+        stacked: Whether there is a replica axis in front; without it a stack is taken for one network, see `compare`.
 
     Returns:
         One row for every two positions a <= b of ``levels``, layer (``all`` for the whole) [and replica]: survival.
