@@ -356,7 +356,11 @@ def test_a_flipped_bit_is_refused_or_gets_its_own_numbers(digits, tmp_path, caps
 
 def test_what_is_no_certificate_is_refused(tmp_path, capsys):
     empty = tmp_path / "empty.json"
-    complaints = {"{}": "must hold a message or a word", '{"message": "00"}': "must name a delta and a task"}
+    complaints = {
+        "# a text": "must be a certificate, a JSON file",
+        "{}": "must hold a message or a word",
+        '{"message": "00"}': "must name a delta and a task",
+    }
     for content, complaint in complaints.items():
         empty.write_text(content)
         assert certificate.main(["--verify", str(empty)]) == 2

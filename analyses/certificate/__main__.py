@@ -142,7 +142,12 @@ def certify(kind: str, word: bytes, task: str, data: Data, delta: float) -> Cert
 
 def word_of(path: Path) -> tuple[str, bytes]:
     """The network of a certificate file, still encoded, and in which code."""
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be a certificate, a JSON file: {error}. Give a file of certificates/."
+        ) from error
     kinds = [kind for kind in WORDS if isinstance(content, dict) and isinstance(content.get(kind), str)]
     if len(kinds) != 1:
         raise ValueError(f"{path} must hold a message or a word in hexadecimal digits: it has none, or both.")
