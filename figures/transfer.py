@@ -18,26 +18,31 @@ OFFSETS = {"ticket": -0.22, "layerwise_shuffle": 0.06, "random_mask": 0.32}
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """The transfer matrix from ``networks``: a row a density, a column a target, sources side by side in each."""
+    """The transfer matrix from ``networks``: a panel a density and target, sources side by side in each."""
     networks = tables["networks"]
     targets, levels = list(networks["target"].unique()), sorted(networks.loc[networks["level"] > 0, "level"].unique())
     names = _names(networks)
     with paper():
-        size = (TWO_COLUMNS, 0.9 + 1.75 * len(levels))
-        figure, axes = plt.subplots(len(levels), len(targets), figsize=size, squeeze=False)
-        for i, level in enumerate(levels):
-            for j, target in enumerate(targets):
-                rows = networks[(networks["target"] == target) & networks["level"].isin([0, level])]
-                _panel(axes[i, j], rows, names, last=i == len(levels) - 1)
-                axes[i, j].set_title(_title(rows, names[target]), fontsize=7.5)
-            axes[i, 0].set_ylabel("test error (%)")
+        columns = min(2, len(targets))
+        n_rows = len(levels) * -(-len(targets) // columns)
+        size = (TWO_COLUMNS, 0.9 + 1.75 * n_rows)
+        figure, axes = plt.subplots(n_rows, columns, figsize=size, squeeze=False)
+        panels = [(level, target) for level in levels for target in targets]
+        for i, (place, (level, target)) in enumerate(zip(axes.flat, panels, strict=False)):
+            rows = networks[(networks["target"] == target) & networks["level"].isin([0, level])]
+            _panel(place, rows, names, named=i >= len(panels) - columns or len(targets) > columns)
+            place.set_title(_title(rows, names[target]), fontsize=7.5)
+        for place in axes[:, 0]:
+            place.set_ylabel("test error (%)")
+        for place in axes.flat[len(panels) :]:
+            place.set_axis_off()
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.suptitle(_heading(networks), fontsize=8)
     return figure
 
 
-def _panel(axes: Axes, rows: pd.DataFrame, names: Mapping[str, str], *, last: bool) -> None:
+def _panel(axes: Axes, rows: pd.DataFrame, names: Mapping[str, str], *, named: bool) -> None:
     """Means as bars, networks as dots; from left to right the sources, in each what is carried."""
     dense = 100 * rows.loc[rows["control"] == "dense", "test_error"]
     spread = dense.std() if len(dense) > 1 else 0.0
@@ -56,7 +61,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, names: Mapping[str, str], *, last: bo
                 x = place if alone else place + OFFSETS[control]
                 _networks(axes, x, 100 * rows.loc[here, "test_error"], control, label, first)
         middle = s * (len(carried) + 0.6) + (len(carried) - 1) / 2
-        if last:
+        if named:
             own = "\n(its own)" if source == rows["target"].iloc[0] else ""
             axes.annotate(
                 f"from {names[source]}{own}", (middle, 0), (0, -18), xycoords=("data", "axes fraction"),
