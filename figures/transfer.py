@@ -65,7 +65,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, names: Mapping[str, str], *, named: b
             own = "\n(its own)" if source == rows["target"].iloc[0] else ""
             axes.annotate(
                 f"from {names[source]}{own}", (middle, 0), (0, -18), xycoords=("data", "axes fraction"),
-                textcoords="offset points", ha="center", va="top", fontsize=7,
+                textcoords="offset points", ha="center", va="top", fontsize=7 if len(sources) < 3 else 5.5,
             )  # fmt: skip
         if s:
             axes.axvline(s * (len(carried) + 0.6) - 0.8, color="0.8", lw=0.6)
