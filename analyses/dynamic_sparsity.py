@@ -140,7 +140,7 @@ def _imp(method: str, level: tl.Level, spent: pd.DataFrame, problem: Problem) ->
 
 
 def _beside(problem: Problem, level: tl.Level, imp: pd.DataFrame) -> list[pd.DataFrame]:
-    """All methods at the density of a level, and RigL again with IMP's cost."""
+    """All methods at the density of a level, and again at IMP's cost."""
     config, recipe = problem.config, problem.recipe
     kept = int(imp["kept"].iloc[0])
     counts = layer_counts(problem.model, kept / int(imp["prunable"].iloc[0]), config.spread)

@@ -7,6 +7,7 @@ The user's module only lends its forward pass: its weights, buffers and mode sta
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Params = dict[str, Tensor]
 Buffers = dict[str, Tensor]
@@ -176,6 +179,28 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def transformable() -> Iterator[None]:
+    """Attention as plain matrix products, which alone have every derivative and batching rule.
+
+    Of other operations that ``vmap`` has no rule for, torch warns that it loops over them: slow, not wrong.
+    """
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
+def refuse_batch_statistics(model: nn.Module, needs: str) -> None:
+    """Raise a ValueError if a batch norm takes its statistics from the batch; ``needs`` begins the message."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            why = "is in training mode" if module.training else "keeps no running statistics"
+            raise ValueError(
+                f"{needs} outputs that do not depend on the rest of the batch: batch norm {name!r} {why}. "
+                "Call model.eval() (with track_running_stats=True)."
+            )
 
 
 def resolve(

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
-from ticketlab.functional import Buffers, Params, apply, evaluate, fitted
+from ticketlab.functional import Buffers, Params, apply, evaluate, fitted, refuse_batch_statistics
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,6 @@ def point(
     everything = {name: torch.ones_like(weights[name], dtype=torch.bool) for name in names}
     live = {name: ones & masks[name] if masks and name in masks else ones for name, ones in everything.items()}
     return Point(model, weights, held, live, replicas)
-
-
-def refuse_batch_statistics(model: nn.Module, needs: str) -> None:
-    """Raise a ValueError if a batch norm takes its statistics from the batch; ``needs`` begins the message."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            why = "is in training mode" if module.training else "keeps no running statistics"
-            raise ValueError(
-                f"{needs} outputs that do not depend on the rest of the batch: batch norm {name!r} {why}. "
-                "Call model.eval() (with track_running_stats=True)."
-            )
 
 
 def check_finite(params: Mapping[str, Tensor]) -> None:

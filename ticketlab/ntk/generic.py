@@ -6,16 +6,14 @@ against it, and it serves the parameters that they cannot.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import jacrev, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ticketlab.functional import transformable
 from ticketlab.ntk.problem import Problem
 
 
@@ -39,17 +37,6 @@ def scattered(problem: Problem, names: Sequence[str], vector: Float[Tensor, " k"
 
 CHUNK_BYTES = 2**28
 """The gradients of so many examples are held at once, before their live entries are picked."""
-
-
-@contextmanager
-def transformable() -> Iterator[None]:
-    """Attention as plain matrix products, which alone have every derivative and batching rule.
-
-    Of other operations that ``vmap`` has no rule for, torch warns that it loops over them: slow, not wrong.
-    """
-    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
 
 
 def jacobian(problem: Problem, names: Sequence[str], n_outputs: int, x: Tensor) -> Float[Tensor, "k out n"]:

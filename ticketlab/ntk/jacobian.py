@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import vjp
 
-from ticketlab.functional import evaluating
+from ticketlab.functional import evaluating, transformable
 from ticketlab.ntk import generic
 from ticketlab.ntk.axes import check_finite
 from ticketlab.ntk.blocks import n_fitting
@@ -60,7 +60,7 @@ class KernelOperator:
             outputs = vjp(lambda v: self.problem.forward(generic.scattered(self.problem, names, v), x), point)[1]
             return outputs(part)[0]
 
-        with evaluating(self.problem.model), generic.transformable():
+        with evaluating(self.problem.model), transformable():
             blocks = list(zip(self.x.split(self.block_size), parts, strict=True))
             step = torch.zeros_like(point)
             for x, part in blocks:

@@ -12,10 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as masks_
-from ticketlab.functional import Buffers, Params, evaluating, masked, n_replicas
+from ticketlab.functional import Buffers, Params, evaluating, masked, n_replicas, refuse_batch_statistics
 
 Coordinates = Literal["live", "all"] | Mapping[str, Tensor]
 Outputs = Literal["full", "trace", "sum_logits"]
@@ -73,7 +72,7 @@ def problems(
         ValueError: Batch norm that depends on the batch, masks, coordinates or buffers that do not fit, axes of
             different lengths, no parameter to differentiate in.
     """
-    _refuse_batch_statistics(model)
+    refuse_batch_statistics(model, "the kernel needs")
     replicas = n_replicas(model, params)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not own:
@@ -147,16 +146,6 @@ def _check_apart(problem: Problem, pair: Tensor) -> None:
             "each input must pass through the network by itself, the same each time: an output depends on the rest "
             "of the batch, or on chance. Replace what couples a batch, or put such modules in evaluation mode."
         )
-
-
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            why = "is in training mode" if module.training else "keeps no running statistics"
-            raise ValueError(
-                f"the kernel needs outputs that do not depend on the rest of the batch: batch norm {name!r} {why}. "
-                "Call model.eval() (with track_running_stats=True)."
-            )
 
 
 def _check_coordinates(own: Mapping[str, Tensor], coordinates: Mapping[str, Tensor]) -> None:

@@ -17,8 +17,8 @@ from torch.func import functional_call, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ticketlab import masks as mask_ops
-from ticketlab.functional import State, evaluating, fitted, nearest, select, stream
-from ticketlab.gradients.point import check_finite, refuse_batch_statistics
+from ticketlab.functional import State, evaluating, fitted, nearest, refuse_batch_statistics, select, stream
+from ticketlab.gradients.point import check_finite
 
 
 @dataclass(frozen=True)

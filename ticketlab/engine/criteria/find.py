@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ticketlab import masks as mask_ops
 from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores, refuse_batch_statistics
 from ticketlab.engine.criteria.gradients import grasp, snip, synflow
 from ticketlab.engine.criteria.second_order import obd_exact, obd_fisher, obd_gauss_newton, refuse_above_limit
 from ticketlab.engine.criteria.weights import BY_SIGN, ZHOU, magnitude, random
-from ticketlab.functional import Masks, nearest
+from ticketlab.functional import Masks, nearest, transformable
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
@@ -43,7 +40,7 @@ def score(criterion: str, evidence: Evidence) -> Scores:
     """
     if criterion not in CRITERIA:
         raise ValueError(nearest("criterion", criterion, tuple(CRITERIA)))
-    with _transformable():
+    with transformable():
         scores = CRITERIA[criterion](evidence)
     _refuse_not_finite(f"criterion {criterion!r}", evidence.masks, scores)
     _refuse_all_zero(evidence.masks, scores)
@@ -150,17 +147,6 @@ def _refuse_all_zero(masks: Masks, scores: Scores) -> None:
             f"some live weight must have a score that differs from 0: none has in {', '.join(masks)}. "
             "Prune less, let these layers compete with others, or take another criterion or state."
         )
-
-
-@contextmanager
-def _transformable() -> Iterator[None]:
-    """Attention as plain matrix products, which alone have every derivative and batching rule.
-
-    Of other operations that ``vmap`` has no rule for, torch warns that it loops over them: slow, not wrong.
-    """
-    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
 
 
 def refuse_too_large(criterion: str, model: nn.Module) -> None:
