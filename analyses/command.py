@@ -18,6 +18,7 @@ from torch import nn
 import ticketlab as tl
 from figures.style import save
 from ticketlab.engine.treatments import FROZEN
+from ticketlab.errors import Refused
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -53,7 +54,7 @@ def main(
             config_type, prog=f"python -m analyses.{name}", args=argv, config=(tyro.conf.OmitArgPrefixes,)
         )
         tables = run(config)
-    except ValueError as error:
+    except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     matplotlib.use("Agg")

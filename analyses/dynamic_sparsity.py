@@ -29,7 +29,8 @@ from figures.dynamic_sparsity import draw
 from ticketlab import masks as mask_ops
 from ticketlab.engine import cost
 from ticketlab.engine.dynamic import DropGrow, Dynamics, Gradual, Spread, layer_counts, sparse_masks
-from ticketlab.functional import Masks, State, select, stack
+from ticketlab.errors import Refused
+from ticketlab.state import Masks, State, select, stack
 
 STUDY = replace(DIGITS, treatments=("ticket",))
 METHODS = ("static", "set", "rigl", "gradual")
@@ -115,16 +116,16 @@ def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
     half = range(study.levels, max(0, study.levels // 2 - 1), -2)
     wanted = set(half if config.at_levels is None else config.at_levels)
     if not wanted or not wanted <= set(range(1, study.levels + 1)):
-        raise ValueError(f"at_levels must lie in 1..{study.levels}, the levels of the run: got {sorted(wanted)}.")
+        raise Refused(f"at_levels must lie in 1..{study.levels}, the levels of the run: got {sorted(wanted)}.")
     if not set(config.extend_at or ()) <= wanted:
-        raise ValueError(f"extend_at must be among the compared levels {sorted(wanted)}: got {config.extend_at}.")
+        raise Refused(f"extend_at must be among the compared levels {sorted(wanted)}: got {config.extend_at}.")
     return wanted
 
 
 def _problem(config: Config, study: tl.ImpConfig, model: nn.Module, task: tl.Task, dense: tl.Level) -> Problem:
     n = len(study.init_seeds) if config.n_seeds is None else config.n_seeds
     if not 2 <= n <= len(study.init_seeds):
-        raise ValueError(f"n_seeds must be 2 to the run's {len(study.init_seeds)} init seeds: got {n}.")
+        raise Refused(f"n_seeds must be 2 to the run's {len(study.init_seeds)} init seeds: got {n}.")
     seeds, orders = study.init_seeds[:n], (study.order_seeds or study.init_seeds)[:n]
     init = dense.snapshots[0].select(list(range(n)))
     return Problem(model, task, study.recipe, init, seeds, orders, cost.positions(model, task.train.x), config)

@@ -38,7 +38,8 @@ import ticketlab as tl
 from analyses.command import DIGITS, Tables, each_network, main, open_run
 from figures.generalization_bounds import draw
 from ticketlab import bounds
-from ticketlab.functional import stream
+from ticketlab.errors import Refused
+from ticketlab.seeds import stream
 
 STUDY = replace(DIGITS, treatments=("ticket", "reinit", "random_mask"))
 SEED_FIXED = (
@@ -79,7 +80,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.n_values:
-            raise ValueError("n_values must hold at least one number of shared values: got none. Try 2 4 8.")
+            raise Refused("n_values must hold at least one number of shared values: got none. Try 2 4 8.")
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def run(config: Config) -> Tables:
     rewinds = study.retraining == "rewind" and study.rewind_step == 0
     wanted = set(config.at_levels or {*range(0, study.levels + 1, 2), study.levels})
     if not wanted <= {*range(study.levels + 1)}:
-        raise ValueError(f"at_levels must lie in 0 to {study.levels}, the levels of the run: got {sorted(wanted)}.")
+        raise Refused(f"at_levels must lie in 0 to {study.levels}, the levels of the run: got {sorted(wanted)}.")
     rows: list[dict[str, Any]] = []
     for level in levels:
         if level.level not in wanted:

@@ -36,6 +36,7 @@ from analyses.rank_correlation import Within, bootstrap, p_value, rank_correlati
 from figures.gradient_alignment import draw
 from ticketlab import gradients
 from ticketlab.engine.treatments import derived_seed
+from ticketlab.errors import Refused
 
 STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
 
@@ -84,7 +85,7 @@ class Config:
 def run(config: Config) -> Tables:
     """``networks``: one row a network. ``correlations``: one row a measure and group of networks ranked together."""
     if not 2 <= config.n_batches <= config.n_examples:
-        raise ValueError(f"n_batches must lie in 2..n_examples, {config.n_examples}: got {config.n_batches}.")
+        raise Refused(f"n_batches must lie in 2..n_examples, {config.n_examples}: got {config.n_batches}.")
     study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
     model.eval()
     factory = partial(tl.models.build, study.model, task.input_shape, task.n_classes)

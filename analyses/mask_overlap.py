@@ -27,7 +27,8 @@ import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
 from figures.mask_overlap import draw
 from ticketlab import overlap, permutation
-from ticketlab.functional import Masks, stack
+from ticketlab.errors import Refused
+from ticketlab.state import Masks, stack
 
 STUDY = replace(DIGITS, treatments=("ticket",))
 GIVEN: tuple[Literal["layer", "input"], ...] = ("layer", "input")  # what the nulls of the aligned overlap keep
@@ -67,10 +68,10 @@ def run(config: Config) -> Tables:
     """``overlap``: one row a pair and layer; ``aligned``: also a null. ``pixels``, ``units``, ``survival``: counts."""
     study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
     if len(study.init_seeds) < 2:
-        raise ValueError(f"an overlap needs at least two init seeds: the run has {study.init_seeds}.")
+        raise Refused(f"an overlap needs at least two init seeds: the run has {study.init_seeds}.")
     wanted = set(config.at_levels or {*range(2, study.levels + 1, 2), study.levels})
     if not wanted <= {*range(1, study.levels + 1)}:
-        raise ValueError(f"at_levels must lie in 1 to {study.levels}, the pruned levels: got {sorted(wanted)}.")
+        raise Refused(f"at_levels must lie in 1 to {study.levels}, the pruned levels: got {sorted(wanted)}.")
     tickets = Tickets(study.init_seeds, {}, {})
     for level in levels:
         if level.level in wanted:

@@ -35,7 +35,8 @@ from ticketlab import permutation
 from ticketlab.connectivity import Path as LinearPath
 from ticketlab.connectivity import linear_path
 from ticketlab.engine.treatments import sibling_order
-from ticketlab.functional import Masks, State, stack, stack_states
+from ticketlab.errors import Refused
+from ticketlab.state import Masks, State, stack, stack_states
 
 STUDY = replace(DIGITS, treatments=("ticket", "sibling"), snapshot_steps=(25, 50, 100, 200, 400))
 
@@ -105,14 +106,14 @@ def _align_levels(config: Config, study: tl.ImpConfig) -> set[int]:
     """The levels whose networks are matched across init seeds: none without ``--align``."""
     if not config.align:
         if config.align_levels is not None:
-            raise ValueError(f"align_levels says what --align measures: got {config.align_levels} without --align.")
+            raise Refused(f"align_levels says what --align measures: got {config.align_levels} without --align.")
         return set()
     if len(study.init_seeds) < 2:
-        raise ValueError(f"--align needs at least two init seeds to match: the run has {study.init_seeds}.")
+        raise Refused(f"--align needs at least two init seeds to match: the run has {study.init_seeds}.")
     every = set(range(study.levels + 1))
     wanted = every if config.align_levels is None else set(config.align_levels)
     if not wanted <= every:
-        raise ValueError(f"align_levels must lie in 0 to {study.levels}, the run's levels: got {sorted(wanted)}.")
+        raise Refused(f"align_levels must lie in 0 to {study.levels}, the run's levels: got {sorted(wanted)}.")
     return wanted
 
 

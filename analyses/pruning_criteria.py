@@ -45,8 +45,9 @@ from ticketlab.engine.criteria import (
     keep,
     score,
 )
-from ticketlab.functional import Masks, nearest, stack, stack_states
+from ticketlab.errors import Refused, nearest
 from ticketlab.masks import EmptyLayerError, Scope, ones
+from ticketlab.state import Masks, stack, stack_states
 
 STAGES = ("init", "early", "trained")
 AT_INIT = ("random", "snip", "grasp", "synflow", "large_init", "small_init")
@@ -83,11 +84,11 @@ class Config:
 
     def __post_init__(self) -> None:
         if len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods must be given once: got {self.methods}.")
+            raise Refused(f"methods must be given once: got {self.methods}.")
         for name in self.methods:
             parse(name)
         if self.replicas is not None and self.replicas < 1:
-            raise ValueError(f"replicas must be at least 1: got {self.replicas}.")
+            raise Refused(f"replicas must be at least 1: got {self.replicas}.")
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,12 @@ def parse(name: str) -> Method:
     """The method of a name, what is left out filled in as in the literature."""
     found = re.fullmatch(r"(\w+)(?:@(\w+))?(?:\*([1-9]\d*))?(?:/(global|layer))?", name)
     if not found:
-        raise ValueError(f"a method must be criterion[@stage][*rounds][/global or /layer]: got {name!r}.")
+        raise Refused(f"a method must be criterion[@stage][*rounds][/global or /layer]: got {name!r}.")
     criterion, stage, rounds, scope = found.groups()
     stage = stage or ("init" if criterion in AT_INIT else "trained")
     for kind, given, known in (("criterion", criterion, tuple(CRITERIA)), ("stage", stage, STAGES)):
         if given not in known:
-            raise ValueError(nearest(kind, given, known))
+            raise Refused(nearest(kind, given, known))
     by_layer = criterion.removesuffix("_same_sign").removesuffix("_different_sign") in ZHOU
     return Method(
         name,
@@ -137,7 +138,7 @@ class _Finder:
         states = {"init": network.snapshots[0], "early": network.snapshots.get(self.early_step), "trained": network.end}
         state = states[method.stage]
         if state is None:
-            raise ValueError(
+            raise Refused(
                 f"{method.name} needs the dense networks at step {self.early_step}: the run has them at "
                 f"{sorted(network.snapshots)}. Choose one of these as early_step."
             )
@@ -179,7 +180,7 @@ def run(config: Config) -> Tables:
     study, model, task, levels = open_run(config.run, study, config.store, config.device)
     wanted = _wanted(config, study)
     if config.replicas is not None and config.replicas > len(study.init_seeds):
-        raise ValueError(f"replicas must be 1 to the run's {len(study.init_seeds)} init seeds: got {config.replicas}.")
+        raise Refused(f"replicas must be 1 to the run's {len(study.init_seeds)} init seeds: got {config.replicas}.")
     order_seeds = (study.order_seeds or study.init_seeds)[: config.replicas]
     study = replace(study, init_seeds=study.init_seeds[: config.replicas], order_seeds=order_seeds)
     for method in methods:
@@ -206,7 +207,7 @@ def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
     second = set(range(2, study.levels + 1, 2)) or {study.levels}
     wanted = second if config.at_levels is None else set(config.at_levels)
     if not wanted or not wanted <= set(range(1, study.levels + 1)):
-        raise ValueError(f"at_levels must lie in 1..{study.levels}, the levels of the run: got {sorted(wanted)}.")
+        raise Refused(f"at_levels must lie in 1..{study.levels}, the levels of the run: got {sorted(wanted)}.")
     return wanted
 
 

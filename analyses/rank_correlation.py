@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from scipy import stats
 
-from ticketlab.functional import stream
+from ticketlab.seeds import stream
 
 Within = Literal["all", "level", "level and treatment"]
 """Networks that are ranked together: all of them; those of one level, by treatment and seed; by seed alone."""

@@ -18,6 +18,7 @@ from torch import Tensor
 import ticketlab as tl
 from ticketlab.data import load
 from ticketlab.engine.store import read_config
+from ticketlab.errors import Refused
 
 _WORD = re.compile(
     r"(?P<task>\w+)(:(?P<low>\d+)-(?P<high>\d+))?(@(?P<optimizer>\w+),(?P<rate>[^,]+)(,(?P<mu>[^,]+))?)?"
@@ -63,7 +64,7 @@ def setting(
     """
     found = _WORD.fullmatch(word)
     if found is None:
-        raise ValueError(
+        raise Refused(
             f"a setting must be TASK[:FIRST-LAST][@OPTIMIZER,RATE[,MOMENTUM]], such as mnist:0-4 or "
             f"mnist@sgd,0.05,0.9: got {word!r}."
         )
@@ -83,7 +84,7 @@ def _recipe(recipe: tl.Recipe, found: re.Match[str]) -> tl.Recipe:
     try:
         rate, momentum = float(found["rate"]), float(found["mu"] or recipe.momentum)
     except ValueError as error:
-        raise ValueError(f"rate and momentum must be numbers: got {found[0]!r}.") from error
+        raise Refused(f"rate and momentum must be numbers: got {found[0]!r}.") from error
     return tl.Recipe(**asdict(recipe) | {"optimizer": found["optimizer"], "learning_rate": rate, "momentum": momentum})
 
 
@@ -104,7 +105,7 @@ def tickets(
     """
     shapes = {each.name: each.task.input_shape for each in settings}
     if len(set(shapes.values())) > 1:
-        raise ValueError(
+        raise Refused(
             f"all settings must have inputs of one shape, so that masks fit: got {shapes}. Say how to bring them to "
             "one: --resize HEIGHT WIDTH for another size, --grey for colour beside grey."
         )
@@ -112,7 +113,7 @@ def tickets(
     wanted = {each.name: (study.model, each.recipe, each.task.fingerprint()) for each in settings}
     strangers = [str(folder) for key, folder in given.items() if key not in wanted.values()]
     if strangers:
-        raise ValueError(
+        raise Refused(
             f"runs must be of a setting, with its model, recipe and task: {strangers} are not. "
             "Give the flags that they were made with too (--model, --steps, ...), or leave them out."
         )
@@ -141,7 +142,7 @@ def _check(
     }
     for what, holds in checks.items():
         if not holds:
-            raise ValueError(f"{name} must have {what}. Choose others, or --levels, --init-seeds, --snapshot-steps.")
+            raise Refused(f"{name} must have {what}. Choose others, or --levels, --init-seeds, --snapshot-steps.")
 
 
 def _make(each: Setting, study: tl.ImpConfig, store: Path) -> Path:
@@ -167,7 +168,7 @@ def of_classes(task: tl.Task, first: int, last: int) -> tl.Task:
         ValueError: Fewer than two classes, or one that the task does not have.
     """
     if not 0 <= first < last < task.n_classes:
-        raise ValueError(f"classes must be FIRST-LAST in 0..{task.n_classes - 1}, two at least: got {first}-{last}.")
+        raise Refused(f"classes must be FIRST-LAST in 0..{task.n_classes - 1}, two at least: got {first}-{last}.")
 
     def keep(split: tl.Split) -> tl.Split:
         kept = (split.y >= first) & (split.y <= last)
@@ -183,7 +184,7 @@ def resized(task: tl.Task, size: tuple[int, int]) -> tl.Task:
         ValueError: Inputs that are not images, or a side below 1.
     """
     if len(task.input_shape) != 3 or min(size) < 1:
-        raise ValueError(f"resize needs images [c, h, w] and sides of at least 1: got {task.input_shape} and {size}.")
+        raise Refused(f"resize needs images [c, h, w] and sides of at least 1: got {task.input_shape} and {size}.")
     if task.input_shape[1:] == tuple(size):
         return task
 
@@ -202,7 +203,7 @@ def grey_images(task: tl.Task) -> tl.Task:
         ValueError: Inputs that have neither one channel nor three.
     """
     if len(task.input_shape) != 3 or task.input_shape[0] not in (1, 3):
-        raise ValueError(f"grey needs images [c, h, w] of one channel or three: got {task.input_shape}.")
+        raise Refused(f"grey needs images [c, h, w] of one channel or three: got {task.input_shape}.")
     if task.input_shape[0] == 1:
         return task
 

@@ -19,6 +19,7 @@ import tyro
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
 from figures.sign_and_value import draw
+from ticketlab.errors import Refused
 
 STARTS = (
     *("ticket", "reinit", "reinit_keep_sign", "reshuffle", "reshuffle_keep_sign"),
@@ -50,7 +51,7 @@ def run(config: Config) -> Tables:
     """
     study, _, _, levels = open_run(config.run, config.study, config.store, config.device)
     if "reinit" not in study.treatments:
-        raise ValueError(f"treatments must contain 'reinit', to compare with: got {study.treatments}. Add it.")
+        raise Refused(f"treatments must contain 'reinit', to compare with: got {study.treatments}. Add it.")
     starts = pd.concat([level.metrics for level in levels], ignore_index=True)
     about = {"task": study.task, "model": study.model}
     tables = {"starts": starts, "gaps": pd.DataFrame(_gaps(starts))}

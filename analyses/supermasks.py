@@ -29,7 +29,8 @@ from figures.supermasks import draw
 from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find, refuse_too_large
 from ticketlab.engine.supermask import RECIPES, Method, evaluations, learn_masks
 from ticketlab.engine.values import random_signs, signed_constants
-from ticketlab.functional import Masks, Params, nearest, stack, stack_states
+from ticketlab.errors import Refused, nearest
+from ticketlab.state import Masks, Params, stack, stack_states
 
 STUDY = replace(DIGITS, treatments=("ticket",), levels=6, prune_fraction=0.4)
 VALUES: dict[str, Callable[[Params, Masks, int], Params]] = {
@@ -79,7 +80,7 @@ class Config:
         named += [("values", name, tuple(VALUES)) for name in (*self.values, *self.learned_values)]
         for kind, given, known in named:
             if given not in known:
-                raise ValueError(nearest(kind, given, known))
+                raise Refused(nearest(kind, given, known))
         checks = {
             "values must name at least one": self.values,
             "learned_values must name at least one": self.learned_values,
@@ -91,7 +92,7 @@ class Config:
         }
         for rule, holds in checks.items():
             if not holds:
-                raise ValueError(f"{rule}: got {getattr(self, rule.split()[0])}.")
+                raise Refused(f"{rule}: got {getattr(self, rule.split()[0])}.")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from figures.transfer import draw
 from ticketlab import masks as mask_ops
 from ticketlab.engine.transfer import carry
 from ticketlab.engine.treatments import Start, derived_seed
-from ticketlab.functional import Masks, stack, stack_states
+from ticketlab.errors import Refused
+from ticketlab.state import Masks, stack, stack_states
 
 STUDY = replace(
     DIGITS,
@@ -104,18 +105,14 @@ def _wanted(config: Config) -> tuple[int, ...]:
     """The levels to carry, after what flags alone show to be wrong."""
     study = config.study
     if study.task != STUDY.task:
-        raise ValueError(f"tasks are named by sources and targets: got task {study.task!r}. Use --sources instead.")
+        raise Refused(f"tasks are named by sources and targets: got task {study.task!r}. Use --sources instead.")
     if len(study.init_seeds) < 2:
-        raise ValueError(
-            f"a mask is carried to another seed's network: two init seeds at least, got {study.init_seeds}."
-        )
+        raise Refused(f"a mask is carried to another seed's network: two init seeds at least, got {study.init_seeds}.")
     wanted = (max(1, study.levels // 2), study.levels) if config.at_levels is None else config.at_levels
     if not wanted or min(wanted) < 1:
-        raise ValueError(f"at_levels must be levels from 1 on, whose tickets are carried: got {wanted}.")
+        raise Refused(f"at_levels must be levels from 1 on, whose tickets are carried: got {wanted}.")
     if not 0 <= config.theta_k < study.recipe.steps:
-        raise ValueError(
-            f"theta_k must lie in 0..{study.recipe.steps - 1}, before training ends: got {config.theta_k}."
-        )
+        raise Refused(f"theta_k must lie in 0..{study.recipe.steps - 1}, before training ends: got {config.theta_k}.")
     return tuple(dict.fromkeys(wanted))
 
 

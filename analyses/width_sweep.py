@@ -27,6 +27,7 @@ import ticketlab as tl
 from analyses.command import Tables, main
 from figures.width_sweep import draw
 from ticketlab import ntk
+from ticketlab.errors import Refused
 
 SLOPES = {"lambda_min": None, "relative_movement": -0.5, "kernel_change": -0.5}
 """What is fitted against width, and what the theory expects; lambda_min settles instead."""
@@ -53,9 +54,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if min(self.widths) < 1 or len(set(self.widths)) < 3:
-            raise ValueError(f"widths must be at least three different numbers of units: got {self.widths}.")
+            raise Refused(f"widths must be at least three different numbers of units: got {self.widths}.")
         if min(self.depth, self.n_examples, self.steps) < 1 or not self.seeds:
-            raise ValueError("depth, n_examples, steps and the number of seeds must be at least 1.")
+            raise Refused("depth, n_examples, steps and the number of seeds must be at least 1.")
 
 
 class NtkLinear(nn.Module):

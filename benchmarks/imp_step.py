@@ -27,8 +27,9 @@ import tyro
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab.engine.training import _loop, _vmap
-from ticketlab.functional import Masks, State, resolve, stack, stack_states
+from ticketlab.functional import resolve
 from ticketlab.models import mlp
+from ticketlab.state import Masks, State, stack, stack_states
 
 MATRIX = 1024  # side of the square product that gives the matrix-product rate
 REPEATS = 10  # products or copies in one timing

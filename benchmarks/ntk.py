@@ -36,10 +36,11 @@ from torch.func import functional_call, jacrev, vmap
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab import ntk
-from ticketlab.functional import Masks, Params, initialise, state
 from ticketlab.ntk.layers import find_layers
 from ticketlab.ntk.plan import allowed, multiply_adds
 from ticketlab.ntk.problem import problems
+from ticketlab.seeds import initialise
+from ticketlab.state import Masks, Params, state
 
 METHODS = ("structured", "rows", "gather", "auto")
 

@@ -14,7 +14,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    **{f"ticketlab.{room}": 0 for room in ("functional", "masks", "permutation", "data", "raw", "models")},
+    **{
+        f"ticketlab.{room}": 0
+        for room in ("errors", "seeds", "state", "functional", "masks", "permutation", "data", "raw", "models")
+    },
     "ticketlab.engine": 1,
     **{f"ticketlab.{room}": 2 for room in ("ntk", "connectivity", "signal", "gradients", "bounds", "overlap")},
     "figures": 3,

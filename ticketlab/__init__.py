@@ -18,7 +18,9 @@ from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.run import Run, load_run
 from ticketlab.engine.store import Level
 from ticketlab.engine.training import Outcome, train
-from ticketlab.functional import State, apply, evaluate, initialise, state
+from ticketlab.functional import apply, evaluate
+from ticketlab.seeds import initialise
+from ticketlab.state import State, state
 
 __all__ = [
     "ImpConfig",

@@ -18,18 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from ticketlab.data import Task
-from ticketlab.functional import (
-    Buffers,
-    Execution,
-    Params,
-    State,
-    evaluate,
-    fitted,
-    masked,
-    resolve,
-    select,
-    stack_states,
-)
+from ticketlab.errors import Refused
+from ticketlab.functional import Execution, evaluate, fitted, masked, resolve
+from ticketlab.state import Buffers, Params, State, select, stack_states
 
 Baseline = Literal["mean", "linear", "max"]
 Metric = Literal["loss_nats", "error"]
@@ -70,7 +61,7 @@ class Path:
 
     def _curve(self, metric: Metric, split: SplitName) -> np.ndarray:
         if (split, metric) not in self.curves:
-            raise ValueError(f"split and metric must be one of {sorted(self.curves)}: got {(split, metric)}.")
+            raise Refused(f"split and metric must be one of {sorted(self.curves)}: got {(split, metric)}.")
         return self.curves[split, metric]
 
 
@@ -92,11 +83,11 @@ def barrier(curve: Float[np.ndarray, "alpha *replica"], baseline: Baseline = "me
         at least half the difference of the ends.
 
     Raises:
-        ValueError: Fewer than 3 alphas, or an unknown baseline.
+        Refused: Fewer than 3 alphas, or an unknown baseline.
     """
     curve = np.asarray(curve, dtype=np.float64)
     if len(curve) < 3:
-        raise ValueError(f"a barrier needs at least 3 alphas, both ends included: got {len(curve)}.")
+        raise Refused(f"a barrier needs at least 3 alphas, both ends included: got {len(curve)}.")
     alphas = np.linspace(0, 1, len(curve)).reshape(-1, *[1] * (curve.ndim - 1))
     baselines = {
         "mean": (curve[0] + curve[-1]) / 2,
@@ -104,7 +95,7 @@ def barrier(curve: Float[np.ndarray, "alpha *replica"], baseline: Baseline = "me
         "max": np.maximum(curve[0], curve[-1]),
     }
     if baseline not in baselines:
-        raise ValueError(f"baseline must be one of {list(baselines)}: got {baseline!r}.")
+        raise Refused(f"baseline must be one of {list(baselines)}: got {baseline!r}.")
     height = curve - baselines[baseline]
     if baseline == "linear":
         height[[0, -1]] = 0.0  # the ends lie on their chord, without the rounding
@@ -152,18 +143,18 @@ def linear_path(
         execution: How networks are stacked.
 
     Raises:
-        ValueError: Fewer than 3 alphas, an unknown split or option, or parameters of other shapes.
+        Refused: Fewer than 3 alphas, an unknown split or option, or parameters of other shapes.
     """
     replicas, a = fitted(model, params_a, masks, buffers)
     if fitted(model, params_b, masks, buffers)[0] != replicas:
-        raise ValueError("params_a and params_b must both be single or stacks of one length: one of them is not.")
+        raise Refused("params_a and params_b must both be single or stacks of one length: one of them is not.")
     if n_alphas < 3:
-        raise ValueError(f"a path needs at least 3 alphas, both ends included: got {n_alphas}.")
+        raise Refused(f"a path needs at least 3 alphas, both ends included: got {n_alphas}.")
     if batchnorm not in ("recalibrate", "keep"):
-        raise ValueError(f"batchnorm must be 'recalibrate' or 'keep': got {batchnorm!r}.")
+        raise Refused(f"batchnorm must be 'recalibrate' or 'keep': got {batchnorm!r}.")
     splits = tuple(dict.fromkeys(splits))
     if not splits or not set(splits) <= {"train", "validation", "test"}:
-        raise ValueError(f"splits must be some of train, validation, test: got {list(splits)}.")
+        raise Refused(f"splits must be some of train, validation, test: got {list(splits)}.")
     b = State(masked(params_b, masks), a.buffers)
     if replicas is None:
         a, b = stack_states([a]), stack_states([b])

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from ticketlab.functional import nearest, stream
+from ticketlab.errors import Refused, nearest
 from ticketlab.raw import SOURCES, Augmentation, Source, read
+from ticketlab.seeds import stream
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Split:
         y: Labels in 0..n_classes - 1, int64.
 
     Raises:
-        ValueError: No examples, or a number of labels that differs.
+        Refused: No examples, or a number of labels that differs.
     """
 
     x: Float[Tensor, " n *input"]
@@ -39,7 +40,7 @@ class Split:
 
     def __post_init__(self) -> None:
         if self.y.ndim != 1 or self.x.ndim < 1 or not 0 < len(self.x) == len(self.y):
-            raise ValueError(
+            raise Refused(
                 "a split must hold at least one example and one label for each: got x of shape "
                 f"{tuple(self.x.shape)} and y of shape {tuple(self.y.shape)}. Pass y as [n]."
             )
@@ -61,7 +62,7 @@ class Task:
         augmentation: ``crop_flip`` where training batches pass through `crop_flip`.
 
     Raises:
-        ValueError: Splits that differ in input shape, dtype or device, an x that is not floating, a y
+        Refused: Splits that differ in input shape, dtype or device, an x that is not floating, a y
             that is not int64, an unknown augmentation or one that the input shape does not allow.
     """
 
@@ -77,15 +78,15 @@ class Task:
         kinds = {(tuple(s.x.shape[1:]), s.x.dtype, s.y.dtype, s.x.device, s.y.device) for s in splits}
         labels = (torch.int64, self.device)
         if len(kinds) > 1 or not self.dtype.is_floating_point or (self.train.y.dtype, self.train.y.device) != labels:
-            raise ValueError(
+            raise Refused(
                 "the splits of a task must share input shape, device and a floating dtype, with labels in int64: "
                 f"got (shape, x dtype, y dtype, x device, y device) {kinds}. Build it with Task.from_tensors."
             )
         if self.augmentation not in get_args(Augmentation):
             known = get_args(Augmentation)
-            raise ValueError(f"augmentation must be one of {known}: got {self.augmentation!r}. Use 'none' if unsure.")
+            raise Refused(f"augmentation must be one of {known}: got {self.augmentation!r}. Use 'none' if unsure.")
         if self.augmentation == "crop_flip" and len(self.input_shape) != 3:
-            raise ValueError(
+            raise Refused(
                 f"inputs must be images [c, h, w] for crop_flip: got shape {self.input_shape}. "
                 "Reshape them, or use augmentation='none'."
             )
@@ -120,13 +121,13 @@ class Task:
         is a test set of one's own given to `from_tensors`, which keeps the order it came in.
 
         Raises:
-            ValueError: An n outside 1..length of its split.
+            Refused: An n outside 1..length of its split.
         """
 
         def cut(what: str, split: Split, n: int | None) -> Split:
             n = len(split) if n is None else n
             if not 1 <= n <= len(split):
-                raise ValueError(f"the limit of {what} must be in 1..{len(split)}: got {n}. Use None to keep all.")
+                raise Refused(f"the limit of {what} must be in 1..{len(split)}: got {n}. Use None to keep all.")
             return Split(split.x[:n].clone(), split.y[:n].clone())  # views would keep the whole set in memory
 
         return replace(
@@ -176,10 +177,10 @@ class Task:
             augmentation: ``none`` or ``crop_flip``.
 
         Raises:
-            ValueError: Lengths that differ, NaN or infinity, labels out of range, an empty split.
+            Refused: Lengths that differ, NaN or infinity, labels out of range, an empty split.
         """
         if (x_test is None) != (y_test is None):
-            raise ValueError("x_test and y_test must be given together: got one of them. Pass both or neither.")
+            raise Refused("x_test and y_test must be given together: got one of them. Pass both or neither.")
         rest = _split("", x, y)
         if x_test is not None and y_test is not None:
             test = _split("_test", x_test, y_test)
@@ -189,7 +190,7 @@ class Task:
         low, high = int(labels.min()), int(labels.max())
         n_classes = high + 1 if n_classes is None else n_classes
         if low < 0 or high >= n_classes:
-            raise ValueError(
+            raise Refused(
                 f"labels must be in 0..{n_classes - 1} for n_classes = {n_classes}: got {low}..{high}. "
                 "Number the classes from 0, or raise n_classes."
             )
@@ -202,12 +203,12 @@ def _split(suffix: str, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> Split
     # arrays are copied: torch warns on read-only ones and refuses negative strides
     inputs, labels = (a.detach() if isinstance(a, Tensor) else torch.from_numpy(np.array(a)) for a in (x, y))
     if not inputs.is_floating_point() or not inputs.isfinite().all():
-        raise ValueError(
+        raise Refused(
             f"x{suffix} must be floating and finite: got {inputs.dtype} with {int((~inputs.isfinite()).sum())} values "
             "NaN or infinite. Convert it with .float(), and drop or fill those."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"y{suffix} must be integer class labels: got {labels.dtype}. Convert it with .long().")
+        raise Refused(f"y{suffix} must be integer class labels: got {labels.dtype}. Convert it with .long().")
     return Split(inputs, labels.to(inputs.device, torch.int64))
 
 
@@ -216,7 +217,7 @@ def _split_off(split: Split, size: int | float, what: str, generator: torch.Gene
     n = len(split)
     count = max(1, round(size * n)) if isinstance(size, float) and 0 < size < 1 else size
     if not isinstance(count, Integral) or not 1 <= count < n:
-        raise ValueError(
+        raise Refused(
             f"{what} must be a number of examples in 1..{n - 1} or a fraction that leaves some of {n}: "
             f"got {size}. Choose another, or give more data."
         )
@@ -252,12 +253,12 @@ def load(
         dtype: Of the images [n, c, h, w].
 
     Raises:
-        ValueError: An unknown name, files that are missing, damaged or of another size, no network.
+        Refused: An unknown name, files that are missing, damaged or of another size, no network.
     """
     if name not in SOURCES:
-        raise ValueError(nearest("task", name, NAMES))
+        raise Refused(nearest("task", name, NAMES))
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be floating: got {dtype}. Use torch.float32.")
+        raise Refused(f"dtype must be floating: got {dtype}. Use torch.float32.")
     source = SOURCES[name]
     raw = read(name)
     shuffled = torch.randperm(len(raw.y_test), generator=stream("test", 0)).numpy()
@@ -304,12 +305,12 @@ def batch_indices(n: int, batch_size: int, order_seed: int, step: int) -> Int64[
         Indices on the CPU, all different.
 
     Raises:
-        ValueError: A batch size out of range or a negative step.
+        Refused: A batch size out of range or a negative step.
     """
     if not 1 <= batch_size <= n:
-        raise ValueError(f"batch_size must be in 1..{n}, the number of examples: got {batch_size}. Lower it.")
+        raise Refused(f"batch_size must be in 1..{n}, the number of examples: got {batch_size}. Lower it.")
     if step < 0:
-        raise ValueError(f"step must not be negative: got {step}. Count steps from 0.")
+        raise Refused(f"step must not be negative: got {step}. Count steps from 0.")
     epoch, batch = divmod(step, n // batch_size)
     order = _recent_order(n, order_seed, epoch)
     return order[batch * batch_size : (batch + 1) * batch_size].clone()  # the cached one must stay as it is
@@ -330,10 +331,10 @@ def crop_flip(
         padding: Largest shift, at least 0.
 
     Raises:
-        ValueError: An x that is not four-dimensional, or a negative padding.
+        Refused: An x that is not four-dimensional, or a negative padding.
     """
     if x.ndim != 4 or padding < 0:
-        raise ValueError(
+        raise Refused(
             f"x must be [batch, c, h, w] and padding >= 0: got shape {tuple(x.shape)} and {padding}. Reshape x."
         )
     n, c, h, w = x.shape

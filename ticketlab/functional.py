@@ -8,14 +8,10 @@ The user's module only lends its forward pass: its weights, buffers and mode sta
 from __future__ import annotations
 
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
-from numbers import Integral
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -23,115 +19,22 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Params = dict[str, Tensor]
-Buffers = dict[str, Tensor]
-Masks = dict[str, Tensor]
+from ticketlab.errors import Refused
+from ticketlab.state import Params, State, select
+
 Execution = Literal["auto", "loop", "vmap"]
-
-
-def nearest(kind: str, given: str, known: Sequence[str]) -> str:
-    """The message for an unknown name: what was given, the closest known one, and all of them."""
-    close = get_close_matches(str(given), known, n=1, cutoff=0.4)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {kind} {given!r}.{hint} Known: {', '.join(known)}."
-
-
-def stream(purpose: str, *seeds: int) -> torch.Generator:
-    """A CPU generator of its own for each purpose and seeds, the same on every machine and in every process.
-
-    PyTorch's CPU generator takes 32 bits of seed, so two streams coincide with probability 2^-32.
-
-    Args:
-        purpose: What the draws are for, such as ``"order"``.
-        seeds: Each in 0..2^32 - 1; ``(1,)`` and ``(1, 0)`` are different.
-
-    Raises:
-        ValueError: A seed out of range.
-    """
-    if not all(isinstance(seed, Integral) and 0 <= seed < 2**32 for seed in seeds):
-        raise ValueError(f"seeds must be integers in 0..2^32 - 1: got {seeds} for {purpose!r}. Choose others.")
-    # As a spawn key, for as entropy a list would equal itself with zeros appended.
-    sequence = np.random.SeedSequence(zlib.crc32(purpose.encode()), spawn_key=[int(seed) for seed in seeds])
-    return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
-
-
-def initialise(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a module whose initial weights depend on ``seed`` alone.
-
-    ``nn.Module`` initialisers draw from torch's global generator; it is seeded inside a fork, so that
-    the caller's random state is untouched. The draw is made on the CPU: the same on every device.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators too
-        return factory()
-
-
-class State(NamedTuple):
-    """All that training changes in a network, or in a stack of them."""
-
-    params: Params
-    buffers: Buffers
-
-    def clone(self) -> State:
-        params, buffers = ({n: t.detach().clone() for n, t in part.items()} for part in self)
-        return State(params, buffers)
-
-    def select(self, index: int | Sequence[int]) -> State:
-        return State(select(self.params, index), select(self.buffers, index))
-
-    def repeat(self, times: int) -> State:
-        """A stack after itself, ``times`` times over."""
-        params, buffers = ({n: torch.cat([t] * times) for n, t in part.items()} for part in self)
-        return State(params, buffers)
-
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> State:
-        """On a device; floating tensors in ``dtype``, counters as they are."""
-
-        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()}
-
-        return State(move(self.params), move(self.buffers))
-
-
-def state(model: nn.Module) -> State:
-    """Copies of the module's parameters and buffers, detached; a tied parameter appears once."""
-    return State(
-        {name: p.detach().clone() for name, p in model.named_parameters()},
-        {name: b.detach().clone() for name, b in model.named_buffers()},
-    )
-
-
-def stack_states(states: Sequence[State]) -> State:
-    """Networks of one architecture on a leading replica axis."""
-    return State(stack([s.params for s in states]), stack([s.buffers for s in states]))
-
-
-def stack(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Put the tensors of R dicts with equal names on a leading replica axis."""
-    if not states:
-        raise ValueError("stack needs at least one dict of tensors: got none.")
-    names = set(states[0])
-    for index, other in enumerate(states):
-        if set(other) != names:
-            raise ValueError(f"every dict must have the names {sorted(names)}: number {index} has {sorted(other)}.")
-    return {name: torch.stack([s[name] for s in states]) for name in states[0]}
-
-
-def select(stacked: Mapping[str, Tensor], index: int | Sequence[int] | slice) -> dict[str, Tensor]:
-    """The replicas at ``index``: an int drops the replica axis (a view), a list keeps it (a copy)."""
-    return {name: tensor[index] for name, tensor in stacked.items()}
 
 
 def n_replicas(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
     """Length of the replica axis of ``params``; None when they are those of a single network.
 
     Raises:
-        ValueError: Names or shapes are neither the model's nor the model's behind one common axis.
+        Refused: Names or shapes are neither the model's nor the model's behind one common axis.
     """
     own = dict(model.named_parameters())
     if set(params) != set(own):
         missing, extra = sorted(set(own) - set(params)), sorted(set(params) - set(own))
-        raise ValueError(
+        raise Refused(
             f"params must have the model's names: missing {missing}, unknown {extra}. "
             "Take them from ticketlab.functional.state(model) or from a level of the same model."
         )
@@ -143,11 +46,11 @@ def n_replicas(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
         elif tensor.ndim == len(shape) + 1 and tuple(tensor.shape[1:]) == shape:
             lengths.add(tensor.shape[0])
         else:
-            raise ValueError(
+            raise Refused(
                 f"params[{name!r}] must have shape {shape}, or [replica, *{shape}]: got {tuple(tensor.shape)}."
             )
     if len(lengths) > 1:
-        raise ValueError(f"all params must share one replica axis: got lengths {sorted(map(str, lengths))}.")
+        raise Refused(f"all params must share one replica axis: got lengths {sorted(map(str, lengths))}.")
     return lengths.pop() if lengths else None
 
 
@@ -157,12 +60,10 @@ def masked(params: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> 
         return dict(params)
     unknown = sorted(set(masks) - set(params))
     if unknown:
-        raise ValueError(
-            f"masks must name parameters of the model: unknown {unknown}. Build them with masks.ones(model)."
-        )
+        raise Refused(f"masks must name parameters of the model: unknown {unknown}. Build them with masks.ones(model).")
     for name, mask in masks.items():
         if mask.shape != params[name].shape[params[name].ndim - mask.ndim :]:
-            raise ValueError(
+            raise Refused(
                 f"masks[{name!r}] must have the shape of the parameter, {tuple(params[name].shape)}: "
                 f"got {tuple(mask.shape)}."
             )
@@ -197,7 +98,7 @@ def refuse_batch_statistics(model: nn.Module, needs: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             why = "is in training mode" if module.training else "keeps no running statistics"
-            raise ValueError(
+            raise Refused(
                 f"{needs} outputs that do not depend on the rest of the batch: batch norm {name!r} {why}. "
                 "Call model.eval() (with track_running_stats=True)."
             )
@@ -214,7 +115,7 @@ def resolve(
     A single replica has nothing to share.
     """
     if execution not in ("auto", "loop", "vmap"):
-        raise ValueError(f"execution must be 'auto', 'loop' or 'vmap': got {execution!r}.")
+        raise Refused(f"execution must be 'auto', 'loop' or 'vmap': got {execution!r}.")
     if execution != "auto":
         return execution
     if replicas == 1:
@@ -239,7 +140,7 @@ def fitted(
         buffers: With the replica axis of ``params`` or masks; copies of the model's own when None.
 
     Raises:
-        ValueError: Names or shapes that do not fit the model, or one another.
+        Refused: Names or shapes that do not fit the model, or one another.
     """
     replicas = n_replicas(model, params)
     levels = {len(m) for name, m in (masks or {}).items() if name in params and m.ndim == params[name].ndim + 1}
@@ -255,10 +156,10 @@ def fitted(
     for name, mask in (masks or {}).items():
         shape = tuple(params[name].shape) if name in params else ()
         if name in params and tuple(mask.shape) not in (shape, shape[len(lead) :]):
-            raise ValueError(f"masks[{name!r}] must have the shape of the parameter, {shape}: got {tuple(mask.shape)}.")
+            raise Refused(f"masks[{name!r}] must have the shape of the parameter, {shape}: got {tuple(mask.shape)}.")
     wrong = [n for n, b in (buffers or {}).items() if n not in own or tuple(b.shape) != (*lead, *own[n].shape)]
     if wrong:
-        raise ValueError(f"buffers must be the model's, with the replica axis {lead} of params: {wrong} are not.")
+        raise Refused(f"buffers must be the model's, with the replica axis {lead} of params: {wrong} are not.")
     given = buffers or {n: b.detach().expand((*lead, *b.shape)).clone() for n, b in own.items()}
     return replicas, State(masked(params, masks), dict(given))
 
@@ -322,10 +223,10 @@ def evaluate(
         (loss_nats, error), each a scalar, or [replica] for a stack.
 
     Raises:
-        ValueError: No examples, or a label too many or too few.
+        Refused: No examples, or a label too many or too few.
     """
     if not 0 < len(x) == len(y):
-        raise ValueError(f"evaluate needs at least one example and a label for each: got {len(x)} and {len(y)}.")
+        raise Refused(f"evaluate needs at least one example and a label for each: got {len(x)} and {len(y)}.")
     replicas, fit = fitted(model, params, masks, buffers)
     how = resolve(execution, model, x.device, replicas)
     loss = torch.zeros((), dtype=torch.float64, device=x.device)

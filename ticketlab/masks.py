@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ticketlab.functional import Masks, stream
+from ticketlab.errors import Refused
+from ticketlab.seeds import stream
+from ticketlab.state import Masks
 
 Scope = Literal["global", "layer"]
 
@@ -22,7 +24,7 @@ _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class EmptyLayerError(ValueError):
+class EmptyLayerError(Refused):
     """A pruning that would leave a layer without a live weight."""
 
 
@@ -40,7 +42,7 @@ def prunable(model: nn.Module) -> tuple[str, ...]:
         wanted |= {id(getattr(module, name)) for name in names if getattr(module, name) is not None}
     found = tuple(n for n, p in model.named_parameters() if id(p) in wanted - embeddings and p.requires_grad)
     if not found:
-        raise ValueError(
+        raise Refused(
             "the model must have a trainable linear, convolution or attention weight to prune: "
             f"found none in {type(model).__name__}."
         )
@@ -58,7 +60,7 @@ def validate(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     expected = ones(model)
     if set(masks) != set(expected):
         missing, extra = sorted(set(expected) - set(masks)), sorted(set(masks) - set(expected))
-        raise ValueError(
+        raise Refused(
             f"masks must cover every prunable parameter and no other: missing {missing}, unknown {extra}. "
             "Build them with masks.ones(model)."
         )
@@ -66,14 +68,12 @@ def validate(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     for name, mask in masks.items():
         shape = tuple(expected[name].shape)
         if mask.dtype != torch.bool:
-            raise ValueError(f"masks[{name!r}] must be bool, True = kept: got {mask.dtype}. Convert it with mask != 0.")
+            raise Refused(f"masks[{name!r}] must be bool, True = kept: got {mask.dtype}. Convert it with mask != 0.")
         if tuple(mask.shape[-len(shape) :]) != shape or mask.ndim > len(shape) + 1:
-            raise ValueError(
-                f"masks[{name!r}] must have shape {shape} or [replica, *{shape}]: got {tuple(mask.shape)}."
-            )
+            raise Refused(f"masks[{name!r}] must have shape {shape} or [replica, *{shape}]: got {tuple(mask.shape)}.")
         axes.add(mask.shape[0] if mask.ndim > len(shape) else None)
     if len(axes) > 1:
-        raise ValueError(f"all masks must share one replica axis: got lengths {sorted(map(str, axes))}.")
+        raise Refused(f"all masks must share one replica axis: got lengths {sorted(map(str, axes))}.")
 
 
 def kept(masks: Mapping[str, Tensor], *, stacked: bool = False) -> Int[Tensor, "*replica"]:
@@ -126,13 +126,13 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], fractions: 
         fractions: In (0, 1), the share of the weights still alive that goes.
 
     Raises:
-        ValueError: A rate outside (0, 1), scores of other names or shapes, a non-finite score of a live
+        Refused: A rate outside (0, 1), scores of other names or shapes, a non-finite score of a live
             weight, or a layer that would be left empty.
     """
     _check_scores(masks, scores)
     if isinstance(fractions, Mapping):
         if set(fractions) != set(masks):
-            raise ValueError(f"fractions must name every masked layer: got {sorted(fractions)} for {sorted(masks)}.")
+            raise Refused(f"fractions must name every masked layer: got {sorted(fractions)} for {sorted(masks)}.")
         groups: list[tuple[tuple[str, ...], float]] = [((name,), fractions[name]) for name in masks]
     else:
         groups = [(tuple(masks), fractions)]
@@ -150,7 +150,7 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], fractions: 
 
 def _prune_group(masks: Masks, scores: Mapping[str, Tensor], fraction: float) -> Masks:
     if not 0 < fraction < 1:
-        raise ValueError(f"a prune fraction must lie in (0, 1): got {fraction} for {list(masks)}.")
+        raise Refused(f"a prune fraction must lie in (0, 1): got {fraction} for {list(masks)}.")
     alive = torch.cat([m.flatten() for m in masks.values()])
     score = torch.cat([scores[n].flatten() for n in masks])
     live = alive.nonzero()[:, 0]
@@ -167,10 +167,10 @@ def _check_scores(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> 
     for name, mask in masks.items():
         if name not in scores or scores[name].shape != mask.shape:
             given = tuple(scores[name].shape) if name in scores else "none"
-            raise ValueError(f"scores[{name!r}] must have the mask's shape {tuple(mask.shape)}: got {given}.")
+            raise Refused(f"scores[{name!r}] must have the mask's shape {tuple(mask.shape)}: got {given}.")
         bad = int((~scores[name][mask].isfinite()).sum())
         if bad:
-            raise ValueError(f"scores must be finite where a weight is alive: {bad} in {name!r} are not.")
+            raise Refused(f"scores must be finite where a weight is alive: {bad} in {name!r} are not.")
 
 
 def random_mask(masks: Mapping[str, Tensor], seed: int) -> Masks:

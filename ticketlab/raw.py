@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from ticketlab.functional import stream
+from ticketlab.errors import Refused
+from ticketlab.seeds import stream
 
 Augmentation = Literal["none", "crop_flip"]
 
@@ -77,18 +78,18 @@ def read(name: str) -> Raw:
     if name == "digits":
         return _read_digits()
     if root and not Path(root).is_dir():
-        raise ValueError(f"TICKETLAB_DATA must be a folder: got {root!r}. Create it, or unset the variable.")
+        raise Refused(f"TICKETLAB_DATA must be a folder: got {root!r}. Create it, or unset the variable.")
     folder = next((Path(root, f) for f in source.folders if Path(root, f).is_dir()), None) if root else None
     origin = str(folder or f"OpenML's {source.openml}")
     raw = (read_cifar10 if name == "cifar10" else read_mnist)(folder) if folder else _fetch_openml(name, root)
     largest = max(raw.y.max(initial=0), raw.y_test.max(initial=0))
     if largest >= source.n_classes:
-        raise ValueError(
+        raise Refused(
             f"labels of {name} must be in 0..{source.n_classes - 1}: got {largest} in {origin}. Download it anew."
         )
     expected, given = [(n, *source.shape) for n in source[:2]], [raw.x.shape, raw.x_test.shape]
     if given != expected:
-        raise ValueError(
+        raise Refused(
             f"{name} must have training and test images of shapes {expected}: got {given} in {origin}. "
             "Provide the complete original set, or pass your own to Task.from_tensors."
         )
@@ -109,14 +110,14 @@ def read_mnist(folder: Path) -> Raw:
     """The four IDX files of MNIST or of a set in its format, of any size, plain or gzipped.
 
     Raises:
-        ValueError: A file that is missing or damaged, or as many images as there are not labels.
+        Refused: A file that is missing or damaged, or as many images as there are not labels.
     """
     paths = [next((p for p in (folder / f, folder / f"{f}.gz") if p.is_file()), None) for f in _IDX]
     _require(folder, [f for f, path in zip(_IDX, paths, strict=True) if path is None], "(plain or .gz)")
     x, y, x_test, y_test = (read_idx(path) for path in paths if path)
     for images, labels, prefix in ((x, y, "train"), (x_test, y_test, "t10k")):
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-            raise ValueError(
+            raise Refused(
                 f"the {prefix} files in {folder} must hold images [n, h, w] and as many labels [n]: got shapes "
                 f"{images.shape} and {labels.shape}. Download both anew, from one place."
             )
@@ -127,19 +128,19 @@ def read_idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes, plain or gzipped: magic 0, 0, 8, ndim, then ndim big-endian sizes, then values.
 
     Raises:
-        ValueError: Another magic, a length that the header contradicts, or a gzip stream that is cut or damaged.
+        Refused: Another magic, a length that the header contradicts, or a gzip stream that is cut or damaged.
     """
     content = _read_bytes(path)
     ndim = content[3] if len(content) > 3 else 0
     if content[:3] != b"\0\0\x08" or not 1 <= ndim <= 4 or len(content) < 4 + 4 * ndim:
-        raise ValueError(
+        raise Refused(
             f"{path} must begin with the header of an IDX file of bytes (0, 0, 8, ndim, sizes): "
             f"got {content[:4].hex(' ')!r} in {len(content)} bytes. Download it anew."
         )
     shape = [int(size) for size in np.frombuffer(content, ">u4", ndim, offset=4)]
     expected = 4 + 4 * ndim + math.prod(shape)
     if len(content) != expected:
-        raise ValueError(
+        raise Refused(
             f"{path} must have {expected} bytes, by its header of sizes {shape}: got {len(content)}. Download it anew."
         )
     return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
@@ -149,7 +150,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(
+        raise Refused(
             f"{path} must be a readable, complete {'gzip ' if path.suffix == '.gz' else ''}file: "
             f"got {error!r}. Download it anew."
         ) from error
@@ -159,7 +160,7 @@ def read_cifar10(folder: Path) -> Raw:
     """The binary version of CIFAR-10: records of a label byte and 3,072 pixels (red, green, blue planes).
 
     Raises:
-        ValueError: A file that is missing or that is not whole records.
+        Refused: A file that is missing or that is not whole records.
     """
     _require(folder, [f for f in _CIFAR10 if not (folder / f).is_file()], "of CIFAR-10's binary version")
     records = [_read_records(folder / f) for f in _CIFAR10]
@@ -170,7 +171,7 @@ def read_cifar10(folder: Path) -> Raw:
 def _read_records(path: Path, record: int = 1 + 3 * 32 * 32) -> np.ndarray:
     content = _read_bytes(path)
     if not content or len(content) % record:
-        raise ValueError(
+        raise Refused(
             f"{path} must be records of {record} bytes, 10000 of them: got {len(content)} bytes. Download it anew."
         )
     return np.frombuffer(content, np.uint8).reshape(-1, record)
@@ -178,7 +179,7 @@ def _read_records(path: Path, record: int = 1 + 3 * 32 * 32) -> np.ndarray:
 
 def _require(folder: Path, missing: list[str], kind: str) -> None:
     if missing:
-        raise ValueError(
+        raise Refused(
             f"{folder} must hold all files {kind}: missing {', '.join(missing)}. "
             "Put them there, or remove the folder to fetch the set from OpenML."
         )
@@ -213,7 +214,7 @@ def _fetch_openml(name: str, root: str | None) -> Raw:
         remedy = f"Load it once where there is a network, and copy that machine's 'openml' folder to {base / 'openml'}"
         if source.files:
             remedy = f"Put {', '.join(source.files)} in {base / source.folders[0]}"
-        raise ValueError(
+        raise Refused(
             f"{name} must be in a folder under TICKETLAB_DATA or come from OpenML, and neither worked: "
             f"got TICKETLAB_DATA={root!r} and {error!r}. {remedy}."
         ) from error
@@ -225,7 +226,7 @@ def _from_bunch(bunch: Any, name: str) -> Raw:
     source, origin = SOURCES[name], f"OpenML's {SOURCES[name].openml}"
     shape = (source.n_train + source.n_test, math.prod(source.shape))
     if bunch.data.shape != shape or np.shape(bunch.target) != shape[:1]:
-        raise ValueError(
+        raise Refused(
             f"{origin} must have data of shape {shape} and a label for each row: got {bunch.data.shape} and "
             f"{np.shape(bunch.target)}. Delete the cached 'openml' folder, and try again."
         )
@@ -243,10 +244,10 @@ def _as_bytes(values: Any, what: str) -> np.ndarray:
     try:
         numbers = np.asarray(values).astype(np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be numbers: got {error}. Provide the set as files.") from error
+        raise Refused(f"{what} must be numbers: got {error}. Provide the set as files.") from error
     # written so that a NaN, a missing value, fails too
     if not ((numbers >= 0) & (numbers <= 255) & (numbers == np.floor(numbers))).all():
-        raise ValueError(
+        raise Refused(
             f"{what} must be integers in 0..255, none missing: got {numbers.min()}..{numbers.max()}. "
             "Delete the cached 'openml' folder, and try again."
         )

@@ -45,6 +45,7 @@ from analyses.certificate.features import features
 from analyses.certificate.network import Network, count_errors, decode, encode
 from analyses.certificate.search import Training, search
 from ticketlab import bounds
+from ticketlab.errors import Refused
 from ticketlab.raw import SOURCES, read
 
 Certificate = dict[str, object]
@@ -79,7 +80,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not 0 < self.delta < 1:
-            raise ValueError(f"delta must lie in (0, 1): got {self.delta}.")
+            raise Refused(f"delta must lie in (0, 1): got {self.delta}.")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def load(task: str) -> Data:
     records = sorted(image.tobytes() + bytes([label]) for image, label in zip(images, raw.y.tolist(), strict=True))
     found = hashlib.sha256(b"".join(records)).hexdigest()
     if found != TRAINING_SHA256[task]:
-        raise ValueError(f"the training examples of {task} must have SHA-256 {TRAINING_SHA256[task]}: got {found}.")
+        raise Refused(f"the training examples of {task} must have SHA-256 {TRAINING_SHA256[task]}: got {found}.")
     return Data(images, raw.y, images_test, raw.y_test)
 
 
@@ -145,19 +146,17 @@ def word_of(path: Path) -> tuple[str, bytes]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(
-            f"{path} must be a certificate, a JSON file: {error}. Give a file of certificates/."
-        ) from error
+        raise Refused(f"{path} must be a certificate, a JSON file: {error}. Give a file of certificates/.") from error
     kinds = [kind for kind in WORDS if isinstance(content, dict) and isinstance(content.get(kind), str)]
     if len(kinds) != 1:
-        raise ValueError(f"{path} must hold a message or a word in hexadecimal digits: it has none, or both.")
+        raise Refused(f"{path} must hold a message or a word in hexadecimal digits: it has none, or both.")
     return kinds[0], bytes.fromhex(content[kinds[0]])
 
 
 def network_of(path: Path) -> Network:
     kind, word = word_of(path)
     if kind != "message":
-        raise ValueError(f"{path} must hold a message of network.py: it holds a program. Give the one it came from.")
+        raise Refused(f"{path} must hold a message of network.py: it holds a program. Give the one it came from.")
     return decode(word)
 
 
@@ -166,7 +165,7 @@ def verify(path: Path, expected: Task | None) -> int:
     (kind, word), claimed = word_of(path), json.loads(path.read_text())
     task, delta = claimed.get("task"), claimed.get("delta")
     if task not in get_args(Task) or not isinstance(delta, float) or expected not in (None, task):
-        raise ValueError(
+        raise Refused(
             f"{path} must name a delta and a task, {expected or f'one of {get_args(Task)}'}: got {task!r}, {delta!r}."
         )
     found = certify(kind, word, task, load(task), delta)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from analyses.certificate.features import GRID, KINDS, SIDES
 from analyses.certificate.network import Network
 from ticketlab.bounds import Decoder, Encoder
+from ticketlab.errors import Refused
 
 PROGRAM_SHA256 = "d0e2976d051fa2b3bceca3da0c6c094b1a4b3c1c9a37a8aae56a6ff87559db48"
 INTERPRETER = "from scipy.ndimage import *\nfrom numpy import *"
@@ -44,7 +45,7 @@ def encode(program: str, network: Network) -> bytes:
     maps[:, : KINDS[0] + 1] = mine[:, : KINDS[0] + 1]
     maps[:, [KINDS[0] - 2 + side for side in SIDES]] = mine[:, KINDS[0] + 1 :]
     if (largest := max(np.abs(array).max() for array in (maps, network.output))) > LARGEST:
-        raise ValueError(f"weights must be in -{LARGEST}..{LARGEST}: got {largest}.")
+        raise Refused(f"weights must be in -{LARGEST}..{LARGEST}: got {largest}.")
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
     return deflate.compress(program.encode()) + deflate.flush() + _message(maps, network.output)
 
@@ -66,7 +67,7 @@ def scores(word: bytes, images: NDArray[np.uint8]) -> NDArray[np.float64]:
     try:
         program = inflate.decompress(word)
     except zlib.error as error:
-        raise ValueError(f"the word must begin with a program as raw deflate: {error}.") from error
+        raise Refused(f"the word must begin with a program as raw deflate: {error}.") from error
     _check(program)
     decoder = Decoder(inflate.unused_data)
     names: dict[str, Any] = {}
@@ -77,7 +78,7 @@ def scores(word: bytes, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         exec(program.decode(), names)
     decoder.finish()
     if _message(names["W"], names["V"]) != inflate.unused_data:  # the arrays that it decoded
-        raise ValueError("the message must be in its shortest form: this one is not.")
+        raise Refused("the message must be in its shortest form: this one is not.")
     return np.array(found)
 
 
@@ -91,4 +92,4 @@ def count_errors(word: bytes, images: NDArray[np.uint8], labels: NDArray[np.uint
 
 def _check(program: bytes) -> None:
     if (given := hashlib.sha256(program).hexdigest()) != PROGRAM_SHA256:
-        raise ValueError(f"the program must be certificates/mnist-program.txt: got one of SHA-256 {given}.")
+        raise Refused(f"the program must be certificates/mnist-program.txt: got one of SHA-256 {given}.")

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from analyses.certificate.features import GRID, KINDS, N_FEATURES, Integers
 from ticketlab.bounds import Decoder, Encoder
+from ticketlab.errors import Refused
 
 CLASSES = 10
 DESIGNS = 1 << 16
@@ -107,7 +108,7 @@ def encode(network: Network) -> bytes:
         encoder.symbols(live < 0, (1, 1), KT)
         sizes = np.abs(live)
         if sizes.max(initial=0) > LARGEST:
-            raise ValueError(f"weights must be in -{LARGEST}..{LARGEST}: got {sizes.max()}. Clip them.")
+            raise Refused(f"weights must be in -{LARGEST}..{LARGEST}: got {sizes.max()}. Clip them.")
         for size in range(1, LARGEST):
             encoder.symbols(sizes[sizes >= size] > size, (1, 1), KT)
     return encoder.finish()
@@ -121,7 +122,7 @@ def decode(message: bytes) -> Network:
     """
     decoder = Decoder(message)
     if design := decoder.uniform(DESIGNS):
-        raise ValueError(f"the message must be of design 0, the one that is known here: got {design}.")
+        raise Refused(f"the message must be of design 0, the one that is known here: got {design}.")
     hidden = decoder.uniform(MOST_HIDDEN) + 1
     arrays = [np.zeros(shape, dtype=np.int64) for shape in shapes(hidden)]
     for array in arrays:
@@ -137,5 +138,5 @@ def decode(message: bytes) -> Network:
     decoder.finish()
     network = Network(*arrays)
     if encode(network) != message:
-        raise ValueError("the message must be in its shortest form: this one is not. Use encode's bytes.")
+        raise Refused("the message must be in its shortest form: this one is not. Use encode's bytes.")
     return network

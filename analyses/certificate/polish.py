@@ -32,7 +32,7 @@ from analyses.certificate.network import (
     without_idle_units,
 )
 from ticketlab import bounds
-from ticketlab.functional import stream
+from ticketlab.seeds import stream
 
 WEIGHTS, BIAS, OUTPUT, _ = range(4)  # places in Network.arrays
 

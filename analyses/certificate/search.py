@@ -26,7 +26,8 @@ from analyses.certificate.network import (
     without_idle_units,
 )
 from analyses.certificate.polish import certified, polish
-from ticketlab.functional import stream
+from ticketlab.errors import Refused
+from ticketlab.seeds import stream
 
 FEATURE_SCALE, SCORE_SCALE = 32.0, 3.0  # of training alone: they make inputs and logits of order 1
 
@@ -53,13 +54,11 @@ class Training:
     def __post_init__(self) -> None:
         least = {"hidden": 1, "steps": 1, "rounds": 1, "batch_size": 1, "seed": 0}
         if wrong := {name: getattr(self, name) for name, value in least.items() if getattr(self, name) < value}:
-            raise ValueError(f"hidden, steps, rounds and batch_size must be at least 1, and seed 0: got {wrong}.")
+            raise Refused(f"hidden, steps, rounds and batch_size must be at least 1, and seed 0: got {wrong}.")
         if self.hidden > MOST_HIDDEN:
-            raise ValueError(
-                f"hidden must be at most {MOST_HIDDEN}, the most that the code can write: got {self.hidden}."
-            )
+            raise Refused(f"hidden must be at most {MOST_HIDDEN}, the most that the code can write: got {self.hidden}.")
         if not (0 <= self.nats_per_bit < math.inf and 0 < self.learning_rate < math.inf and 0 <= self.power <= 1):
-            raise ValueError(
+            raise Refused(
                 "nats_per_bit must be at least 0, learning_rate above 0, both finite, and power in [0, 1]: got "
                 f"{self.nats_per_bit}, {self.learning_rate} and {self.power}."
             )

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ticketlab.errors import Refused
+
 _TOP = 1 << 56  # the register: seven bytes
 _BOTTOM = 1 << 48  # below this width the leading byte is settled
 _LARGEST_TOTAL = 1 << 32
@@ -28,7 +30,7 @@ class Encoder:
     def interval(self, start: int, size: int, total: int) -> None:
         """A symbol that owns [start, start + size) of `total` equal shares: -log2(size / total) bits."""
         if not 0 <= start < start + size <= total <= _LARGEST_TOTAL:
-            raise ValueError(f"a symbol must own [start, start + size) of total <= 2^32: got {start}, {size}, {total}.")
+            raise Refused(f"a symbol must own [start, start + size) of total <= 2^32: got {start}, {size}, {total}.")
         low = self._width * start // total
         self._width = self._width * (start + size) // total - low
         self._low += low
@@ -77,7 +79,7 @@ class Encoder:
         table = list(frequencies)
         for value in np.asarray(values).ravel().tolist():
             if not 0 <= value < len(table):
-                raise ValueError(f"symbols must be in 0..{len(table) - 1}, the alphabet: got {value}.")
+                raise Refused(f"symbols must be in 0..{len(table) - 1}, the alphabet: got {value}.")
             self.interval(sum(table[:value]), table[value], sum(table))
             table[value] += increment
 
@@ -159,15 +161,15 @@ class Decoder:
         """Check that the data are one whole word of the code.
 
         Raises:
-            ValueError: Bytes left over, or cut off so that others could follow: such a length describes nothing.
+            Refused: Bytes left over, or cut off so that others could follow: such a length describes nothing.
         """
         missing = self._read - len(self._data)
         if missing < 0 or self._offset + (1 << 8 * missing) > self._width:
             what = "bytes are left over" if missing < 0 else "the end is missing"
-            raise ValueError(f"the data must be one whole message: {what}. Decode what Encoder.finish gave.")
+            raise Refused(f"the data must be one whole message: {what}. Decode what Encoder.finish gave.")
 
 
 def _bits_of(dtype: np.dtype) -> int:
     if dtype not in (np.float16, np.float32):
-        raise ValueError(f"floats must be float16 or float32: got {dtype}. Convert them, and evaluate the converted.")
+        raise Refused(f"floats must be float16 or float32: got {dtype}. Convert them, and evaluate the converted.")
     return 8 * dtype.itemsize

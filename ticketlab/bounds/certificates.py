@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from ticketlab.bounds.binomial import upper_inverse
 from ticketlab.bounds.kl import Value, kl_inverse, nats, plain, probability
+from ticketlab.errors import Refused
 
 _SAMPLE = "n i.i.d. examples; loss in [0, 1]"
 _CODE = f"{_SAMPLE}; a prefix-free code fixed before the sample, in which the description has this length"
@@ -78,13 +79,13 @@ def mdl(
         n_classes: Decides what is vacuous.
 
     Raises:
-        ValueError: A number out of range.
+        Refused: A number out of range.
     """
     if weights not in ("trained", "seed"):
-        raise ValueError(f"weights must be 'trained' or 'seed': got {weights!r}.")
+        raise Refused(f"weights must be 'trained' or 'seed': got {weights!r}.")
     k, d = np.asarray(kept, dtype=np.float64), np.asarray(total, dtype=np.float64)
     if not ((d >= 1) & (k >= 0) & (k <= d) & (k % 1 == 0) & (d % 1 == 0)).all():
-        raise ValueError(
+        raise Refused(
             f"kept must be a count in 0..total: got {kept!r} of {total!r}. Take them from masks.kept and total."
         )
     error, log_delta = _loss(train_error), _sample(n, delta)
@@ -122,7 +123,7 @@ def occam_hoeffding(
         covers: What the description describes.
 
     Raises:
-        ValueError: A number out of range.
+        Refused: A number out of range.
     """
     error, budget = _loss(train_error), nats("description_nats", description_nats) - _sample(n, delta)
     value = error + np.sqrt(budget / (2 * n))
@@ -166,7 +167,7 @@ def binomial_tail(
     the loss must be 0/1: n times the training error must be an integer.
 
     Raises:
-        ValueError: A number out of range, or a training error that is no number of errors among n.
+        Refused: A number out of range, or a training error that is no number of errors among n.
     """
     error, budget = _loss(train_error), nats("description_nats", description_nats) - _sample(n, delta)
     value = np.vectorize(upper_inverse, otypes=[float])(_errors(error, n), n, -budget)
@@ -189,7 +190,7 @@ def pac_bayes_kl(
         n_classes: Decides what is vacuous.
 
     Raises:
-        ValueError: A number out of range.
+        Refused: A number out of range.
     """
     error, budget = _pac_bayes(train_error, kl_nats, n, delta)
     return _gibbs("pac_bayes_kl", error, kl_inverse(error, budget / n), n, delta, n_classes)
@@ -225,10 +226,10 @@ def pac_bayes_catoni(
     :func:`pac_bayes_kl`.
 
     Raises:
-        ValueError: A number out of range, or no beta.
+        Refused: A number out of range, or no beta.
     """
     if not betas or not all(0 < beta < math.inf for beta in betas):
-        raise ValueError(f"betas must be one or more positive numbers: got {betas}. Try (0.5, 1, 2, 4).")
+        raise Refused(f"betas must be one or more positive numbers: got {betas}. Try (0.5, 1, 2, 4).")
     error, kl = _loss(train_error), nats("kl_nats", kl_nats)
     budget = (kl + math.log(len(betas)) - _sample(n, delta)) / n
     value = np.min([np.expm1(-beta * error - budget) / math.expm1(-beta) for beta in betas], axis=0)
@@ -255,10 +256,10 @@ def held_out(
         n_classes: Decides what is vacuous.
 
     Raises:
-        ValueError: A number out of range, an unknown method.
+        Refused: A number out of range, an unknown method.
     """
     if method not in ("kl", "binomial"):
-        raise ValueError(f"method must be 'kl' or 'binomial': got {method!r}.")
+        raise Refused(f"method must be 'kl' or 'binomial': got {method!r}.")
     bound = {"kl": occam_kl, "binomial": binomial_tail}[method]
     found = bound(test_error, 0.0, n_test, delta)
     assumptions = f"n i.i.d. test examples; {'0/1 loss' if method == 'binomial' else 'loss in [0, 1]'}"
@@ -290,7 +291,7 @@ def _bound(
     assumptions: str,
 ) -> Bound:
     if n_classes is not None and n_classes < 2:
-        raise ValueError(f"n_classes must be at least 2: got {n_classes}.")
+        raise Refused(f"n_classes must be at least 2: got {n_classes}.")
     chance = 1.0 if n_classes is None else 1 - 1 / n_classes
     value, error = np.broadcast_arrays(value, error)
     vacuous = value >= chance
@@ -313,7 +314,7 @@ def _loss(given: ArrayLike) -> np.ndarray:
     try:
         return probability("the loss", given)
     except ValueError:
-        raise ValueError(
+        raise Refused(
             f"the loss must lie in [0, 1]: got {given!r}. Pass an error rate as a fraction. Cross-entropy is "
             "unbounded: map it into [0, 1] with bounds.bounded_cross_entropy."
         ) from None
@@ -322,9 +323,9 @@ def _loss(given: ArrayLike) -> np.ndarray:
 def _sample(n: int, delta: float) -> float:
     """ln delta, with n and delta checked."""
     if np.ndim(n) or not (n >= 1 and n % 1 == 0):
-        raise ValueError(f"n must be a number of examples, at least 1: got {n}. Call it once for each sample size.")
+        raise Refused(f"n must be a number of examples, at least 1: got {n}. Call it once for each sample size.")
     if np.ndim(delta) or not 0 < delta < 1:
-        raise ValueError(f"delta must lie in (0, 1), the probability that the bound fails: got {delta}. Try 0.05.")
+        raise Refused(f"delta must lie in (0, 1), the probability that the bound fails: got {delta}. Try 0.05.")
     return math.log(delta)
 
 
@@ -333,7 +334,7 @@ def _errors(error: np.ndarray, n: int) -> np.ndarray:
     count = np.rint(n * error)
     # a rate may come in float32: that moves the count by 0.03 at most for a million examples
     if not (np.abs(n * error - count) <= np.clip(1e-6 * n * error, 1e-6, 0.05)).all():
-        raise ValueError(
+        raise Refused(
             f"n * train_error must be a number of errors: got {n} * {error}. Pass errors / n of the same n examples, "
             "unrounded; for a loss that is not 0/1 use occam_kl."
         )

@@ -19,7 +19,8 @@ from ticketlab.bounds.description import (
     live,
     mask_lengths,
 )
-from ticketlab.functional import Masks, Params
+from ticketlab.errors import Refused
+from ticketlab.state import Masks, Params
 
 KT = 2
 """Increment of a frequency that starts at 1, in the code of Krichevsky and Trofimov."""
@@ -38,7 +39,7 @@ def encode(masks: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = No
         values: ``seed``, the masks alone; ``signs``, one bit more a kept weight; ``coded``, every value.
 
     Raises:
-        ValueError: Masks or tensors that do not fit one another, or another dtype than float32.
+        Refused: Masks or tensors that do not fit one another, or another dtype than float32.
     """
     check_network(masks, params, values)
     masks = dict(sorted(masks.items()))
@@ -67,12 +68,12 @@ def decode(data: bytes, reference: Mapping[str, Tensor], prunable: Sequence[str]
         Masks, and tensors with pruned weights zero in the order of ``reference``, on the CPU.
 
     Raises:
-        ValueError: Bytes that are not one whole message for this architecture, or masked tensors that the reference
+        Refused: Bytes that are not one whole message for this architecture, or masked tensors that the reference
             lacks.
     """
     missing = [name for name in prunable if name not in reference]
     if missing or not prunable:
-        raise ValueError(
+        raise Refused(
             f"prunable must name one or more tensors of the reference: it lacks {missing} of {list(prunable)}. "
             "Pass every tensor of the network, and masks.prunable(model)."
         )
@@ -91,9 +92,7 @@ def decode(data: bytes, reference: Mapping[str, Tensor], prunable: Sequence[str]
         params[name] = torch.zeros_like(known).masked_scatter(where, found.to(known.dtype))
     decoder.finish()
     if encode(masks, params, values) != data:
-        raise ValueError(
-            "the data must be one whole message in its shortest form: this is another. Use encode's bytes."
-        )
+        raise Refused("the data must be one whole message in its shortest form: this is another. Use encode's bytes.")
     return masks, params
 
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 from torch import Tensor
 
+from ticketlab.errors import Refused
+
 Values = Literal["seed", "signs", "coded"]
 LARGEST_CODEBOOK = 256
 
@@ -79,12 +81,12 @@ def description_length(
         The terms; :attr:`Description.nats` is what the bounds take.
 
     Raises:
-        ValueError: Masks or tensors that do not fit one another, or alternatives that are no count of at least 1.
+        Refused: Masks or tensors that do not fit one another, or alternatives that are no count of at least 1.
     """
     check_network(masks, params, values)
     bad = {name: n for name, n in (choices or {}).items() if not (n >= 1 and n % 1 == 0)}
     if bad:
-        raise ValueError(
+        raise Refused(
             f"choices must count the alternatives, whole and at least 1 each: got {bad}. Leave out what was fixed."
         )
     whole, by_layer = mask_lengths(masks)
@@ -102,10 +104,10 @@ def subset_nats(kept: int, total: int) -> float:
     """ln C(d, k) + ln (d + 1): how many of d are kept, each number alike, and then which.
 
     Raises:
-        ValueError: A number kept that is no count in 0..total.
+        Refused: A number kept that is no count in 0..total.
     """
     if not (0 <= kept <= total and kept % 1 == 0 and total % 1 == 0):
-        raise ValueError(
+        raise Refused(
             f"kept must lie in 0..{total}, the number of weights, both counts: got {kept}. Count them with masks.kept."
         )
     # C(d, k) (d + 1) is 1 / Beta(k + 1, d - k + 1)
@@ -144,18 +146,16 @@ def live(tensor: Tensor, mask: Tensor | None) -> NDArray[np.float32]:
 def check_network(masks: Mapping[str, Tensor], params: Mapping[str, Tensor] | None, values: str) -> None:
     """Raise a ValueError unless masks and tensors are those of one network in float32."""
     if values not in get_args(Values):
-        raise ValueError(f"values must be one of {get_args(Values)}: got {values!r}.")
+        raise Refused(f"values must be one of {get_args(Values)}: got {values!r}.")
     if not masks or any(mask.dtype != torch.bool for mask in masks.values()):
-        raise ValueError("masks must be one or more bool tensors, True = kept. Build them with masks.ones(model).")
+        raise Refused("masks must be one or more bool tensors, True = kept. Build them with masks.ones(model).")
     if params is None:
         if values != "seed":
-            raise ValueError(f"params must be given for values={values!r}: got None. Pass the network's tensors.")
+            raise Refused(f"params must be given for values={values!r}: got None. Pass the network's tensors.")
         return
     wrong = [n for n, mask in masks.items() if n not in params or params[n].shape != mask.shape]
     if wrong:
-        raise ValueError(
-            f"params must hold every masked tensor in the shape of its mask: {wrong} are missing or differ."
-        )
+        raise Refused(f"params must hold every masked tensor in the shape of its mask: {wrong} are missing or differ.")
     other = {n: str(t.dtype) for n, t in params.items() if t.dtype != torch.float32}
     if other and values == "coded":
-        raise ValueError(f"params must be float32 to be coded: got {other}. Convert them, and evaluate the converted.")
+        raise Refused(f"params must be float32 to be coded: got {other}. Convert them, and evaluate the converted.")

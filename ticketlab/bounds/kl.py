@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ticketlab.errors import Refused
+
 Value = float | NDArray[np.float64]
 """A number, or an array where arrays were given."""
 
@@ -23,7 +25,7 @@ def binary_kl(q: ArrayLike, p: ArrayLike) -> Value:
         p: In [0, 1], broadcast against q.
 
     Raises:
-        ValueError: A probability outside [0, 1].
+        Refused: A probability outside [0, 1].
     """
     first, second = probability("q", q), probability("p", p)
     return plain(_kl(first, second, second - first))
@@ -41,7 +43,7 @@ def kl_inverse(q: ArrayLike, c: ArrayLike) -> Value:
         c: Nats, at least 0, broadcast against q.
 
     Raises:
-        ValueError: q outside [0, 1] or c negative.
+        Refused: q outside [0, 1] or c negative.
     """
     rate, budget = np.broadcast_arrays(probability("q", q), nats("c", c))
     low, high = np.zeros(rate.shape), 1 - rate
@@ -75,7 +77,7 @@ def probability(name: str, given: ArrayLike) -> NDArray[np.float64]:
     """As float64, refused outside [0, 1]."""
     value = np.asarray(given, dtype=np.float64)
     if not ((value >= 0) & (value <= 1)).all():
-        raise ValueError(f"{name} must lie in [0, 1]: got {given!r}. Pass a fraction, not a percentage.")
+        raise Refused(f"{name} must lie in [0, 1]: got {given!r}. Pass a fraction, not a percentage.")
     return value
 
 
@@ -83,7 +85,7 @@ def nats(name: str, given: ArrayLike) -> NDArray[np.float64]:
     """As float64, refused where negative or NaN."""
     value = np.asarray(given, dtype=np.float64)
     if not (value >= 0).all():
-        raise ValueError(f"{name} must be at least 0 nats: got {given!r}. Multiply bits by ln 2.")
+        raise Refused(f"{name} must be at least 0 nats: got {given!r}. Multiply bits by ln 2.")
     return value
 
 

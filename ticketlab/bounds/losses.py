@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ticketlab.bounds.kl import Value
+from ticketlab.errors import Refused
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,16 @@ def bounded_cross_entropy(
         mixing: a, in (0, 1], fixed before the sample is seen (or paid for).
 
     Raises:
-        ValueError: A mixing outside (0, 1], logits that are not finite, or shapes or labels that do not fit.
+        Refused: A mixing outside (0, 1], logits that are not finite, or shapes or labels that do not fit.
     """
     if not 0 < mixing <= 1:
-        raise ValueError(f"mixing must lie in (0, 1]: got {mixing}. Try 0.01.")
+        raise Refused(f"mixing must lie in (0, 1]: got {mixing}. Try 0.01.")
     if logits.ndim != 2 or y.shape != logits.shape[:1] or not len(y) or not logits.isfinite().all():
         shapes = f"{tuple(logits.shape)} and {tuple(y.shape)}"
-        raise ValueError(f"logits must be finite [n, classes], with a label each: got {shapes}.")
+        raise Refused(f"logits must be finite [n, classes], with a label each: got {shapes}.")
     classes = logits.shape[1]
     if not ((y >= 0) & (y < classes)).all():
-        raise ValueError(
+        raise Refused(
             f"labels must lie in 0..{classes - 1}, the columns of logits: got {int(y.min())}..{int(y.max())}."
         )
     right = logits.detach().double().softmax(1).gather(1, y[:, None])[:, 0]

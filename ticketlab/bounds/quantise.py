@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ticketlab.functional import Params
+from ticketlab.errors import Refused
+from ticketlab.state import Params
 
 _SWEEPS = 100
 
@@ -24,10 +25,10 @@ def quantise(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], n_values
         n_values: 1..256, the largest codebook that `encode` writes.
 
     Raises:
-        ValueError: n_values out of range.
+        Refused: n_values out of range.
     """
     if not 1 <= n_values <= 256:
-        raise ValueError(f"n_values must lie in 1..256: got {n_values}. Take 2 to the number of bits a weight.")
+        raise Refused(f"n_values must lie in 1..256: got {n_values}. Take 2 to the number of bits a weight.")
     found: Params = {}
     for name, tensor in params.items():
         mask = masks.get(name, torch.ones_like(tensor, dtype=torch.bool))

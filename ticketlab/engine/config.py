@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.treatments import FROZEN, RETRAINING, TREATMENTS
-from ticketlab.functional import nearest
+from ticketlab.errors import Refused, nearest
 
 Scope = Literal["global", "layer"]
 Dtype = Literal["float32", "float64"]
@@ -73,34 +73,32 @@ class ImpConfig:
         ]
         for kind, given, known in named:
             if given not in known:
-                raise ValueError(nearest(kind, given, known))
+                raise Refused(nearest(kind, given, known))
         if "ticket" not in self.treatments or len(set(self.treatments)) < len(self.treatments):
-            raise ValueError(f"treatments must contain 'ticket' and no name twice: got {self.treatments}.")
+            raise Refused(f"treatments must contain 'ticket' and no name twice: got {self.treatments}.")
         frozen = [t for t in self.treatments if t in FROZEN]
         if frozen and recipe.weight_decay:
-            raise ValueError(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
+            raise Refused(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
         if self.score_examples < 1:
-            raise ValueError(f"score_examples must be at least 1: got {self.score_examples}.")
+            raise Refused(f"score_examples must be at least 1: got {self.score_examples}.")
         if self.levels < 0:
-            raise ValueError(f"levels must be at least 0: got {self.levels}.")
+            raise Refused(f"levels must be at least 0: got {self.levels}.")
         for name in ("prune_fraction", "conv_fraction", "output_fraction"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
-                raise ValueError(f"{name} must lie in (0, 1): got {value}.")
+                raise Refused(f"{name} must lie in (0, 1): got {value}.")
         if self.scope == "global" and (self.conv_fraction is not None or self.output_fraction is not None):
-            raise ValueError("conv_fraction and output_fraction need scope 'layer': a global threshold has one rate.")
+            raise Refused("conv_fraction and output_fraction need scope 'layer': a global threshold has one rate.")
         if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
-            raise ValueError(f"init_seeds must be one or more different seeds: got {self.init_seeds}.")
+            raise Refused(f"init_seeds must be one or more different seeds: got {self.init_seeds}.")
         if not all(0 <= seed < 2**32 for seed in (*self.init_seeds, *(self.order_seeds or ()))):
-            raise ValueError(f"seeds must lie in [0, 2^32): got {self.init_seeds}, {self.order_seeds}.")
+            raise Refused(f"seeds must lie in [0, 2^32): got {self.init_seeds}, {self.order_seeds}.")
         if self.order_seeds is not None and len(self.order_seeds) != len(self.init_seeds):
-            raise ValueError(f"order_seeds must be one for each of {self.init_seeds}: got {self.order_seeds}.")
+            raise Refused(f"order_seeds must be one for each of {self.init_seeds}: got {self.order_seeds}.")
         if not 0 <= self.rewind_step < recipe.steps:
-            raise ValueError(
-                f"rewind_step must lie in [0, {recipe.steps}), before training ends: got {self.rewind_step}."
-            )
+            raise Refused(f"rewind_step must lie in [0, {recipe.steps}), before training ends: got {self.rewind_step}.")
         if any(not 0 <= s <= recipe.steps for s in self.snapshot_steps):
-            raise ValueError(f"snapshot_steps must lie in [0, {recipe.steps}]: got {self.snapshot_steps}.")
+            raise Refused(f"snapshot_steps must lie in [0, {recipe.steps}]: got {self.snapshot_steps}.")
 
 
 LATER_FIELDS = ("score_examples", "retraining")

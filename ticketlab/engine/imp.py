@@ -26,7 +26,10 @@ from ticketlab.engine.criteria import ROUNDS, Evidence, draw_examples, find, ref
 from ticketlab.engine.store import Level
 from ticketlab.engine.training import train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Start, derived_seed
-from ticketlab.functional import Execution, Masks, State, initialise, masked, stack, stack_states, state
+from ticketlab.errors import Refused
+from ticketlab.functional import Execution, masked
+from ticketlab.seeds import initialise
+from ticketlab.state import Masks, State, stack, stack_states, state
 
 Factory = Callable[[], nn.Module]
 
@@ -89,7 +92,7 @@ def imp(
         progress: Show progress bars where the output is a terminal.
 
     Raises:
-        ValueError: Before anything is trained: an unknown name, a run directory of another study or a damaged
+        Refused: Before anything is trained: an unknown name, a run directory of another study or a damaged
             one, or a directory that another process writes. While training: a level that would leave a layer
             without a live weight, or scores that are all zero; what is stored stays.
     """
@@ -114,7 +117,7 @@ def model_and_task(config: ImpConfig, *, device: torch.device | str | None = Non
         device: Of both; a CUDA device if there is one, otherwise the CPU, when None.
 
     Raises:
-        ValueError: An unknown name, or data that cannot be loaded.
+        Refused: An unknown name, or data that cannot be loaded.
     """
     study = _prepare(config, None, None, device, "auto", False)
     return study.model, study.task
@@ -144,7 +147,7 @@ def _prepare(
     config = replace(config, model=name, task=task.name if task else config.task)
     if config.recipe.batch_size > len(loaded.train):
         n = len(loaded.train)
-        raise ValueError(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
+        raise Refused(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
     net = initialise(factory, config.init_seeds[0]).to(loaded.device, loaded.dtype)
     _check_levels(config, net)
     refuse_too_large(config.criterion, net)
@@ -165,11 +168,11 @@ def _check_levels(config: ImpConfig, model: nn.Module) -> None:
         before, groups = groups, [(layers, n - mask_ops.n_removed(n, rate), rate) for layers, n, rate in groups]
         if groups == before:
             left = sum(n for _, n, _ in groups)
-            raise ValueError(f"every level must prune a weight: none of {left} would go {where}")
+            raise Refused(f"every level must prune a weight: none of {left} would go {where}")
         for layers, n, _ in groups:
             if n < len(layers):
                 short = repr(layers[0]) if len(layers) == 1 else f"{len(layers)} layers"
-                raise ValueError(f"every layer must keep a live weight: {n} would be left for {short} {where}")
+                raise Refused(f"every layer must keep a live weight: {n} would be left for {short} {where}")
 
 
 def _fractions(config: ImpConfig, model: nn.Module) -> float | dict[str, float]:
@@ -191,7 +194,7 @@ def _open(study: _Study, store: Path) -> Path:
     if (folder / runs.CONFIG).exists():
         stored = {k: v for k, v in runs.read_config(folder).items() if k in ("config", "fingerprint")}
         if stored != study.description():
-            raise ValueError(
+            raise Refused(
                 f"{folder} must be a run of this study, but its {runs.CONFIG} is of another: "
                 f"{_difference(stored, study.description())}. Move it away, or use another store."
             )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ticketlab.functional import nearest
+from ticketlab.errors import Refused, nearest
 
 Optimizers = Literal["adam", "adamw", "sgd"]
 Schedules = Literal["constant", "step", "cosine"]
@@ -44,7 +44,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for kind, given, known in (("optimizer", self.optimizer, Optimizers), ("schedule", self.schedule, Schedules)):
             if given not in get_args(known):
-                raise ValueError(nearest(kind, given, get_args(known)))
+                raise Refused(nearest(kind, given, get_args(known)))
         checks = {
             "steps must be at least 1": self.steps >= 1,
             "batch_size must be at least 1": self.batch_size >= 1,
@@ -61,7 +61,7 @@ class Recipe:
         }
         for rule, holds in checks.items():
             if not holds:
-                raise ValueError(f"{rule}: got {self}.")
+                raise Refused(f"{rule}: got {self}.")
 
     def learning_rate_at(self, step: int) -> float:
         """The rate that the 0-based ``step`` is taken with."""

@@ -11,6 +11,7 @@ import torch
 from ticketlab.engine import store as runs
 from ticketlab.engine.config import ImpConfig, from_json
 from ticketlab.engine.store import Level
+from ticketlab.errors import Refused
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     """Open a run directory for reading.
 
     Raises:
-        ValueError: Not a run directory, or no level in it is whole.
+        Refused: Not a run directory, or no level in it is whole.
     """
     path = Path(folder)
     stored = runs.read_config(path)["config"]
     n_levels = runs.n_stored(path)
     if n_levels == 0:
-        raise ValueError(f"{path} must hold at least level 0: it has none. Resume the run with analyses.imp.")
+        raise Refused(f"{path} must hold at least level 0: it has none. Resume the run with analyses.imp.")
     return Run(path, from_json(stored | {"levels": n_levels - 1}), n_levels, device)

@@ -33,7 +33,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ticketlab.functional import Masks, Params, State, select
+from ticketlab.errors import Refused
+from ticketlab.state import Masks, Params, State, select
 
 CONFIG, MANIFEST, WEIGHTS, MASKS, METRICS, CURVES, LOCK = (
     "config.json",
@@ -85,13 +86,13 @@ class Level:
         rows = pd.Series(True, index=self.metrics.index)
         for column, value in conditions.items():
             if column not in self.metrics:
-                raise ValueError(f"select needs columns of metrics: got {column!r}, not in {list(self.metrics)}.")
+                raise Refused(f"select needs columns of metrics: got {column!r}, not in {list(self.metrics)}.")
             rows &= self.metrics[column] == value
         found = [int(r) for r in self.metrics["replica"][rows]]
         if not found:
             given = ", ".join(f"{k}={v!r}" for k, v in conditions.items())
             has = {c: sorted(self.metrics[c].unique()) for c in conditions}
-            raise ValueError(f"no replica of level {self.level} has {given}: it has {has}.")
+            raise Refused(f"no replica of level {self.level} has {given}: it has {has}.")
         index = found[0] if len(found) == 1 else found
         return replace(
             self,
@@ -143,11 +144,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The stored description of a run."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} must be a run directory with a {CONFIG}: found none. Make it with analyses.imp.")
+        raise Refused(f"{folder} must be a run directory with a {CONFIG}: found none. Make it with analyses.imp.")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be valid JSON: {error}. Restore it, or run again into another store.") from error
+        raise Refused(f"{path} must be valid JSON: {error}. Restore it, or run again into another store.") from error
 
 
 @contextmanager
@@ -158,9 +159,7 @@ def writing(folder: Path, description: Mapping[str, Any]) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(
-            f"{folder} must have one writer: another process holds it. Wait for it, or stop it."
-        ) from error
+        raise Refused(f"{folder} must have one writer: another process holds it. Wait for it, or stop it.") from error
     try:
         for leftover in folder.glob("level_*.tmp"):
             shutil.rmtree(leftover)
@@ -204,16 +203,16 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
     """Read a stored level and hold every file against its checksum.
 
     Raises:
-        ValueError: The level is not stored, or a file is missing, truncated or changed.
+        Refused: The level is not stored, or a file is missing, truncated or changed.
     """
     path = _level_folder(folder, level)
     if not (path / MANIFEST).is_file():
-        raise ValueError(f"level {level} must be stored in {folder}: it has {n_stored(folder)} levels, from 0.")
+        raise Refused(f"level {level} must be stored in {folder}: it has {n_stored(folder)} levels, from 0.")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         content = {name: _verified(path / name, digest) for name, digest in manifest["sha256"].items()}
     except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(_damaged(path / MANIFEST, "is not a whole manifest")) from error
+        raise Refused(_damaged(path / MANIFEST, "is not a whole manifest")) from error
     # by name: safetensors gives them in an order that differs from process to process
     masks = {n: t.to(device) for n, t in sorted(load_tensors(content[MASKS]).items())}
     tensors = _unflatten({n: t.to(device) for n, t in sorted(load_tensors(content[WEIGHTS]).items())})
@@ -257,10 +256,10 @@ def _level_folder(folder: Path, level: int) -> Path:
 
 def _verified(path: Path, digest: str) -> bytes:
     if not path.is_file():
-        raise ValueError(_damaged(path, "is missing"))
+        raise Refused(_damaged(path, "is missing"))
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
-        raise ValueError(_damaged(path, "does not match its checksum"))
+        raise Refused(_damaged(path, "does not match its checksum"))
     return content
 
 

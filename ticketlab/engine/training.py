@@ -31,7 +31,9 @@ from ticketlab.data import Task, batch_indices, crop_flip
 from ticketlab.engine.dynamic import Dynamics, validate
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.watch import Watch, put_back
-from ticketlab.functional import Execution, Masks, State, masked, n_replicas, resolve, select
+from ticketlab.errors import Refused
+from ticketlab.functional import Execution, masked, n_replicas, resolve
+from ticketlab.state import Masks, State, select
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def train(
         progress: Show a progress bar where the output is a terminal.
 
     Raises:
-        ValueError: Shapes or lengths that do not fit, steps or rates out of range, frozen weights under weight
+        Refused: Shapes or lengths that do not fit, steps or rates out of range, frozen weights under weight
             decay or beside dynamics, which would move them, ``vmap`` where the loop is needed, or a model that
             draws from a global generator as it trains, such as by dropout: no seed of ours reaches it.
     """
@@ -145,25 +147,25 @@ def _check(
 ) -> None:
     replicas = n_replicas(model, start.params)
     if replicas is None or replicas != len(order_seeds):
-        raise ValueError(
+        raise Refused(
             f"start must be stacked with one replica for each order seed: got {replicas or 'no'} replica axis "
             f"for {len(order_seeds)} seeds. Stack networks with functional.stack_states."
         )
     if not 0 <= first_step < recipe.steps:
-        raise ValueError(f"the first step must lie in [0, {recipe.steps}), before training ends: got {first_step}.")
+        raise Refused(f"the first step must lie in [0, {recipe.steps}), before training ends: got {first_step}.")
     outside = [s for s in snapshot_steps if not first_step <= s <= recipe.steps]
     if outside:
-        raise ValueError(f"snapshot steps must lie in [{first_step}, {recipe.steps}]: got {outside}.")
+        raise Refused(f"snapshot steps must lie in [{first_step}, {recipe.steps}]: got {outside}.")
     wrong = [n for n, m in masks.items() if n not in start.params or m.shape != start.params[n].shape]
     if wrong:
-        raise ValueError(f"masks must be stacked like the parameters: {wrong} are not.")
+        raise Refused(f"masks must be stacked like the parameters: {wrong} are not.")
 
 
 def _refuse_draws(model: nn.Module, start: State, task: Task, recipe: Recipe) -> None:
     """Raise where a forward pass in training mode draws from a global generator, and leave that as it was."""
     found = [name or "the model" for name, m in model.named_modules() if _dropout(m) > 0]
     if found:
-        raise ValueError(
+        raise Refused(
             f"dropout draws from a global generator and cannot be replayed: set its probability to 0 in {found}."
         )
     net = copy.deepcopy(model).to(task.device).train()
@@ -174,7 +176,7 @@ def _refuse_draws(model: nn.Module, start: State, task: Task, recipe: Recipe) ->
         functional_call(net, {**params, **buffers}, (task.train.x[: recipe.batch_size],))
         after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
     if not all(map(torch.equal, before, after)):
-        raise ValueError(
+        raise Refused(
             "the model draws from a global generator as it trains, which cannot be replayed: its forward pass advanced "
             "the generator's state. Leave out dropout and other noise, or draw it from a generator of the model's own."
         )
@@ -199,21 +201,21 @@ def _check_each(
     """What is given replica by replica."""
     for name, each in (("frozen", frozen), ("learning_rates", learning_rates), ("dynamics", dynamics)):
         if each is not None and len(each) != len(order_seeds):
-            raise ValueError(f"{name} must have an entry for each of {len(order_seeds)} replicas: got {len(each)}.")
+            raise Refused(f"{name} must have an entry for each of {len(order_seeds)} replicas: got {len(each)}.")
     if frozen and any(frozen) and recipe.weight_decay:
-        raise ValueError(
+        raise Refused(
             f"weight decay would move frozen weights: got {recipe.weight_decay}. Set weight_decay = 0, or freeze none."
         )
     wrong = [rate for rate in learning_rates or () if rate is not None and not 0 < rate < math.inf]
     if wrong:
-        raise ValueError(f"learning rates must be positive and finite, or None for the schedule: got {wrong}.")
+        raise Refused(f"learning rates must be positive and finite, or None for the schedule: got {wrong}.")
     for r, moves in enumerate(dynamics or ()):
         if moves is not None:
             if frozen and frozen[r]:
-                raise ValueError(f"a mask that moves needs pruned weights at zero: replica {r} is frozen. Choose one.")
+                raise Refused(f"a mask that moves needs pruned weights at zero: replica {r} is frozen. Choose one.")
             validate(moves, select(masks, r), recipe.steps)
     if execution == "vmap" and _own_optimizers(learning_rates, dynamics):
-        raise ValueError("replicas with rates or dynamics of their own need the loop: leave execution at 'auto'.")
+        raise Refused("replicas with rates or dynamics of their own need the loop: leave execution at 'auto'.")
 
 
 def _own_optimizers(learning_rates: Sequence[float | None] | None, dynamics: Sequence[Dynamics | None] | None) -> bool:

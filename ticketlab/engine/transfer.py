@@ -11,7 +11,8 @@ from torch import nn
 
 from ticketlab import masks as mask_ops
 from ticketlab.engine.treatments import Start
-from ticketlab.functional import Masks, State
+from ticketlab.errors import Refused
+from ticketlab.state import Masks, State
 
 
 def carry(model: nn.Module, fresh: State, masks: Masks, order_seed: int, *, weights: State | None = None) -> Start:
@@ -31,7 +32,7 @@ def carry(model: nn.Module, fresh: State, masks: Masks, order_seed: int, *, weig
         What `training.train` starts from, when stacked. Of a fresh output layer every weight is live.
 
     Raises:
-        ValueError: A mask or a fresh state of another model, masks that are stacked or not bool, weights that do not
+        Refused: A mask or a fresh state of another model, masks that are stacked or not bool, weights that do not
             fit, layers other than the output that differ in shape, a source layer without a live weight.
 
     Reference:
@@ -44,7 +45,7 @@ def carry(model: nn.Module, fresh: State, masks: Masks, order_seed: int, *, weig
     shapes = {name: p.shape for name, p in model.named_parameters()}
     wrong = [n for n in {**shapes, **own} if n not in shapes or n not in own or own[n].shape != shapes[n]]
     if wrong:
-        raise ValueError(
+        raise Refused(
             f"fresh must be one network's state, of the receiving model: {wrong} are not. Take it with state(model)."
         )
     if own[output].shape == masks[output].shape:
@@ -64,7 +65,7 @@ def _with_weights(fresh: State, weights: State, replaced: set[str]) -> State:
     for what, own, given in zip(("parameters", "buffers"), fresh, weights, strict=True):
         wrong = [n for n in own if n not in given or (n not in replaced and given[n].shape != own[n].shape)]
         if wrong or set(given) != set(own):
-            raise ValueError(
+            raise Refused(
                 f"the source's {what} must be one network's, of the receiving model: {wrong or sorted(given)} are "
                 "not. Take them from a level of the same model, cut down to a replica with level.select."
             )
@@ -73,27 +74,27 @@ def _with_weights(fresh: State, weights: State, replaced: set[str]) -> State:
 
 def _check(masks: Masks, expected: Masks, output: str) -> None:
     if set(masks) != set(expected):
-        raise ValueError(
+        raise Refused(
             f"masks must be of the receiving model, with layers {sorted(expected)}: got {sorted(masks)}. "
             "Carry tickets between networks of one architecture."
         )
     for name, own in expected.items():
         given, wanted = tuple(masks[name].shape), tuple(own.shape)
         if masks[name].dtype != torch.bool:
-            raise ValueError(
+            raise Refused(
                 f"masks[{name!r}] must be bool, True = kept: got {masks[name].dtype}. Convert it with mask != 0."
             )
         if len(given) == len(wanted) + 1:
-            raise ValueError(
+            raise Refused(
                 f"masks must be one network's: masks[{name!r}] has shape {given}, the receiving layer {wanted}. "
                 "Cut them down to a replica with level.select."
             )
         if given != wanted and not (name == output and given[1:] == wanted[1:]):
-            raise ValueError(
+            raise Refused(
                 f"only the number of classes may differ between source and target: masks[{name!r}] has shape {given}, "
                 f"the receiving layer {wanted}. Use one architecture, and bring inputs of another size to one size "
                 "before the source is trained (--resize HEIGHT WIDTH, --grey)."
             )
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
-        raise ValueError(f"every layer of a ticket must keep a live weight: {empty} are empty. Carry a denser level.")
+        raise Refused(f"every layer of a ticket must keep a live weight: {empty} are empty. Carry a denser level.")

@@ -16,7 +16,8 @@ from torch import nn
 
 from ticketlab import masks as mask_ops
 from ticketlab.engine import values
-from ticketlab.functional import Masks, Params, State, initialise, state, stream
+from ticketlab.seeds import derived_seed, initialise
+from ticketlab.state import Masks, Params, State, state
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,6 @@ class Start:
     """Pruned weights keep the values in ``state`` and count in the forward pass; otherwise they are zero."""
     learning_rate: float | None = None
     """Constant, in place of the recipe's schedule."""
-
-
-def derived_seed(purpose: str, *seeds: int) -> int:
-    """A seed of its own for each purpose, far from the small numbers that users give."""
-    return stream(purpose, *seeds).initial_seed()
 
 
 # How the ticket itself goes on.

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ticketlab.functional import Params, stream
+from ticketlab.seeds import stream
+from ticketlab.state import Params
 
 
 def signed_constants(params: Mapping[str, Tensor], names: Iterable[str]) -> Params:

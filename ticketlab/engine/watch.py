@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ticketlab.data import Split, Task
-from ticketlab.functional import Execution, Masks, State, evaluate
+from ticketlab.functional import Execution, evaluate
+from ticketlab.state import Masks, State
 
 
 @torch.no_grad()

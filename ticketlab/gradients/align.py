@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ticketlab.errors import Refused
 from ticketlab.gradients.gradient import gradient_at
 from ticketlab.gradients.point import Point, check_data, point
 
@@ -58,7 +59,7 @@ def alignment(
             The others as in :func:`ticketlab.gradients.gradient`.
 
     Raises:
-        ValueError: As for the gradient, or parameters of other shapes.
+        Refused: As for the gradient, or parameters of other shapes.
     """
     at = point(model, params, masks, buffers)
     check_data(at, x, y, batch_size)
@@ -78,7 +79,7 @@ def _beside(at: Point, name: str, params: Mapping[str, Tensor], buffers: Mapping
     """Other unmasked parameters of the same replicas."""
     other = point(at.model, params, None, buffers)
     if other.replicas != at.replicas:
-        raise ValueError(f"{name} must have the replica axis of params and masks, {at.replicas}: got {other.replicas}.")
+        raise Refused(f"{name} must have the replica axis of params and masks, {at.replicas}: got {other.replicas}.")
     return other
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ticketlab.errors import Refused
 from ticketlab.gradients.gradient import gradient_at
 from ticketlab.gradients.point import check_data, point
 
@@ -56,13 +57,13 @@ def batch_statistics(
             The others as in :func:`ticketlab.gradients.gradient`.
 
     Raises:
-        ValueError: As for the gradient, or fewer than two batches.
+        Refused: As for the gradient, or fewer than two batches.
     """
     at = point(model, params, masks, buffers)
     check_data(at, x, y, batch_size)
     n_batches = len(x) // batch_size
     if n_batches < 2:
-        raise ValueError(
+        raise Refused(
             f"noise is measured between at least two whole batches: got {len(x)} examples for batches of {batch_size}. "
             "Pass more examples or a smaller batch_size."
         )

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ticketlab.functional import Params, nearest
+from ticketlab.errors import Refused, nearest
 from ticketlab.gradients.point import Point, check_data, point
+from ticketlab.state import Params
 
 Coordinates = Literal["live", "all"]
 
@@ -47,11 +48,11 @@ def gradient(
         One tensor for each trainable parameter, in its shape and dtype, behind the replica axis of ``params`` or masks.
 
     Raises:
-        ValueError: Labels that do not go with the inputs or the outputs, no examples, masks that do not fit, weights
+        Refused: Labels that do not go with the inputs or the outputs, no examples, masks that do not fit, weights
             that are not finite, outputs that depend on the rest of the batch: through batch norm in training mode, say.
     """
     if coordinates not in get_args(Coordinates):
-        raise ValueError(nearest("coordinates", coordinates, get_args(Coordinates)))
+        raise Refused(nearest("coordinates", coordinates, get_args(Coordinates)))
     at = point(model, params, masks, buffers)
     check_data(at, x, y, batch_size)
     found = gradient_at(at, x, y, batch_size)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ticketlab import ntk
+from ticketlab.errors import Refused
 from ticketlab.gradients.point import check_data, point
 
 
@@ -50,7 +51,7 @@ def ntk_overlap(
         top: Number of eigenvectors, in 1..n * classes. The others as in :func:`ticketlab.gradients.gradient`.
 
     Raises:
-        ValueError: As for the gradient and for :func:`ticketlab.ntk.kernel`, or a ``top`` out of range.
+        Refused: As for the gradient and for :func:`ticketlab.ntk.kernel`, or a ``top`` out of range.
     """
     at = point(model, params, masks, buffers)
     check_data(at, x, y, len(x) or 1)
@@ -58,7 +59,7 @@ def ntk_overlap(
         at.loss_sum({}, x, y)  # refuses labels that are not the model's
         logits = at.logits({}, x)
     if not 0 < top <= logits.shape[-2] * logits.shape[-1]:
-        raise ValueError(f"top must lie in 1..{logits.shape[-2] * logits.shape[-1]}, the kernel's side: got {top}.")
+        raise Refused(f"top must lie in 1..{logits.shape[-2] * logits.shape[-1]}, the kernel's side: got {top}.")
     residual = (logits.softmax(-1) - F.one_hot(y.long(), logits.shape[-1])).double().flatten(-2)
     spectrum = ntk.spectrum(ntk.kernel(model, params, x, masks=masks, buffers=buffers), top=residual.shape[-1])
     squares = (spectrum.eigenvectors.mT @ residual[..., None])[..., 0].square()  # [*replica, n * classes]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ticketlab import masks as mask_ops
-from ticketlab.functional import Buffers, Params, apply, evaluate, fitted, refuse_batch_statistics
+from ticketlab.errors import Refused
+from ticketlab.functional import apply, evaluate, fitted, refuse_batch_statistics
+from ticketlab.state import Buffers, Params
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Point:
         with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
             y = apply(self.model, {**self.weights, **weights}, x, buffers=self.buffers)
         if y.ndim != 2 + self.lead:
-            raise ValueError(
+            raise Refused(
                 f"the model must return logits [n, classes] of one network: got {tuple(y.shape[self.lead :])}. "
                 "Wrap it in a module that flattens its outputs."
             )
@@ -81,7 +83,7 @@ def point(
     """The network at m * theta, or a stack of them.
 
     Raises:
-        ValueError: Names or shapes that do not fit, masks that are not bool or do not cover every prunable
+        Refused: Names or shapes that do not fit, masks that are not bool or do not cover every prunable
             parameter, weights that are not finite, batch norm that depends on the batch, or a model without a
             trainable parameter.
     """
@@ -91,7 +93,7 @@ def point(
     replicas, fit = fitted(model, params, masks, buffers)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if not names:
-        raise ValueError("a gradient needs a trainable parameter: all have requires_grad=False. Set it to True.")
+        raise Refused("a gradient needs a trainable parameter: all have requires_grad=False. Set it to True.")
     weights = {name: p.detach() for name, p in fit.params.items()}
     check_finite(weights)
     dtype = weights[names[0]].dtype
@@ -106,25 +108,25 @@ def check_finite(params: Mapping[str, Tensor]) -> None:
     """Raise a ValueError that names the parameters with an infinite or NaN entry."""
     wrong = [name for name, p in params.items() if not p.isfinite().all()]
     if wrong:
-        raise ValueError(f"params must be finite: {wrong} are not. Leave out networks whose training diverged.")
+        raise Refused(f"params must be finite: {wrong} are not. Leave out networks whose training diverged.")
 
 
 def check_labels(x: Tensor, y: Tensor) -> None:
     """Raise a ValueError unless there is an integer label for each of at least one input."""
     if x.ndim < 1 or y.ndim != 1 or not 0 < len(x) == len(y):
-        raise ValueError(
+        raise Refused(
             "a gradient needs at least one example and one label for each: "
             f"got x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)}. Pass y as [n]."
         )
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"labels must be integer class indices: got {y.dtype}. Convert them with .long().")
+        raise Refused(f"labels must be integer class indices: got {y.dtype}. Convert them with .long().")
 
 
 def check_classes(y: Tensor, n_classes: int) -> None:
     """Raise a ValueError unless every label is that of an output."""
     low, high, last = int(y.min()), int(y.max()), n_classes - 1
     if low < 0 or high > last:
-        raise ValueError(f"labels must lie in 0..{last}, the outputs: got {low}..{high}. Number the classes from 0.")
+        raise Refused(f"labels must lie in 0..{last}, the outputs: got {low}..{high}. Number the classes from 0.")
 
 
 def check_data(at: Point, x: Tensor, y: Tensor, batch_size: int) -> None:
@@ -132,9 +134,9 @@ def check_data(at: Point, x: Tensor, y: Tensor, batch_size: int) -> None:
     check_labels(x, y)
     weight = next(iter(at.weights.values()))
     if x.is_floating_point() and x.dtype != weight.dtype:
-        raise ValueError(f"x must have the dtype of params, {weight.dtype}: got {x.dtype}. Cast one of the two.")
+        raise Refused(f"x must have the dtype of params, {weight.dtype}: got {x.dtype}. Cast one of the two.")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 example: got {batch_size}.")
+        raise Refused(f"batch_size must be at least 1 example: got {batch_size}.")
     if len(x) > 1:
         _check_apart(at, x[[0, -1]])
 
@@ -145,11 +147,11 @@ def _check_apart(at: Point, pair: Tensor) -> None:
         logits = at.logits({}, pair)
         alone = torch.stack([at.logits({}, pair[[i, i]])[..., i, :] for i in (0, 1)], -2)
     if logits.isnan().any():
-        raise ValueError("logits must be numbers: the model gives NaN for finite weights. Look at its inputs.")
+        raise Refused("logits must be numbers: the model gives NaN for finite weights. Look at its inputs.")
     rounding = torch.finfo(logits.dtype).eps ** 0.5
     size = float(logits.nan_to_num(0, 0, 0).abs().max())
     if not torch.allclose(logits, alone, rtol=rounding, atol=rounding * size):
-        raise ValueError(
+        raise Refused(
             "each input must pass through the network by itself, the same each time: an output depends on the rest "
             "of the batch, or on chance. Replace what couples a batch, or put such modules in evaluation mode."
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ticketlab.errors import Refused
 from ticketlab.gradients.gradient import curvature_along, gradient_at, live_part
 from ticketlab.gradients.point import check_data, point
 
@@ -50,10 +51,10 @@ def one_step(
         learning_rate: eta, positive. The others as in :func:`ticketlab.gradients.gradient`.
 
     Raises:
-        ValueError: As for the gradient, or a learning rate that is not positive and finite.
+        Refused: As for the gradient, or a learning rate that is not positive and finite.
     """
     if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be positive and finite: got {learning_rate}.")
+        raise Refused(f"learning_rate must be positive and finite: got {learning_rate}.")
     at = point(model, params, masks, buffers)
     check_data(at, x, y, batch_size)
     g = live_part(at, gradient_at(at, x, y, batch_size))

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from ticketlab.functional import nearest
+from ticketlab.errors import Refused, nearest
 from ticketlab.models.conv import conv
 from ticketlab.models.mlp import mlp
 
@@ -26,8 +26,8 @@ def build(name: str, input_shape: Sequence[int], n_classes: int) -> nn.Module:
     """A freshly initialised network; seed the draw with ``functional.initialise``.
 
     Raises:
-        ValueError: An unknown name (the nearest one is given), or inputs that the family cannot take.
+        Refused: An unknown name (the nearest one is given), or inputs that the family cannot take.
     """
     if name not in _MODELS:
-        raise ValueError(nearest("model", name, NAMES))
+        raise Refused(nearest("model", name, NAMES))
     return _MODELS[name](input_shape, n_classes)

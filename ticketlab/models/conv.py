@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ticketlab.errors import Refused
 from ticketlab.models.mlp import glorot_normal_
 
 _CHANNELS = (64, 128, 256)  # two convolutions of each, then a 2x2 max-pool
@@ -25,12 +26,12 @@ def conv(input_shape: Sequence[int], n_classes: int, *, depth: int, batch_norm: 
         batch_norm: Normalise after each convolution, which then has no bias.
 
     Raises:
-        ValueError: Another depth, inputs that are not images, or too small to be halved depth / 2 times.
+        Refused: Another depth, inputs that are not images, or too small to be halved depth / 2 times.
     """
     if depth not in (2, 4, 6):
-        raise ValueError(f"depth must be 2, 4 or 6: got {depth}.")
+        raise Refused(f"depth must be 2, 4 or 6: got {depth}.")
     if len(input_shape) != 3 or min(input_shape[1:]) < 2 ** (depth // 2):
-        raise ValueError(
+        raise Refused(
             f"conv_{depth} needs images [channels, height, width] of at least {2 ** (depth // 2)} pixels a side: "
             f"got {tuple(input_shape)}. Use an mlp for other inputs."
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ticketlab.errors import Refused
+
 
 def check_finite(what: str, values: Tensor) -> None:
     """Raise a ValueError unless every entry of a kernel, or of what is made of one, is finite."""
     if not values.sum().isfinite() and not values.isfinite().all():  # the sum first: one pass less
-        raise ValueError(
+        raise Refused(
             f"the {what} must be finite: {int((~values.isfinite()).sum())} of its {values.numel()} entries are not. "
             f"Look at the parameters and inputs, or use a wider dtype than {values.dtype}."
         )
@@ -18,13 +20,13 @@ def by_output(kernel: Tensor) -> Tensor:
     """The kernel as [*replica, n, out, m, out']; a kernel without output axes gets axes of length 1.
 
     Raises:
-        ValueError: A tensor of another number of axes, or outputs of two numbers.
+        Refused: A tensor of another number of axes, or outputs of two numbers.
     """
     if kernel.ndim in (2, 3):
         return kernel[..., :, None, :, None]
     if kernel.ndim in (4, 5) and kernel.shape[-1] == kernel.shape[-3]:
         return kernel
-    raise ValueError(
+    raise Refused(
         "a kernel must be [n, m] or [n, out, m, out], or a stack of either behind one replica axis: "
         f"got shape {tuple(kernel.shape)}."
     )
@@ -40,17 +42,17 @@ def square_matrix(kernel: Tensor) -> Tensor:
     """The same in float64, of a kernel of one set of inputs with itself.
 
     Raises:
-        ValueError: A kernel that is not finite, not square or not symmetric.
+        Refused: A kernel that is not finite, not square or not symmetric.
     """
     matrix = as_matrix(kernel).double()
     if matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(
+        raise Refused(
             f"the kernel must be that of one set of inputs with itself: got shape {tuple(kernel.shape)}. "
             "Compute it without x2."
         )
     if not matrix.isfinite().all():
-        raise ValueError(f"the kernel must be finite: {int((~matrix.isfinite()).sum())} entries are not.")
+        raise Refused(f"the kernel must be finite: {int((~matrix.isfinite()).sum())} entries are not.")
     gap, largest = (matrix - matrix.mT).abs().amax(), matrix.abs().amax()
     if gap > 1e-3 * largest:
-        raise ValueError(f"the kernel must be symmetric: it misses by {gap / largest:.1e} of its largest entry.")
+        raise Refused(f"the kernel must be symmetric: it misses by {gap / largest:.1e} of its largest entry.")
     return (matrix + matrix.mT) / 2

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ticketlab.errors import Refused
 from ticketlab.ntk.axes import by_output, check_finite
 from ticketlab.ntk.spectrum import Spectrum
 
@@ -47,16 +48,16 @@ def preservation(a: Spectrum, b: Spectrum) -> Preservation:
     ``n_compared``. One of the two may be a stack of replicas, or both.
 
     Raises:
-        ValueError: Spectra of kernels of two sizes, partial spectra, or spectra without eigenvectors.
+        Refused: Spectra of kernels of two sizes, partial spectra, or spectra without eigenvectors.
     """
     if a.eigenvectors.shape[-2:] != b.eigenvectors.shape[-2:] or a.eigenvectors.shape[-1] == 0:
-        raise ValueError(
+        raise Refused(
             "both spectra must be of kernels of one size and hold as many eigenvectors: got "
             f"{tuple(a.eigenvectors.shape)} and {tuple(b.eigenvectors.shape)}. "
             "Take them of the same inputs and outputs, with the same top > 0."
         )
     if a.rank.is_floating_point() or b.rank.is_floating_point():
-        raise ValueError("preservation needs whole spectra: take both of a kernel or of ntk.jacobian(...).")
+        raise Refused("preservation needs whole spectra: take both of a kernel or of ntk.jacobian(...).")
     place = torch.arange(a.eigenvalues.shape[-1], device=a.eigenvalues.device)
     known_a, known_b = place < a.rank[..., None], place < b.rank[..., None]
     ratio = torch.where(known_a, b.eigenvalues.clamp(min=0) / a.eigenvalues, torch.nan)
@@ -82,7 +83,7 @@ def alignment(k_a: Tensor, k_b: Tensor, centered: bool = True) -> Float[Tensor, 
         centered: False for the plain cosine (Cristianini et al. 2001).
 
     Raises:
-        ValueError: Kernels of two shapes, or entries that are not finite.
+        Refused: Kernels of two shapes, or entries that are not finite.
     """
     return _cosine(*_pair(k_a, k_b, centered))
 
@@ -96,7 +97,7 @@ def target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Float[Tenso
         centered: As in :func:`alignment`.
 
     Raises:
-        ValueError: Targets that do not go with the kernel, or entries that are not finite.
+        Refused: Targets that do not go with the kernel, or entries that are not finite.
     """
     outputs = by_output(k).shape[-1]
     with_outputs = k.ndim > 3
@@ -104,11 +105,11 @@ def target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Float[Tenso
         low, high = int(y.min()), int(y.max())
         if low < 0 or (with_outputs and high >= outputs):
             last = outputs - 1 if with_outputs else "n_classes - 1"
-            raise ValueError(f"labels must lie in 0..{last}: got {low}..{high}. Number the classes from 0.")
+            raise Refused(f"labels must lie in 0..{last}: got {low}..{high}. Number the classes from 0.")
         y = F.one_hot(y.long(), outputs if with_outputs else -1)
     y = y.double() if y.ndim == 2 else y.double()[:, None]
     if len(y) != k.shape[-1 - int(with_outputs)] or (with_outputs and y.shape[1] != outputs):
-        raise ValueError(
+        raise Refused(
             f"y must hold integer labels [n] or targets [n, out] of the kernel's inputs: got {tuple(y.shape)} "
             f"for a kernel of shape {tuple(k.shape)}."
         )
@@ -120,7 +121,7 @@ def drift(k_start: Tensor, k_end: Tensor) -> Drift:
     """How far the kernel has moved between two points, such as theta_0 and theta_k or theta_T.
 
     Raises:
-        ValueError: Kernels of two shapes, or entries that are not finite.
+        Refused: Kernels of two shapes, or entries that are not finite.
     """
     start, end = _pair(k_start, k_end, centered=False)
     return Drift((end - start).norm(dim=-1) / start.norm(dim=-1), 1 - _cosine(start, end))
@@ -129,7 +130,7 @@ def drift(k_start: Tensor, k_end: Tensor) -> Drift:
 def _pair(k_a: Tensor, k_b: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
     a, b = by_output(k_a).double(), by_output(k_b).double()
     if a.shape[-4:] != b.shape[-4:]:
-        raise ValueError(
+        raise Refused(
             "both kernels must be of the same inputs and outputs: "
             f"got shapes {tuple(k_a.shape)} and {tuple(k_b.shape)}."
         )

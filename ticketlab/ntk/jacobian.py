@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import vjp
 
+from ticketlab.errors import Refused
 from ticketlab.functional import evaluating, transformable
 from ticketlab.ntk import generic
 from ticketlab.ntk.axes import check_finite
@@ -48,10 +49,10 @@ class KernelOperator:
         and those are missing for more operations (fused attention among them) than second derivatives are.
 
         Raises:
-            ValueError: A vector of another shape, or a product that is not finite.
+            Refused: A vector of another shape, or a product that is not finite.
         """
         if vector.shape != (self.size,):
-            raise ValueError(f"vector must have shape ({self.size},), [n * out]: got {tuple(vector.shape)}.")
+            raise Refused(f"vector must have shape ({self.size},), [n * out]: got {tuple(vector.shape)}.")
         names = list(self.problem.live)
         point = generic.live_vector(self.problem, names)
         parts = vector.view(len(self.x), self.n_outputs).split(self.block_size)
@@ -94,13 +95,13 @@ def jacobian(
     the largest singular value. Arguments as in :func:`ticketlab.ntk.kernel`.
 
     Raises:
-        ValueError: As for the kernel, or replicas with different numbers of live coordinates.
+        Refused: As for the kernel, or replicas with different numbers of live coordinates.
     """
     found, stacked = problems(model, params, masks, coordinates, buffers, "full")
     check_inputs(found[0], x, None)
     counts = [sum(int(live.sum()) for live in problem.live.values()) for problem in found]
     if len(set(counts)) > 1:
-        raise ValueError(
+        raise Refused(
             f"stacked replicas must have equal numbers of live coordinates to share one array: got {counts}. "
             "Call jacobian for one replica at a time."
         )
@@ -123,11 +124,11 @@ def operator(
     """The kernel as a linear operator, for :func:`ticketlab.ntk.spectrum` where even J is too large to hold.
 
     Raises:
-        ValueError: As for the kernel, or a stack of replicas.
+        Refused: As for the kernel, or a stack of replicas.
     """
     found, stacked = problems(model, params, masks, coordinates, buffers, "full")
     if stacked:
-        raise ValueError(f"an operator is one network: got a stack of {len(found)}. Select one replica of each dict.")
+        raise Refused(f"an operator is one network: got a stack of {len(found)}. Select one replica of each dict.")
     check_inputs(found[0], x, None)
     with evaluating(model):
         n_outputs = find_layers(found[0], x)[1]

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ticketlab.functional import evaluating, nearest
+from ticketlab.errors import Refused, nearest
+from ticketlab.functional import evaluating
 from ticketlab.ntk import gather, generic, rows, structured
 from ticketlab.ntk.axes import check_finite
 from ticketlab.ntk.layers import Features, Layer, features, find_layers
@@ -107,7 +108,7 @@ def kernel(
         [n, out, m, out] for ``full``, else [n, m]; behind a leading replica axis if anything was stacked.
 
     Raises:
-        ValueError: Outputs that depend on the rest of the batch (batch norm that uses its statistics, say), masks,
+        Refused: Outputs that depend on the rest of the batch (batch norm that uses its statistics, say), masks,
             buffers or coordinates that do not fit, inputs of two shapes, pruned weights with ``structured``, a
             layer that is used in one way for the first examples and in another later, or a kernel that is not finite.
 
@@ -121,7 +122,7 @@ def kernel(
     _check_choice("outputs", outputs, get_args(Outputs))
     _check_choice("method", method, get_args(Method))
     if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be at least 1 example, or None: got {block_size}.")
+        raise Refused(f"block_size must be at least 1 example, or None: got {block_size}.")
     found, stacked = problems(model, params, masks, coordinates, buffers, outputs)
     check_inputs(found[0], x1, x2)
     with evaluating(model):
@@ -175,4 +176,4 @@ def _filled(work: _Work, x1: Tensor, x2: Tensor | None) -> Tensor:
 
 def _check_choice(name: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
-        raise ValueError(nearest(name, given, known))
+        raise Refused(nearest(name, given, known))

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ticketlab.errors import Refused
 from ticketlab.ntk.problem import Problem
 from ticketlab.ntk.uses import Use, apart, is_plain, n_groups, n_positions, patches_of, record
 
@@ -110,14 +111,14 @@ def features(problem: Problem, layers: Sequence[Layer], x: Tensor) -> list[Featu
     """Inputs and deltas of each layer for a block of examples: one forward pass, one backward pass an output.
 
     Raises:
-        ValueError: A layer that this block does not use as the examples of :func:`find_layers` did.
+        Refused: A layer that this block does not use as the examples of :func:`find_layers` did.
     """
     y, uses, counts = record(problem, x)
     by_layer = [[use for use in uses if use.weight == layer.weight] for layer in layers]
     for layer, mine in zip(layers, by_layer, strict=True):
         used = all(len(mine) == counts[name] for name in layer.names) and all(is_plain(use, len(x)) for use in mine)
         if not used or sum(map(n_positions, mine)) != layer.positions:
-            raise ValueError(
+            raise Refused(
                 f"{layer.weight!r} must meet every example alike: a block of {len(x)} uses it in another way than the "
                 "first few did, as a routing by value may. Use ntk.kernel(..., method='generic')."
             )

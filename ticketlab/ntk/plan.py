@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ticketlab.errors import Refused
 from ticketlab.ntk.blocks import CHUNK_BYTES
 from ticketlab.ntk.layers import Layer
 
@@ -86,7 +87,7 @@ def choose(
     """The method of each layer: the cheapest one for ``auto``, else the one asked for.
 
     Raises:
-        ValueError: ``structured`` for a layer with pruned weights.
+        Refused: ``structured`` for a layer with pruned weights.
     """
     found: list[LayerMethod] = []
     for layer in layers:
@@ -97,7 +98,7 @@ def choose(
         elif method in options:
             found.append(method)
         else:
-            raise ValueError(
+            raise Refused(
                 f"method='structured' needs every weight of a layer as a coordinate: {layer.weight!r} has "
                 f"{int(layer.live.sum())} of {layer.live.numel()}. Use method='rows', 'gather' or 'auto'."
             )

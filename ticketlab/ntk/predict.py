@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ticketlab.errors import Refused
 from ticketlab.ntk.axes import as_matrix, check_finite, square_matrix
 
 
@@ -37,10 +38,10 @@ def kernel_regression(
         f_test: Outputs of the network on the test inputs; zero when None.
 
     Raises:
-        ValueError: A negative ridge, kernels that are not finite, or shapes that do not go together.
+        Refused: A negative ridge, kernels that are not finite, or shapes that do not go together.
     """
     if not ridge >= 0:
-        raise ValueError(f"ridge must be at least 0: got {ridge}.")
+        raise Refused(f"ridge must be at least 0: got {ridge}.")
     return _predict(k_train, y_train, k_test, lambda values: 1 / (values + ridge), f_train, f_test)
 
 
@@ -64,10 +65,10 @@ def gradient_flow_prediction(
         time: t, at least 0; infinite for the limit. The others as in :func:`kernel_regression`.
 
     Raises:
-        ValueError: A negative time, kernels that are not finite, or shapes that do not go together.
+        Refused: A negative time, kernels that are not finite, or shapes that do not go together.
     """
     if not time >= 0:
-        raise ValueError(f"time must be at least 0: got {time}.")
+        raise Refused(f"time must be at least 0: got {time}.")
     if math.isinf(time):
         return kernel_regression(k_train, y_train, k_test, f_train=f_train, f_test=f_test)
     return _predict(k_train, y_train, k_test, lambda v: -torch.expm1(-v * time) / v, f_train, f_test)
@@ -85,12 +86,12 @@ def _predict(
     has_outputs = k_train.ndim > 3
     n = k_train.shape[-2 - 2 * int(has_outputs)]
     if y_train.ndim != 2 or len(y_train) != n or (has_outputs and y_train.shape[1] != k_train.shape[-1]):
-        raise ValueError(
+        raise Refused(
             f"y_train must hold real targets [n, out] of the training inputs: got {tuple(y_train.shape)} for a kernel "
             f"of shape {tuple(k_train.shape)}. Make labels one-hot."
         )
     if across.shape[-1] != matrix.shape[-1] or (k_test.ndim > 3) != has_outputs:
-        raise ValueError(
+        raise Refused(
             "k_test must have the test inputs first and the training inputs second, with the output axes of k_train: "
             f"got {tuple(k_test.shape)} for {tuple(k_train.shape)}. "
             "Compute it as kernel(model, params, x_test, x_train)."
@@ -99,7 +100,7 @@ def _predict(
     test = (k_test.shape[-2 - 2 * int(has_outputs)], y_train.shape[1])
     for name, f, shape in (("f_train", f_train, tuple(y_train.shape)), ("f_test", f_test, test)):
         if f is not None and (f.ndim not in (2, 3) or f.shape[-2:] != shape):
-            raise ValueError(
+            raise Refused(
                 f"{name} must hold the outputs {shape} of the network, stacked or not: got {tuple(f.shape)}. "
                 "Of a network with one output they are [n, 1]."
             )

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ticketlab import masks as masks_
-from ticketlab.functional import Buffers, Params, evaluating, masked, n_replicas, refuse_batch_statistics
+from ticketlab.errors import Refused
+from ticketlab.functional import evaluating, masked, n_replicas, refuse_batch_statistics
+from ticketlab.state import Buffers, Params
 
 Coordinates = Literal["live", "all"] | Mapping[str, Tensor]
 Outputs = Literal["full", "trace", "sum_logits"]
@@ -47,7 +49,7 @@ class Problem:
         y = functional_call(self.model, {**weights, **self.buffers}, (x,))
         if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
             given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(
+            raise Refused(
                 f"the model must return one tensor whose first axis is the {len(x)} inputs: got {given}. "
                 "Wrap it in a module that returns the logits alone."
             )
@@ -69,14 +71,14 @@ def problems(
     or of several of them.
 
     Raises:
-        ValueError: Batch norm that depends on the batch, masks, coordinates or buffers that do not fit, axes of
+        Refused: Batch norm that depends on the batch, masks, coordinates or buffers that do not fit, axes of
             different lengths, no parameter to differentiate in.
     """
     refuse_batch_statistics(model, "the kernel needs")
     replicas = n_replicas(model, params)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not own:
-        raise ValueError(
+        raise Refused(
             "the kernel needs a parameter to differentiate in: every one has requires_grad=False, and frozen "
             "parameters are not coordinates. Call model.requires_grad_(True)."
         )
@@ -85,13 +87,13 @@ def problems(
     if isinstance(coordinates, Mapping):
         _check_coordinates(own, coordinates)
     elif coordinates not in ("live", "all"):
-        raise ValueError(f"coordinates must be 'live', 'all' or a dict of bool tensors: got {coordinates!r}.")
+        raise Refused(f"coordinates must be 'live', 'all' or a dict of bool tensors: got {coordinates!r}.")
     _check_buffers(model, buffers or {})
     wanted = coordinates if isinstance(coordinates, Mapping) else (masks or {}) if coordinates == "live" else {}
     axes = {replicas} if replicas is not None else set()
     axes |= _axes(model, masks or {}) | _axes(model, wanted) | _axes(model, buffers or {})
     if len(axes) > 1:
-        raise ValueError(
+        raise Refused(
             f"params, masks, coordinates and buffers must share one replica axis: got lengths {sorted(axes)}."
         )
 
@@ -118,19 +120,19 @@ def check_inputs(problem: Problem, x1: Tensor, x2: Tensor | None) -> None:
         if x is None:
             continue
         if x.ndim == 0 or len(x) == 0:
-            raise ValueError(f"{name} must hold at least one input on its first axis: got shape {tuple(x.shape)}.")
+            raise Refused(f"{name} must hold at least one input on its first axis: got shape {tuple(x.shape)}.")
         if x.shape[1:] != x1.shape[1:] or x.dtype != x1.dtype:
-            raise ValueError(
+            raise Refused(
                 "x1 and x2 must hold inputs of one shape and dtype: got "
                 f"{tuple(x1.shape)} {x1.dtype} and {tuple(x.shape)} {x.dtype}. Only the first axis may differ."
             )
         if x.is_floating_point() and x.dtype != weight.dtype:
-            raise ValueError(
+            raise Refused(
                 f"{name} must have the dtype of params, {weight.dtype}: got {x.dtype}. "
                 f"Cast the inputs with {name}.to({weight.dtype}) or the parameters."
             )
         if x.device != weight.device:
-            raise ValueError(f"{name} must be on the device of params, {weight.device}: it is on {x.device}.")
+            raise Refused(f"{name} must be on the device of params, {weight.device}: it is on {x.device}.")
     with evaluating(problem.model), torch.no_grad():
         _check_apart(problem, torch.cat([x1[:1], (x1 if x2 is None else x2)[-1:]]))
 
@@ -142,7 +144,7 @@ def _check_apart(problem: Problem, pair: Tensor) -> None:
     # Batches of two sizes may be computed by two algorithms, on some devices with less than the dtype's precision.
     rounding = torch.finfo(y.dtype).eps ** (1 / 3) * y.abs().amax()
     if ((y - other).abs() > rounding).any():
-        raise ValueError(
+        raise Refused(
             "each input must pass through the network by itself, the same each time: an output depends on the rest "
             "of the batch, or on chance. Replace what couples a batch, or put such modules in evaluation mode."
         )
@@ -150,13 +152,13 @@ def _check_apart(problem: Problem, pair: Tensor) -> None:
 
 def _check_coordinates(own: Mapping[str, Tensor], coordinates: Mapping[str, Tensor]) -> None:
     if not coordinates:
-        raise ValueError(f"coordinates must name at least one trainable parameter, among {sorted(own)}: got none.")
+        raise Refused(f"coordinates must name at least one trainable parameter, among {sorted(own)}: got none.")
     for name, mask in coordinates.items():
         if name not in own:
-            raise ValueError(f"coordinates must name trainable parameters: {name!r} is not one of {sorted(own)}.")
+            raise Refused(f"coordinates must name trainable parameters: {name!r} is not one of {sorted(own)}.")
         shape = tuple(own[name].shape)
         if mask.dtype != torch.bool or not _fits(mask, own[name]):
-            raise ValueError(
+            raise Refused(
                 f"coordinates[{name!r}] must be bool of shape {shape} or [replica, *{shape}]: "
                 f"got {mask.dtype} {tuple(mask.shape)}."
             )
@@ -167,7 +169,7 @@ def _check_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     for name, buffer in buffers.items():
         if name not in own or not _fits(buffer, own[name]):
             expected = f"shape {tuple(own[name].shape)}" if name in own else f"a name among {sorted(own)}"
-            raise ValueError(
+            raise Refused(
                 f"buffers[{name!r}] must have {expected}, or that shape behind a replica axis: "
                 f"got {tuple(buffer.shape)}."
             )

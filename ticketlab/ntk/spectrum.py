@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from ticketlab.errors import Refused
 from ticketlab.ntk.axes import square_matrix
 from ticketlab.ntk.jacobian import KernelOperator, LiveJacobian
 
@@ -50,10 +51,10 @@ def spectrum(source: Tensor | LiveJacobian | KernelOperator, *, top: int = 10) -
         top: How many eigenvectors to keep; for an operator also how many eigenvalues to compute.
 
     Raises:
-        ValueError: A kernel that is not square, symmetric and finite, or a ``top`` that the form cannot give.
+        Refused: A kernel that is not square, symmetric and finite, or a ``top`` that the form cannot give.
     """
     if top < 0:
-        raise ValueError(f"top must be a number of eigenvectors, at least 0: got {top}.")
+        raise Refused(f"top must be a number of eigenvectors, at least 0: got {top}.")
     if isinstance(source, KernelOperator):
         return _of_operator(source, top)
     if isinstance(source, LiveJacobian):
@@ -94,7 +95,7 @@ def _of_jacobian(source: LiveJacobian) -> tuple[Tensor, Tensor, Tensor]:
 
 def _of_operator(source: KernelOperator, top: int) -> Spectrum:
     if not 0 < top < source.size:
-        raise ValueError(f"top must lie in 1 to {source.size - 1} for an operator of size {source.size}: got {top}.")
+        raise Refused(f"top must lie in 1 to {source.size - 1} for an operator of size {source.size}: got {top}.")
     dtype, device = source.problem.dtype, source.problem.device
 
     def product(vector: np.ndarray) -> np.ndarray:

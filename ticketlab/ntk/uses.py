@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from ticketlab.functional import stream
 from ticketlab.ntk.problem import Problem
+from ticketlab.seeds import stream
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ticketlab.functional import Masks
+from ticketlab.errors import Refused
 from ticketlab.overlap.compare import compare
 from ticketlab.overlap.null import Given, random_masks
 from ticketlab.permutation import Groups, match, permute
+from ticketlab.state import Masks
 
 
 def aligned(
@@ -45,10 +46,10 @@ def aligned(
         z, p_value (one-sided, more than chance: (1 + draws at least as large) / (1 + draws)).
 
     Raises:
-        ValueError: As ``compare``; fewer than two draws.
+        Refused: As ``compare``; fewer than two draws.
     """
     if draws < 2:
-        raise ValueError(f"draws must be at least 2, for a spread: got {draws}.")
+        raise Refused(f"draws must be at least 2, for a spread: got {draws}.")
     before = compare(masks_a, masks_b, given=given)
     table = _aligned_once(groups, masks_a, masks_b, restarts, seed)
     drawn = [random_masks(masks_b, seed + draw, given) for draw in range(draws)]

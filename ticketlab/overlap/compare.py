@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ticketlab.functional import Masks, stack
+from ticketlab.errors import Refused
 from ticketlab.overlap.null import EXACT_BELOW, Given, exact_p, moments, normal_p
+from ticketlab.state import Masks, stack
 
 WHOLE = "all"
 """Name of the row for the whole network, in the column ``layer``."""
@@ -48,7 +49,7 @@ def compare(masks_a: Masks, masks_b: Masks, *, stacked: bool = False, given: Giv
         (that of the expected intersection), z (NaN where the null leaves no choice), p_value.
 
     Raises:
-        ValueError: Masks of different names, shapes or replicas, not bool, or with an empty layer.
+        Refused: Masks of different names, shapes or replicas, not bool, or with an empty layer.
     """
     a, b = (dict(masks) if stacked else {n: m[None] for n, m in masks.items()} for masks in (masks_a, masks_b))
     check([a, b])
@@ -70,7 +71,7 @@ def pairs(masks: Masks | Sequence[Masks], *, given: Given = "layer") -> pd.DataF
         The columns of ``compare`` behind a and b, the positions of the two masks, a < b.
 
     Raises:
-        ValueError: As ``compare``; fewer than two masks.
+        Refused: As ``compare``; fewer than two masks.
     """
     if not isinstance(masks, Mapping):
         check([{n: m[None] for n, m in one.items()} for one in masks])
@@ -78,7 +79,7 @@ def pairs(masks: Masks | Sequence[Masks], *, given: Given = "layer") -> pd.DataF
     check([masks])
     n = len(next(iter(masks.values())))
     if n < 2:
-        raise ValueError(f"pairs needs at least two masks: got {n}.")
+        raise Refused(f"pairs needs at least two masks: got {n}.")
     a, b = np.triu_indices(n, k=1)
     shared = {name: gram(mask)[a, b] for name, mask in masks.items()}
     counts = _counts(masks, given)
@@ -98,32 +99,32 @@ def gram(masks: Bool[Tensor, "n ..."]) -> Int[np.ndarray, "n n"]:
 def check(stacks: Sequence[Mapping[str, Tensor]]) -> None:
     """Raise a ValueError unless stacked masks are of one model and leave every layer a live weight."""
     if not stacks or not stacks[0]:
-        raise ValueError("masks must name at least one layer: got none. Build them with masks.ones(model).")
+        raise Refused("masks must name at least one layer: got none. Build them with masks.ones(model).")
     first = stacks[0]
     replicas = {len(mask) for mask in first.values() if mask.ndim}
     if len(replicas) > 1:
-        raise ValueError(
+        raise Refused(
             f"masks must have one replica axis in front, of one length: got {sorted(replicas)}. Stack single networks "
             "with functional.stack."
         )
     for masks in stacks:
         if set(masks) != set(first):
-            raise ValueError(
+            raise Refused(
                 f"masks must be of one model: got the layers {sorted(first)} and {sorted(masks)}. "
                 "Compare the layers that both have, by name."
             )
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
-                raise ValueError(
+                raise Refused(
                     f"masks[{name!r}] must be bool, True = kept: got {mask.dtype}. Convert it with mask != 0."
                 )
             if mask.ndim < 2 or mask.shape != first[name].shape:
-                raise ValueError(
+                raise Refused(
                     f"masks[{name!r}] must have equal shapes and as many replicas: "
                     f"got {tuple(first[name].shape)} and {tuple(mask.shape)}, replica axis first."
                 )
             if not mask.flatten(1).any(1).all():
-                raise ValueError(
+                raise Refused(
                     f"every layer must have a live weight: {name!r} has none, and the overlap of nothing is undefined. "
                     "Leave that layer out of all masks, or compare a denser level."
                 )
@@ -132,7 +133,7 @@ def check(stacks: Sequence[Mapping[str, Tensor]]) -> None:
 def _counts(masks: Masks, given: Given) -> dict[str, tuple[int, np.ndarray]]:
     """For each layer the weights of a stratum, and the live ones of every mask and stratum [n, stratum]."""
     if given not in get_args(Given):
-        raise ValueError(f"given must be one of {list(get_args(Given))}: got {given!r}.")
+        raise Refused(f"given must be one of {list(get_args(Given))}: got {given!r}.")
     found = {}
     for name, mask in masks.items():
         matrix = mask.reshape(len(mask), mask.shape[1], -1)  # [n, unit, input]

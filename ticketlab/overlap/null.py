@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from scipy.special import gammaln, ndtr
 
-from ticketlab.functional import Masks, stream
 from ticketlab.masks import layerwise_shuffle
+from ticketlab.seeds import stream
+from ticketlab.state import Masks
 
 Given = Literal["layer", "input", "unit"]
 EXACT_BELOW = 100.0

@@ -10,10 +10,11 @@ import pandas as pd
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ticketlab.functional import Masks
+from ticketlab.errors import Refused
 from ticketlab.overlap.compare import WHOLE, check
 from ticketlab.permutation import Groups
 from ticketlab.permutation.permute import is_stacked
+from ticketlab.state import Masks
 
 
 def units(groups: Groups, masks: Masks) -> pd.DataFrame:
@@ -64,10 +65,10 @@ def input_map(mask: Bool[Tensor, "*replica unit input"], input_shape: Sequence[i
         input_shape: Of one example, such as (1, 28, 28).
 
     Raises:
-        ValueError: The layer does not have one column an input.
+        Refused: The layer does not have one column an input.
     """
     if mask.ndim not in (2, 3) or mask.shape[-1] != prod(input_shape):
-        raise ValueError(
+        raise Refused(
             f"mask must be that of a linear layer on {prod(input_shape)} inputs {tuple(input_shape)}: got shape "
             f"{tuple(mask.shape)}. Give the first layer's; a convolution sees every pixel with the same weights."
         )

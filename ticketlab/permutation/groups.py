@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from ticketlab.errors import Refused
 from ticketlab.functional import evaluating
 from ticketlab.permutation.axes import Axes, Axis
 from ticketlab.permutation.rules import RULES, opaque, pointwise
@@ -55,7 +56,7 @@ def groups(model: nn.Module, x: Tensor) -> Groups:
         x: An example input [n, ...]; its values do not matter.
 
     Raises:
-        ValueError: The module cannot be traced, or has no hidden units to permute.
+        Refused: The module cannot be traced, or has no hidden units to permute.
     """
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated internals of torch.export
@@ -64,14 +65,14 @@ def groups(model: nn.Module, x: Tensor) -> Groups:
                 model(x)  # an input that does not fit fails here, with a shorter story
             program = torch.export.export(model, (x,))
         except Exception as error:
-            raise ValueError(
+            raise Refused(
                 f"the model must be traceable by torch.export on an input of shape {tuple(x.shape)}: {error}. "
                 "Check the input's shape and dtype; control flow that depends on values cannot be traced."
             ) from error
     axes, tensors, unknown = _trace(program)
     found = _named(axes, tensors)
     if not found.sizes:
-        raise ValueError(
+        raise Refused(
             f"{type(model).__name__} must have hidden units that can be permuted: every axis is tied to the input, "
             f"the output or an operation without a rule (here: {', '.join(unknown) or 'none'}). Write such an "
             "operation as others, or give it a rule in ticketlab.permutation.rules."

@@ -13,10 +13,13 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ticketlab.functional import Buffers, Masks, Params, masked, state, stream
+from ticketlab.errors import Refused
+from ticketlab.functional import masked
 from ticketlab.permutation.groups import Groups, Permutations
 from ticketlab.permutation.groups import groups as groups_of
 from ticketlab.permutation.permute import assert_same_function, is_stacked, permute
+from ticketlab.seeds import stream
+from ticketlab.state import Buffers, Masks, Params, state
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,12 @@ def match(
         Permutations for ``permute``; new unit i of b is its old unit ``permutations[group][i]``.
 
     Raises:
-        ValueError: Different names or shapes, stacked tensors, or no restarts.
+        Refused: Different names or shapes, stacked tensors, or no restarts.
 
     Ainsworth, Hayase & Srinivasa, "Git Re-Basin", 2022.
     """
     if restarts < 1:
-        raise ValueError(f"restarts must be at least 1: got {restarts}.")
+        raise Refused(f"restarts must be at least 1: got {restarts}.")
     pair = _pair(groups, a, b)
     starts = [_start(pair, restart, seed) for restart in range(restarts)]
     found = [_climb(pair, start, stream("matching order", seed, r)) for r, start in enumerate(starts)]
@@ -121,7 +124,7 @@ def align(
         seed: See ``match``.
 
     Raises:
-        ValueError: Tensors that do not fit, or a permutation that changed the function.
+        Refused: Tensors that do not fit, or a permutation that changed the function.
     """
     groups = groups_of(model, x)
     a, b = masked(params_a, masks_a), masked(params_b, masks_b)
@@ -135,10 +138,10 @@ def align(
 
 def _pair(groups: Groups, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> _Pair:
     if set(a) != set(b) or not a:
-        raise ValueError(f"a and b must have the same tensors, at least one: got {sorted(a)} and {sorted(b)}.")
+        raise Refused(f"a and b must have the same tensors, at least one: got {sorted(a)} and {sorted(b)}.")
     stacked = [name for tensors in (a, b) for name, t in tensors.items() if is_stacked(groups, name, t)]
     if stacked:
-        raise ValueError(f"match takes one pair of networks: {stacked[0]!r} is stacked. Call it for each replica.")
+        raise Refused(f"match takes one pair of networks: {stacked[0]!r} is stacked. Call it for each replica.")
     labels = {n: tuple(g for axis in groups.axes[n] for g, _ in axis) for n in a}
     shapes = {n: [size for axis in groups.axes[n] for _, size in axis] for n in a}
     split_a, split_b = ({n: tensors[n].double().reshape(shapes[n]) for n in a} for tensors in (a, b))

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ticketlab.functional import apply, stream
+from ticketlab.errors import Refused
+from ticketlab.functional import apply
 from ticketlab.permutation.groups import Factors, Groups, Permutations
+from ticketlab.seeds import stream
 
 
 def permute(groups: Groups, tensors: Mapping[str, Tensor], permutations: Permutations) -> dict[str, Tensor]:
@@ -23,17 +25,17 @@ def permute(groups: Groups, tensors: Mapping[str, Tensor], permutations: Permuta
             each replica of stacked tensors.
 
     Raises:
-        ValueError: Unknown names, other shapes, or an index that is not a permutation.
+        Refused: Unknown names, other shapes, or an index that is not a permutation.
     """
     _check(groups, permutations)
     stacks = {tuple(p.shape[:-1]) for p in permutations.values()}
     if stacks - {()}:
         if len(stacks) > 1:
-            raise ValueError(f"permutations must all be [units] or all [replica, units]: got lead axes {stacks}.")
+            raise Refused(f"permutations must all be [units] or all [replica, units]: got lead axes {stacks}.")
         ((replicas,),) = stacks
         lengths = {len(t) if is_stacked(groups, n, t) else None for n, t in tensors.items()}
         if lengths != {replicas}:
-            raise ValueError(f"tensors must have the {replicas} replicas of the permutations: got {lengths}.")
+            raise Refused(f"tensors must have the {replicas} replicas of the permutations: got {lengths}.")
         parts = [
             permute(groups, {n: t[r] for n, t in tensors.items()}, {g: p[r] for g, p in permutations.items()})
             for r in range(replicas)
@@ -52,10 +54,10 @@ def permute(groups: Groups, tensors: Mapping[str, Tensor], permutations: Permuta
 def is_stacked(groups: Groups, name: str, tensor: Tensor) -> bool:
     """Whether a tensor has a replica axis in front of those that its name is known to have."""
     if name not in groups.axes:
-        raise ValueError(f"tensors must be the traced model's parameters, buffers or masks: {name!r} is none of them.")
+        raise Refused(f"tensors must be the traced model's parameters, buffers or masks: {name!r} is none of them.")
     shape = [_length(axis) for axis in groups.axes[name]]
     if list(tensor.shape) != shape and list(tensor.shape[1:]) != shape:
-        raise ValueError(f"{name!r} must have shape {shape}, or [replica, *{shape}]: got {list(tensor.shape)}.")
+        raise Refused(f"{name!r} must have shape {shape}, or [replica, *{shape}]: got {list(tensor.shape)}.")
     return tensor.ndim > len(shape)
 
 
@@ -84,13 +86,13 @@ def assert_same_function(
         rtol: Largest difference allowed, relative to the largest output; None: 1e-9 in float64, 1e-4 below.
 
     Raises:
-        ValueError: They differ; the permutation is then no symmetry of the network.
+        Refused: They differ; the permutation is then no symmetry of the network.
     """
     f, g = (apply(model, dict(params), x, buffers=buffers) for params, buffers in (a, b))
     allowed = rtol if rtol is not None else 1e-9 if f.dtype == torch.float64 else 1e-4
     gap, scale = float((f - g).abs().max()), float(f.abs().max())
     if not gap <= allowed * max(scale, torch.finfo(f.dtype).tiny):
-        raise ValueError(
+        raise Refused(
             f"a permuted network must compute the same function: outputs differ by {gap:.3g} at a scale of "
             f"{scale:.3g}. An operation of the model depends on the order of its hidden units; report its name."
         )
@@ -115,8 +117,8 @@ def _index(axis: Factors, permutations: Permutations) -> Tensor:
 def _check(groups: Groups, permutations: Permutations) -> None:
     for group, permutation in permutations.items():
         if group not in groups.sizes:
-            raise ValueError(f"permutations must be of the groups {list(groups.sizes)}: got {group!r}.")
+            raise Refused(f"permutations must be of the groups {list(groups.sizes)}: got {group!r}.")
         size = groups.sizes[group]
         expected = torch.arange(size, device=permutation.device).expand((*permutation.shape[:-1], size))
         if permutation.shape[-1:] != (size,) or not torch.equal(permutation.sort(-1).values, expected):
-            raise ValueError(f"permutations[{group!r}] must order the indices 0 to {size - 1}: got {permutation}.")
+            raise Refused(f"permutations[{group!r}] must order the indices 0 to {size - 1}: got {permutation}.")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ticketlab.functional import nearest
+from ticketlab.errors import Refused, nearest
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -60,18 +60,18 @@ def elementwise(activation: Activation) -> Elementwise:
     """A named activation, or a callable that is checked to be elementwise, continuous and differentiable.
 
     Raises:
-        ValueError: An unknown name, a callable that mixes elements, draws at random, jumps, or has no gradient.
+        Refused: An unknown name, a callable that mixes elements, draws at random, jumps, or has no gradient.
     """
     if isinstance(activation, Elementwise):
         return activation
     if isinstance(activation, str):
         if activation not in NAMED:
-            raise ValueError(nearest("activation", activation, tuple(NAMED)))
+            raise Refused(nearest("activation", activation, tuple(NAMED)))
         if activation not in _CHECKED:
             _CHECKED[activation] = _checked(activation, NAMED[activation])
         return _CHECKED[activation]
     if not callable(activation):
-        raise ValueError(f"activation must be a name or an elementwise callable on tensors: got {activation!r}.")
+        raise Refused(f"activation must be a name or an elementwise callable on tensors: got {activation!r}.")
     return _checked(getattr(activation, "__name__", type(activation).__name__), activation)
 
 
@@ -93,7 +93,7 @@ def _checked(name: str, function: Callable[[Tensor], Tensor]) -> Elementwise:
     jumps = (raw(above) - raw(below)).abs() > 1e-5 * raw(near).abs().clamp(min=1)
     if jumps.any():
         at = [float(f"{u:.6g}") for u in near[jumps]]
-        raise ValueError(
+        raise Refused(
             f"activation {name!r} must be continuous, for phi' stands in every integral: it jumps near u = {at[:5]}."
         )
     slopes = (raw.derivative(above) - raw.derivative(below)).abs()
@@ -105,7 +105,7 @@ def _checked(name: str, function: Callable[[Tensor], Tensor]) -> Elementwise:
 
 def _check_elementwise(name: str, function: Callable[[Tensor], Tensor]) -> None:
     if isinstance(function, nn.Module) and any(p.dtype != torch.float64 for p in function.parameters()):
-        raise ValueError(f"activation {name!r} must have its parameters in float64: convert it with .double().")
+        raise Refused(f"activation {name!r} must have its parameters in float64: convert it with .double().")
     u = torch.linspace(-2.9, 3.1, 24, dtype=torch.float64).reshape(4, 6)
     must = f"activation {name!r} must be elementwise: a function of each element alone that maps [4, 6] to [4, 6]"
     try:
@@ -114,15 +114,15 @@ def _check_elementwise(name: str, function: Callable[[Tensor], Tensor]) -> None:
         slope = torch.autograd.grad(y.sum(), leaf)[0]
         alone = torch.stack([_call(function, one.reshape(1, 1)).reshape(()) for one in u.flatten()]).reshape(4, 6)
     except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(
+        raise Refused(
             f"{must} in float64, differentiable by autograd: it fails with {type(error).__name__}: {error}"
         ) from error
     if y.dtype != torch.float64:
-        raise ValueError(f"activation {name!r} must keep float64: it returns {y.dtype}.")
+        raise Refused(f"activation {name!r} must keep float64: it returns {y.dtype}.")
     if y.shape == u.shape and not (y.isfinite().all() and slope.isfinite().all()):
-        raise ValueError(f"activation {name!r} must be finite with a finite derivative on [-2.9, 3.1]: it is not.")
+        raise Refused(f"activation {name!r} must be finite with a finite derivative on [-2.9, 3.1]: it is not.")
     if y.shape != u.shape or not torch.allclose(y, alone, rtol=1e-9, atol=1e-12):
-        raise ValueError(
+        raise Refused(
             f"{must}, the same each time: got {tuple(y.shape)}, and other values for elements given one by one. "
             "Softmax, normalisation and dropout have no mean-field maps of this kind."
         )
@@ -141,7 +141,7 @@ def _mesh(phi: Elementwise) -> tuple[Tensor, float]:
         done.append(panels[~rough].flatten())
         panels = halves.reshape(-1, 4)[rough].reshape(-1, 2)
         if sum(map(len, done)) > 4000 or len(panels) > 4000:
-            raise ValueError(
+            raise Refused(
                 f"activation {phi.name!r} must be piecewise smooth on [-64, 64]: no mesh of 2,000 panels resolves it."
             )
     far = _FAR * 2.0 ** torch.arange(18, dtype=torch.float64)

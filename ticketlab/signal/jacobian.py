@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
+from ticketlab.errors import Refused
 from ticketlab.signal.section import Section, hooked, sections
 
 _BLOCK = 2**22  # bytes that the rows or columns of one block of inputs may take; larger ones cost page faults
@@ -67,7 +68,7 @@ def jacobian_singular_values(
         Descending, in the dtype of ``params``.
 
     Raises:
-        ValueError: Arguments that do not fit the model, batch norm in training mode, inputs that act on one another,
+        Refused: Arguments that do not fit the model, batch norm in training mode, inputs that act on one another,
             modules that are unknown or run more than once.
     """
     found, stacked = sections(model, params, x, masks, buffers, source, target)
@@ -79,11 +80,11 @@ def isometry(singular_values: Float[Tensor, "*replica n k"]) -> Isometry:
     """Mean squared singular value, condition number and distances from dynamical isometry, input by input.
 
     Raises:
-        ValueError: Values that are negative, not finite, or none.
+        Refused: Values that are negative, not finite, or none.
     """
     s = singular_values
     if s.ndim == 0 or s.shape[-1] == 0 or not bool((s >= 0).all() & s.isfinite().all()):
-        raise ValueError(f"singular values must be [..., k] with k >= 1, finite and >= 0: got shape {tuple(s.shape)}.")
+        raise Refused(f"singular values must be [..., k] with k >= 1, finite and >= 0: got shape {tuple(s.shape)}.")
     s = s.double()
     squared = s.square().mean(-1)
     relative = s.mean(-1).square() / squared  # NaN where J = 0, which is not close to anything

@@ -11,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ticketlab.functional import State, evaluating, nearest
+from ticketlab.errors import Refused, nearest
+from ticketlab.functional import evaluating
 from ticketlab.gradients.point import check_classes, check_labels
 from ticketlab.masks import prunable
 from ticketlab.signal.section import check_output, hooked, networks
+from ticketlab.state import State
 
 
 def layer_statistics(
@@ -53,14 +55,14 @@ def layer_statistics(
         that is itself a layer has the name "".
 
     Raises:
-        ValueError: Arguments that do not fit the model, an unknown layer, one that does not run exactly once, batch
+        Refused: Arguments that do not fit the model, an unknown layer, one that does not run exactly once, batch
             norm in training mode, labels that do not go with the inputs or the outputs.
     """
     states, stacked = networks(model, params, x, masks, buffers)
     known = [name for name, _ in model.named_modules()]
     for name in layers or ():
         if name not in known:
-            raise ValueError(nearest("layer", name, [n for n in known if n] or ['""']))
+            raise Refused(nearest("layer", name, [n for n in known if n] or ['""']))
     if y is not None:
         check_labels(x, y)
     rows = []
@@ -86,15 +88,15 @@ def _of_network(
     if layers is None:
         outputs = {name: found for name, found in outputs.items() if found and isinstance(found[0], Tensor)}
         if not outputs:
-            raise ValueError("no module with prunable weights returns one tensor: pass the names of others as layers.")
+            raise Refused("no module with prunable weights returns one tensor: pass the names of others as layers.")
     for name, found in outputs.items():
         if len(found) != 1:
-            raise ValueError(f"layer {name!r} must run once in a forward pass: it runs {len(found)} times.")
+            raise Refused(f"layer {name!r} must run once in a forward pass: it runs {len(found)} times.")
         check_output("layer", name, found[0], len(x))
     rows = {name: _statistics(found[0].detach()) for name, found in outputs.items()}
     if y is not None:
         if logits.ndim != 2:
-            raise ValueError(f"gradient_norm needs a model that returns logits [n, classes]: got {logits.shape}.")
+            raise Refused(f"gradient_norm needs a model that returns logits [n, classes]: got {logits.shape}.")
         check_classes(y, logits.shape[1])
         loss = F.cross_entropy(logits, y.long(), reduction="sum")
         grads = torch.autograd.grad(loss, [found[0] for found in outputs.values()])

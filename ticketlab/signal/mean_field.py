@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq
 
+from ticketlab.errors import Refused
 from ticketlab.signal.activations import Activation, Elementwise, elementwise
 from ticketlab.signal.quadrature import mean, mean_of_pair
 
@@ -50,7 +51,7 @@ def q_map(activation: Activation, q: float, sigma_w2: float, sigma_b2: float) ->
     r"""Squared length after one layer: sigma_w^2 E[phi(sqrt(q) z)^2] + sigma_b^2 (Poole et al. 2016, eq. 3).
 
     Raises:
-        ValueError: An unknown or unsuitable activation, a negative or infinite variance or q.
+        Refused: An unknown or unsuitable activation, a negative or infinite variance or q.
     """
     phi = elementwise(activation)
     _check(sigma_w2=sigma_w2, sigma_b2=sigma_b2, q=q)
@@ -72,15 +73,15 @@ def c_map(activation: Activation, c: float, q: float, sigma_w2: float, sigma_b2:
         sigma_b2: Bias variance.
 
     Raises:
-        ValueError: Values out of these ranges, or a layer whose outputs are all zero.
+        Refused: Values out of these ranges, or a layer whose outputs are all zero.
     """
     phi = elementwise(activation)
     _check(sigma_w2=sigma_w2, sigma_b2=sigma_b2, q=q)
     if not -1 <= c <= 1 or q == 0:
-        raise ValueError(f"c must lie in [-1, 1] and q be positive, or there is no correlation: got {c} and {q}.")
+        raise Refused(f"c must lie in [-1, 1] and q be positive, or there is no correlation: got {c} and {q}.")
     after = q_map(phi, q, sigma_w2, sigma_b2)
     if after == 0:
-        raise ValueError("a layer without output has no correlation: sigma_w2 or sigma_b2 must be positive.")
+        raise Refused("a layer without output has no correlation: sigma_w2 or sigma_b2 must be positive.")
     return 1 - sigma_w2 * _half_distance(phi, q, c) / after
 
 
@@ -91,12 +92,12 @@ def chi(activation: Activation, q: float, sigma_w2: float, c: float = 1.0) -> fl
     A map with a kink keeps this slope at c = 1, approached as sqrt(1 - c).
 
     Raises:
-        ValueError: As for ``c_map``.
+        Refused: As for ``c_map``.
     """
     phi = elementwise(activation)
     _check(sigma_w2=sigma_w2, q=q)
     if not -1 <= c <= 1:
-        raise ValueError(f"c must lie in [-1, 1]: got {c}.")
+        raise Refused(f"c must lie in [-1, 1]: got {c}.")
     q = max(q, _SHORT)
     if abs(c) == 1:
         return sigma_w2 * mean(phi, lambda u: phi.derivative(u) * phi.derivative(c * u), q)
@@ -120,7 +121,7 @@ def mean_field(activation: Activation, sigma_w2: float, sigma_b2: float, *, q_st
         q_start: The squared length from which the network starts; needed only where it decides between several ends.
 
     Raises:
-        ValueError: Lengths grow without bound, or as far as the activation is resolved; every length is a fixed
+        Refused: Lengths grow without bound, or as far as the activation is resolved; every length is a fixed
             point, or several ends are possible; an unknown activation, a negative variance, a callable that is not
             elementwise.
     """
@@ -185,7 +186,7 @@ def _q_star(phi: Elementwise, sigma_w2: float, sigma_b2: float, q_start: float |
     where = f"for {phi.name} at sigma_w2 = {sigma_w2:g}, sigma_b2 = {sigma_b2:g}"
     crossings, beyond = fixed_points(phi, growth)
     if beyond == 0:
-        raise ValueError(f"the length map must have one fixed point: {where} every q is one. Use chi for a q of yours.")
+        raise Refused(f"the length map must have one fixed point: {where} every q is one. Use chi for a q of yours.")
     if q_map(phi, 0.0, sigma_w2, sigma_b2) == 0:
         crossings.insert(0, 0.0)
     ends = [q for q in crossings if is_stable(phi, q, sigma_w2, sigma_b2)]
@@ -199,10 +200,10 @@ def _q_star(phi: Elementwise, sigma_w2: float, sigma_b2: float, q_start: float |
         last = resolved(phi)[-1]
         onwards = f"lengths still grow at q = {last:.3g}, beyond which {phi.name} varies too fast to be integrated"
     if ends == [math.inf]:
-        raise ValueError(f"the length map must have a stable fixed point: {where} {onwards}.")
+        raise Refused(f"the length map must have a stable fixed point: {where} {onwards}.")
     if len(ends) != 1:
         finite = [q for q in ends if q < math.inf]
-        raise ValueError(
+        raise Refused(
             f"the length map must have one stable end: {where} it has {finite or 'none'}"
             f"{f', and {onwards}' if math.inf in ends else ''} "
             f"(all fixed points: {crossings}). Pass q_start to say where the network starts."
@@ -216,7 +217,7 @@ def _end(crossings: list[float], ends: list[float], growth: float, q_start: floa
         return q_start
     ahead = [q for q in ends if (q > q_start) == (growth > 0)]
     if not ahead:
-        raise ValueError(f"no fixed point lies ahead of q_start = {q_start}: known are {crossings}.")
+        raise Refused(f"no fixed point lies ahead of q_start = {q_start}: known are {crossings}.")
     return min(ahead) if growth > 0 else max(ahead)
 
 
@@ -254,4 +255,4 @@ def _depth(slope: float) -> float:
 def _check(**values: float) -> None:
     for name, value in values.items():
         if not (isinstance(value, int | float | np.floating) and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and at least 0 (it is a variance): got {value!r}.")
+            raise Refused(f"{name} must be finite and at least 0 (it is a variance): got {value!r}.")

@@ -12,7 +12,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import vjp
 
-from ticketlab.functional import stream
+from ticketlab.errors import Refused
+from ticketlab.seeds import stream
 from ticketlab.signal.jacobian import _ACTIVE, widest
 from ticketlab.signal.section import Section, sections
 
@@ -71,10 +72,10 @@ def jacobian_moments(
         target: As for ``jacobian_singular_values``.
 
     Raises:
-        ValueError: As for ``jacobian_singular_values``; fewer than 1 moment or 2 probes.
+        Refused: As for ``jacobian_singular_values``; fewer than 1 moment or 2 probes.
     """
     if n_moments < 1 or n_probes < 2:
-        raise ValueError(f"n_moments must be at least 1 and n_probes at least 2: got {n_moments} and {n_probes}.")
+        raise Refused(f"n_moments must be at least 1 and n_probes at least 2: got {n_moments} and {n_probes}.")
     found, stacked = sections(model, params, x, masks, buffers, source, target)
     size = max(1, _ACTIVE // widest(found[0], x))
     per_replica = []
@@ -105,7 +106,7 @@ def largest_singular_values(
     J is never held. For sections wide on both sides; ``n_values`` must be less than min(in, out).
 
     Raises:
-        ValueError: As for ``jacobian_singular_values``, or an ``n_values`` out of range.
+        Refused: As for ``jacobian_singular_values``, or an ``n_values`` out of range.
     """
     found, stacked = sections(model, params, x, masks, buffers, source, target)
     rows = []
@@ -141,7 +142,7 @@ def _largest(section: Section, x: Tensor, n_values: int, generator: torch.Genera
     n_in, n_out = u.numel(), y.numel()
     side = min(n_in, n_out)
     if not 1 <= n_values < side:
-        raise ValueError(f"n_values must lie in 1..{side - 1}, below min(in, out): got {n_values}.")
+        raise Refused(f"n_values must lie in 1..{side - 1}, below min(in, out): got {n_values}.")
 
     def product(vector: np.ndarray) -> np.ndarray:
         w = torch.from_numpy(np.ascontiguousarray(vector)).to(y)

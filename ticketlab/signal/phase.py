@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ticketlab.errors import Refused
 from ticketlab.functional import fitted
 from ticketlab.masks import prunable, validate
 from ticketlab.signal.activations import Activation, elementwise
@@ -28,7 +29,7 @@ def critical_sigma_w2(activation: Activation, sigma_b2: float) -> float:
         sigma_b2: Bias variance.
 
     Raises:
-        ValueError: No such sigma_w^2 (relu has one for sigma_b2 = 0 alone) or several; an activation or a variance
+        Refused: No such sigma_w^2 (relu has one for sigma_b2 = 0 alone) or several; an activation or a variance
             that ``mean_field`` refuses.
     """
     phi = elementwise(activation)
@@ -48,7 +49,7 @@ def critical_sigma_w2(activation: Activation, sigma_b2: float) -> float:
         limit = (
             "finite length" if math.isinf(phi.reach) else f"length up to q = {resolved(phi)[-1]:.3g}, the last resolved"
         )
-        raise ValueError(
+        raise Refused(
             f"one sigma_w2 must put {phi.name} at the edge of chaos for sigma_b2 = {sigma_b2:g}: "
             f"{f'{len(found)} do, {found}' if found else f'none does, with a stable {limit}'}."
         )
@@ -83,11 +84,11 @@ def masked_sigma_w2(sigma_w2: float, density: float) -> float:
     """What a Bernoulli(density) mask makes of sigma_w^2: density * sigma_w^2, in every formula of the theory.
 
     Raises:
-        ValueError: A density outside [0, 1], or a negative variance.
+        Refused: A density outside [0, 1], or a negative variance.
     """
     _check(sigma_w2=sigma_w2)
     if not 0 <= density <= 1:
-        raise ValueError(f"density must lie in [0, 1]: got {density}.")
+        raise Refused(f"density must lie in [0, 1]: got {density}.")
     return density * sigma_w2
 
 
@@ -105,7 +106,7 @@ def effective_sigma_w2(
         By the name of the weight, float64: a scalar, or one value a replica for stacked parameters or masks.
 
     Raises:
-        ValueError: Parameters or masks that do not fit the model.
+        Refused: Parameters or masks that do not fit the model.
     """
     if masks is not None:
         validate(model, masks)

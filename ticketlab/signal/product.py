@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from ticketlab.errors import Refused
+
 _STEPS = 90  # heights above the real axis at which a root is looked up
 
 
@@ -17,10 +19,10 @@ def fuss_catalan(n_factors: int, order: int) -> float:
     Pennington et al. 2017; the spectrum ends at (L+1)^(L+1) / L^L.
 
     Raises:
-        ValueError: Fewer than one factor, or a negative order.
+        Refused: Fewer than one factor, or a negative order.
     """
     if n_factors < 1 or order < 0:
-        raise ValueError(f"n_factors must be at least 1 and order at least 0: got {n_factors} and {order}.")
+        raise Refused(f"n_factors must be at least 1 and order at least 0: got {n_factors} and {order}.")
     return math.comb((n_factors + 1) * order, order) / (n_factors * order + 1)
 
 
@@ -51,18 +53,18 @@ def singular_value_density(
         Density in the singular value, 2 s rho(s^2); zeros lost to inactive units (an atom at 0) are not in it.
 
     Raises:
-        ValueError: Lengths that do not agree, an output wider than another layer, shares outside (0, 1].
+        Refused: Lengths that do not agree, an output wider than another layer, shares outside (0, 1].
     """
     n_layers = len(widths) - 1
     shares = [active] * (n_layers - 1) if isinstance(active, int | float) else list(active)
     if n_layers < 1 or len(sigma_w2) != n_layers or len(shares) != n_layers - 1:
-        raise ValueError(
+        raise Refused(
             f"{len(widths)} widths need {n_layers} sigma_w2 and {n_layers - 1} active shares: "
             f"got {len(sigma_w2)} and {len(shares)}."
         )
     s = np.asarray(singular_values, dtype=np.float64)
     if min(widths) != widths[-1] or not all(0 < p <= 1 for p in shares) or not (s > 0).all() or min(sigma_w2) <= 0:
-        raise ValueError(
+        raise Refused(
             "the output must be the narrowest layer, shares in (0, 1], variances and singular values positive: "
             f"got widths {tuple(widths)}, shares {shares}, variances {tuple(sigma_w2)}."
         )

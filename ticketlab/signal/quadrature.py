@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ticketlab.errors import Refused
 from ticketlab.signal.activations import NODES, WEIGHTS, Elementwise
 
 _Z = torch.linspace(-9.0, 9.0, 13, dtype=torch.float64)  # the tail beyond is 2e-19
@@ -53,7 +54,7 @@ def _outer(phi: Elementwise, deviation: float, q: float, further: Tensor) -> tup
         return torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     bound = float(deviation * _Z[-1])
     if bound > phi.reach:
-        raise ValueError(f"{phi.name} varies on beyond |u| = {phi.reach:g}: q must be at most 50 for it, got {q:g}.")
+        raise Refused(f"{phi.name} varies on beyond |u| = {phi.reach:g}: q must be at most 50 for it, got {q:g}.")
     edges = torch.cat([deviation * _Z, phi.edges, further])
     nodes, weights = _panels(edges[edges.abs() <= bound].unique()[None])
     density = torch.exp(-((nodes / deviation) ** 2) / 2) / (deviation * math.sqrt(2 * math.pi))

@@ -17,8 +17,11 @@ from torch.func import functional_call, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ticketlab import masks as mask_ops
-from ticketlab.functional import State, evaluating, fitted, nearest, refuse_batch_statistics, select, stream
+from ticketlab.errors import Refused, nearest
+from ticketlab.functional import evaluating, fitted, refuse_batch_statistics
 from ticketlab.gradients.point import check_finite
+from ticketlab.seeds import stream
+from ticketlab.state import State, select
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Section:
         y = self._run(u if self.source is None else x, u)[0]
         if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
             given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"a Jacobian needs one tensor whose first axis is the {len(x)} inputs: got {given}.")
+            raise Refused(f"a Jacobian needs one tensor whose first axis is the {len(x)} inputs: got {given}.")
         return y.reshape(len(x), -1)
 
     def linearised(self, u: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
@@ -66,7 +69,7 @@ class Section:
             y = functional_call(self.model, self.tensors, (x,))
         for name, outputs in seen.items():
             if len(outputs) != 1:
-                raise ValueError(f"module {name!r} must run once in a forward pass: it runs {len(outputs)} times.")
+                raise Refused(f"module {name!r} must run once in a forward pass: it runs {len(outputs)} times.")
             check_output("module", name, outputs[0], len(x))
         target = y if self.target is None else seen[self.target][0]
         return target, x if self.source is None else seen[self.source][0]
@@ -76,7 +79,7 @@ def check_output(kind: str, name: str, output: object, n: int) -> None:
     """Raise a ValueError unless what a named module returns is one tensor, an entry of its first axis an input."""
     if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != n:
         given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
+        raise Refused(
             f"{kind} {name!r} must return one tensor whose first axis is the {n} inputs: it returns {given}. "
             "Name one inside it or after it."
         )
@@ -109,14 +112,14 @@ def sections(
     """One section a replica, and whether there is a replica axis.
 
     Raises:
-        ValueError: Names, shapes or dtypes that do not fit; weights that are not finite; batch norm that depends on
+        Refused: Names, shapes or dtypes that do not fit; weights that are not finite; batch norm that depends on
             the batch; inputs that otherwise act on one another's outputs.
     """
     states, stacked = networks(model, params, x, masks, buffers)
     known = [name for name, _ in model.named_modules() if name]
     for name in (source, target):
         if name is not None and name not in known:
-            raise ValueError(nearest("module", name, known))
+            raise Refused(nearest("module", name, known))
     found = [Section(model, {**state.params, **state.buffers}, source, target) for state in states]
     _check_apart(found[0], x[:2])
     return found, stacked
@@ -136,7 +139,7 @@ def networks(
     replicas, state = fitted(model, params, masks, buffers)
     weight = next(iter(state.params.values()))
     if x.ndim == 0 or len(x) == 0 or x.dtype != weight.dtype or x.device != weight.device:
-        raise ValueError(
+        raise Refused(
             f"x must hold at least one input on its first axis, in {weight.dtype} on {weight.device} as params: "
             f"got shape {tuple(x.shape)}, {x.dtype} on {x.device}."
         )
@@ -160,7 +163,7 @@ def _check_apart(section: Section, x: Tensor) -> None:
         u = section.entering(x).requires_grad_()
         y = section(u, x)
         if not y.requires_grad:
-            raise ValueError(
+            raise Refused(
                 f"{section.target or 'the output'} must depend on {section.source or 'the input'}, differentiably: "
                 "it does not. Name a source that runs before the target."
             )
@@ -170,12 +173,12 @@ def _check_apart(section: Section, x: Tensor) -> None:
             [torch.autograd.grad(one @ weights, u, retain_graph=True, materialize_grads=True)[0] for one in y]
         )
     if not (y.isfinite().all() and grads.isfinite().all()):
-        raise ValueError(
+        raise Refused(
             "values and derivatives must be finite: those of "
             f"{section.target or 'the output'} at the first inputs are not. Look at x and the buffers."
         )
     if len(x) > 1 and (grads[0, 1].any() or grads[1, 0].any()):
-        raise ValueError(
+        raise Refused(
             "each input must pass through the network by itself: the output of one depends on another. "
             "Replace what couples a batch, or put such modules in evaluation mode."
         )

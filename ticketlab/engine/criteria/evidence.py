@@ -13,7 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
 from ticketlab.data import Task
-from ticketlab.functional import Masks, Params, State, evaluating, fitted, masked, stream
+from ticketlab.errors import Refused
+from ticketlab.functional import evaluating, fitted, masked
+from ticketlab.seeds import stream
+from ticketlab.state import Masks, Params, State
 
 Scores = dict[str, Tensor]
 
@@ -26,7 +29,7 @@ class Evidence:
     prunable weights. At initialisation, pass the same state twice.
 
     Raises:
-        ValueError: Masks or states that do not fit the model, a stack of networks (score one at a time), or labels
+        Refused: Masks or states that do not fit the model, a stack of networks (score one at a time), or labels
             that are not int64.
     """
 
@@ -52,12 +55,12 @@ class Evidence:
         for when in (self.start, self.end):
             replicas, _ = fitted(self.model, when.params, self.masks, when.buffers)
             if replicas is not None:
-                raise ValueError(f"a criterion scores one network: got {replicas}. Take them with State.select(index).")
+                raise Refused(f"a criterion scores one network: got {replicas}. Take them with State.select(index).")
         lengths = {len(part) for part in (self.x, self.y) if part is not None}
         if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(f"x and y must be as many, at least one: got {sorted(lengths)}.")
+            raise Refused(f"x and y must be as many, at least one: got {sorted(lengths)}.")
         if self.y is not None and (self.y.ndim != 1 or self.y.dtype != torch.int64):
-            raise ValueError(
+            raise Refused(
                 f"y must be one int64 label for each example: got {self.y.dtype} of shape {tuple(self.y.shape)}. "
                 "Convert it with y.flatten().long()."
             )
@@ -75,7 +78,7 @@ class Evidence:
     def inputs(self, criterion: str) -> Tensor:
         """``x``, or a refusal that names the criterion."""
         if self.x is None:
-            raise ValueError(f"criterion {criterion!r} needs inputs: got none. Pass x, such as task.train.x[:1000].")
+            raise Refused(f"criterion {criterion!r} needs inputs: got none. Pass x, such as task.train.x[:1000].")
         refuse_batch_statistics(criterion, self.model)
         return self.x
 
@@ -83,11 +86,11 @@ class Evidence:
         """``x`` and ``y``, or a refusal that names the criterion."""
         x = self.inputs(criterion)
         if self.y is None:
-            raise ValueError(f"criterion {criterion!r} needs labels: got none. Pass y, such as task.train.y[:1000].")
+            raise Refused(f"criterion {criterion!r} needs labels: got none. Pass y, such as task.train.y[:1000].")
         n_classes = self.one_output(self.final, x).shape[-1]
         low, high = int(self.y.min()), int(self.y.max())
         if low < 0 or high >= n_classes:
-            raise ValueError(f"labels must lie in 0..{n_classes - 1}, an output each: got {low} to {high}.")
+            raise Refused(f"labels must lie in 0..{n_classes - 1}, an output each: got {low} to {high}.")
         return x, self.y
 
     def one_output(self, weights: Mapping[str, Tensor], x: Tensor, at: State | None = None) -> Tensor:
@@ -96,7 +99,7 @@ class Evidence:
             with torch.no_grad():
                 return self.logits(weights, x[:1], at)[0]
         except (RuntimeError, IndexError) as error:
-            raise ValueError(
+            raise Refused(
                 f"x must be what the model takes: it fails on one example of shape {tuple(x.shape[1:])} and "
                 f"{x.dtype}: {error}"
             ) from error
@@ -112,7 +115,7 @@ def refuse_batch_statistics(criterion: str, model: nn.Module) -> None:
     """Raise where an output depends on the other examples of a batch even in evaluation mode."""
     norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
     if norms:
-        raise ValueError(
+        raise Refused(
             f"criterion {criterion!r} needs running statistics: batch norms {norms} have none, so that a score would "
             "depend on how examples are batched. Build them with track_running_stats=True."
         )

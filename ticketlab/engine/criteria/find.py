@@ -13,7 +13,9 @@ from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores, refu
 from ticketlab.engine.criteria.gradients import grasp, snip, synflow
 from ticketlab.engine.criteria.second_order import obd_exact, obd_fisher, obd_gauss_newton, refuse_above_limit
 from ticketlab.engine.criteria.weights import BY_SIGN, ZHOU, magnitude, random
-from ticketlab.functional import Masks, nearest, transformable
+from ticketlab.errors import Refused, nearest
+from ticketlab.functional import transformable
+from ticketlab.state import Masks
 
 CRITERIA: dict[str, Criterion] = {
     "magnitude": magnitude,
@@ -35,11 +37,11 @@ def score(criterion: str, evidence: Evidence) -> Scores:
     """The scores of a criterion, higher = keep.
 
     Raises:
-        ValueError: An unknown name, a criterion that needs inputs or labels and got none or some that do not fit, or
+        Refused: An unknown name, a criterion that needs inputs or labels and got none or some that do not fit, or
             scores that are not finite or all zero.
     """
     if criterion not in CRITERIA:
-        raise ValueError(nearest("criterion", criterion, tuple(CRITERIA)))
+        raise Refused(nearest("criterion", criterion, tuple(CRITERIA)))
     with transformable():
         scores = CRITERIA[criterion](evidence)
     _refuse_not_finite(f"criterion {criterion!r}", evidence.masks, scores)
@@ -69,12 +71,12 @@ def find(
         Masks nested in ``evidence.masks``.
 
     Raises:
-        ValueError: As `score`; a density out of range, or one that leaves a layer without a live weight; scores that
+        Refused: As `score`; a density out of range, or one that leaves a layer without a live weight; scores that
             are zero all over a layer that is to be pruned by itself.
     """
     rounds = ROUNDS.get(criterion, 1) if rounds is None else rounds
     if rounds < 1:
-        raise ValueError(f"rounds must be at least 1: got {rounds}.")
+        raise Refused(f"rounds must be at least 1: got {rounds}.")
     scope: mask_ops.Scope = "layer" if isinstance(density, Mapping) else "global"
     masks, goal = evidence.masks, _counts(evidence.masks, density)
     alive = {names: _alive(masks, names) for names in goal}
@@ -93,14 +95,14 @@ def keep(masks: Masks, scores: Scores, density: float | Mapping[str, float]) -> 
 def _counts(masks: Masks, density: float | Mapping[str, float]) -> dict[tuple[str, ...], int]:
     """How many weights the layers that compete keep together."""
     if isinstance(density, Mapping) and set(density) != set(masks):
-        raise ValueError(f"density must name every prunable layer: got {sorted(density)} for {sorted(masks)}.")
+        raise Refused(f"density must name every prunable layer: got {sorted(density)} for {sorted(masks)}.")
     shares = {(name,): density[name] for name in masks} if isinstance(density, Mapping) else {tuple(masks): density}
     counts = {}
     for names, share in shares.items():
         total, alive = sum(masks[name].numel() for name in names), _alive(masks, names)
         n = math.floor(share * total + 0.5) if 0 < share <= 1 else total + 1
         if n > alive:
-            raise ValueError(
+            raise Refused(
                 f"density must lie in (0, {alive / total:.6g}], as much as is alive of {', '.join(names)}: got {share}."
             )
         if n < len(names):
@@ -127,7 +129,7 @@ def _keep(masks: Masks, scores: Scores, counts: Mapping[tuple[str, ...], int]) -
     return new
 
 
-class ZeroScoresError(ValueError):
+class ZeroScoresError(Refused):
     """Scores that tell no weight from another: what went would be up to the index alone."""
 
 
@@ -135,9 +137,7 @@ def _refuse_not_finite(who: str, masks: Masks, scores: Scores) -> None:
     bad = {name: int((~scores[name][mask].isfinite()).sum()) for name, mask in masks.items()}
     if any(bad.values()):
         where = ", ".join(f"{n} in {name!r}" for name, n in bad.items() if n)
-        raise ValueError(
-            f"{who} must give finite scores: {where} are not. Score in float64, or before weights diverge."
-        )
+        raise Refused(f"{who} must give finite scores: {where} are not. Score in float64, or before weights diverge.")
 
 
 def _refuse_all_zero(masks: Masks, scores: Scores) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from ticketlab.engine.criteria.evidence import Evidence, Scores
-from ticketlab.functional import Params, State
+from ticketlab.errors import Refused
+from ticketlab.state import Params, State
 
 GRASP_TEMPERATURE = 200.0
 _BATCH = 250  # examples in a pass
@@ -52,7 +53,7 @@ def synflow(evidence: Evidence) -> Scores:
     """
     x = evidence.inputs("synflow")
     if not x.is_floating_point():
-        raise ValueError(f"criterion 'synflow' needs floating inputs, to put ones in their place: got {x.dtype}.")
+        raise Refused(f"criterion 'synflow' needs floating inputs, to put ones in their place: got {x.dtype}.")
     absolute = State(*({n: _absolute(n, t) for n, t in part.items()} for part in evidence.end))
     weights = {name: w.double().abs() for name, w in evidence.final.items()}
     ones = torch.ones_like(x[:1], dtype=torch.float64)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from ticketlab.engine.criteria.evidence import Evidence, Scores
-from ticketlab.functional import Params
+from ticketlab.errors import Refused
+from ticketlab.state import Params
 
 EXACT_LIMIT = 20_000
 """Most live weights of ``obd_exact``, which costs a Hessian-vector product for each."""
@@ -32,7 +33,7 @@ def obd_exact(evidence: Evidence) -> Scores:
     diagonal, which is far cheaper.
 
     Raises:
-        ValueError: More than ``EXACT_LIMIT`` live weights, or no examples.
+        Refused: More than ``EXACT_LIMIT`` live weights, or no examples.
     """
     x, y = evidence.examples("obd_exact")
     refuse_above_limit(sum(int(mask.sum()) for mask in evidence.masks.values()))
@@ -57,7 +58,7 @@ def obd_exact(evidence: Evidence) -> Scores:
 def refuse_above_limit(live: int) -> None:
     """Raise where ``obd_exact`` would take too long."""
     if live > EXACT_LIMIT:
-        raise ValueError(
+        raise Refused(
             f"criterion 'obd_exact' needs at most {EXACT_LIMIT} live weights: got {live}. "
             "Use 'obd_gauss_newton', the same with ReLU, or 'obd_fisher'."
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores
-from ticketlab.functional import stream
+from ticketlab.seeds import stream
 
 
 def random(evidence: Evidence) -> Scores:

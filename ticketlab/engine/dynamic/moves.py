@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ticketlab.functional import nearest, stream
+from ticketlab.errors import Refused, nearest
+from ticketlab.seeds import stream
 
 Growth = Literal["gradient", "random"]
 
@@ -41,9 +42,9 @@ class DropGrow:
 
     def __post_init__(self) -> None:
         if self.growth not in get_args(Growth):
-            raise ValueError(nearest("growth", self.growth, get_args(Growth)))
+            raise Refused(nearest("growth", self.growth, get_args(Growth)))
         if not 0 < self.drop_fraction < 1:
-            raise ValueError(f"drop_fraction must lie in (0, 1): got {self.drop_fraction}.")
+            raise Refused(f"drop_fraction must lie in (0, 1): got {self.drop_fraction}.")
         _check_schedule(self.every, self.until)
 
     def update_steps(self, steps: int) -> range:
@@ -91,7 +92,7 @@ class Gradual:
 
     def __post_init__(self) -> None:
         if not self.kept or min(self.kept.values()) < 1:
-            raise ValueError(f"every layer must keep a live weight: got {dict(self.kept)}. Take layer_counts(...).")
+            raise Refused(f"every layer must keep a live weight: got {dict(self.kept)}. Take layer_counts(...).")
         _check_schedule(self.every, self.until)
 
     def update_steps(self, steps: int) -> range:
@@ -123,26 +124,26 @@ Dynamics = DropGrow | Gradual
 def validate(dynamics: Dynamics, masks: Mapping[str, Tensor], steps: int) -> None:
     """Raise a ValueError unless ``dynamics`` can move the masks of one network in a training of ``steps`` steps."""
     if not dynamics.update_steps(steps):
-        raise ValueError(
+        raise Refused(
             f"there must be an update before {dynamics.until} of {steps} steps: got one every {dynamics.every} steps. "
             "Update more often, or train longer."
         )
     if isinstance(dynamics, Gradual):
         if set(dynamics.kept) != set(masks):
-            raise ValueError(f"kept must name every masked layer: got {sorted(dynamics.kept)} for {sorted(masks)}.")
+            raise Refused(f"kept must name every masked layer: got {sorted(dynamics.kept)} for {sorted(masks)}.")
         above = {n: k for n, k in dynamics.kept.items() if k > masks[n].numel()}
         if above:
             sizes = {n: masks[n].numel() for n in above}
-            raise ValueError(f"kept must be at most the size of each layer, {sizes}: got {above}.")
+            raise Refused(f"kept must be at most the size of each layer, {sizes}: got {above}.")
         if not all(bool(mask.all()) for mask in masks.values()):
-            raise ValueError("gradual pruning starts dense: got masks with pruned weights. Start from masks.ones.")
+            raise Refused("gradual pruning starts dense: got masks with pruned weights. Start from masks.ones.")
 
 
 def _check_schedule(every: int, until: float) -> None:
     if every < 2:
-        raise ValueError(f"every must be at least 2 steps, for an update takes the place of a descent: got {every}.")
+        raise Refused(f"every must be at least 2 steps, for an update takes the place of a descent: got {every}.")
     if not 0 < until <= 1:
-        raise ValueError(f"until, a share of training, must lie in (0, 1]: got {until}.")
+        raise Refused(f"until, a share of training, must lie in (0, 1]: got {until}.")
 
 
 def _updates(every: int, until: float, steps: int) -> range:

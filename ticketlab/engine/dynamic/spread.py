@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ticketlab import masks as mask_ops
-from ticketlab.functional import Masks, nearest
+from ticketlab.errors import Refused, nearest
+from ticketlab.state import Masks
 
 Spread = Literal["uniform", "first_dense", "erdos_renyi", "erdos_renyi_kernel"]
 
@@ -31,12 +32,12 @@ def layer_counts(model: nn.Module, density: float, spread: Spread = "erdos_renyi
         spread: The rule above.
 
     Raises:
-        ValueError: A density outside (0, 1], or one that leaves a layer empty or cannot pay for a dense first layer.
+        Refused: A density outside (0, 1], or one that leaves a layer empty or cannot pay for a dense first layer.
     """
     if spread not in get_args(Spread):
-        raise ValueError(nearest("spread", spread, get_args(Spread)))
+        raise Refused(nearest("spread", spread, get_args(Spread)))
     if not 0 < density <= 1:
-        raise ValueError(f"density must lie in (0, 1]: got {density}.")
+        raise Refused(f"density must lie in (0, 1]: got {density}.")
     shapes = {name: mask.shape for name, mask in mask_ops.ones(model).items()}
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     budget = math.floor(density * sum(sizes.values()) + 0.5)
@@ -47,7 +48,7 @@ def layer_counts(model: nn.Module, density: float, spread: Spread = "erdos_renyi
         counts[name] += 1
     empty = [name for name, count in counts.items() if count < 1]
     if empty:
-        raise ValueError(
+        raise Refused(
             f"every layer must keep a live weight: {empty} would have none of {budget} at density {density} under "
             f"{spread!r}. Keep more, or take 'erdos_renyi_kernel', which keeps small layers denser."
         )
@@ -68,7 +69,7 @@ def _solve(raw: Mapping[str, float], sizes: Mapping[str, int], budget: int, spre
         rest = [name for name in sizes if name not in dense]
         if left < 0 or (left == 0 and rest):
             first = next(iter(sizes))
-            raise ValueError(
+            raise Refused(
                 f"the budget must pay for a dense first layer and more: got {budget} for {sizes[first]} weights of "
                 f"{first!r}. Keep more, or take another spread."
             )
@@ -83,13 +84,13 @@ def sparse_masks(model: nn.Module, kept: Mapping[str, int], seed: int) -> Masks:
     """Masks with exactly ``kept[name]`` live weights in each layer, at positions drawn uniformly.
 
     Raises:
-        ValueError: Other layers than the model's, or a count outside 1..size.
+        Refused: Other layers than the model's, or a count outside 1..size.
     """
     full = mask_ops.ones(model)
     if set(kept) != set(full):
-        raise ValueError(f"kept must name every prunable layer: got {sorted(kept)} for {sorted(full)}.")
+        raise Refused(f"kept must name every prunable layer: got {sorted(kept)} for {sorted(full)}.")
     wrong = {name: count for name, count in kept.items() if not 1 <= count <= full[name].numel()}
     if wrong:
-        raise ValueError(f"each layer must keep 1 to all of its weights: got {wrong}. Take layer_counts(...).")
+        raise Refused(f"each layer must keep 1 to all of its weights: got {wrong}. Take layer_counts(...).")
     first = {name: (torch.arange(m.numel()) < kept[name]).view_as(m) for name, m in full.items()}
     return {name: m.to(full[name].device) for name, m in mask_ops.layerwise_shuffle(first, seed).items()}

@@ -16,7 +16,10 @@ from ticketlab.data import Split, Task
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.supermask.module import RESCALING, Method, Supermask, rescaled
 from ticketlab.engine.training import Outcome, train
-from ticketlab.functional import Masks, Params, State, evaluate, n_replicas, nearest, stack_states, stream
+from ticketlab.errors import Refused, nearest
+from ticketlab.functional import evaluate, n_replicas
+from ticketlab.seeds import stream
+from ticketlab.state import Masks, Params, State, stack_states
 
 RECIPES: dict[Method, Recipe] = {
     "bernoulli": Recipe(optimizer="adam", learning_rate=0.1),
@@ -85,7 +88,7 @@ def learn_masks(
             signal. Masks drawn from the same logits (``evaluations``) still have a meaning.
 
     Raises:
-        ValueError: An unknown method, a density outside (0, 1) or one that leaves a layer empty, or what ``train``
+        Refused: An unknown method, a density outside (0, 1) or one that leaves a layer empty, or what ``train``
             refuses.
 
     References:
@@ -117,18 +120,18 @@ def _check(
     model: nn.Module, frozen: State, method: str, density: float, order_seeds: Sequence[int], draw_seeds: Sequence[int]
 ) -> None:
     if method not in get_args(Method):
-        raise ValueError(nearest("method", method, get_args(Method)))
+        raise Refused(nearest("method", method, get_args(Method)))
     if not 0 < density < 1:
-        raise ValueError(f"density must lie in (0, 1): got {density}.")
+        raise Refused(f"density must lie in (0, 1): got {density}.")
     if not n_replicas(model, frozen.params) == len(order_seeds) == len(draw_seeds):
-        raise ValueError(
+        raise Refused(
             f"frozen must be stacked with one replica for each order seed and draw seed: got "
             f"{n_replicas(model, frozen.params)}, {len(order_seeds)}, {len(draw_seeds)}. Use functional.stack_states."
         )
     sizes = {name: mask.numel() for name, mask in mask_ops.ones(model).items()}
     empty = [name for name, size in sizes.items() if size - mask_ops.n_removed(size, 1 - density) < 1]
     if method == "edge_popup" and empty:
-        raise ValueError(f"density must leave every layer a weight: {density} leaves none in {empty}. Raise it.")
+        raise Refused(f"density must leave every layer a weight: {density} leaves none in {empty}. Raise it.")
 
 
 def _learned(module: Supermask, outcome: Outcome) -> Learned:

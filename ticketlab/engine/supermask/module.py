@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ticketlab import masks as mask_ops
-from ticketlab.functional import Params, State, stream
+from ticketlab.seeds import stream
+from ticketlab.state import Params, State
 
 Method = Literal["bernoulli", "edge_popup"]
 

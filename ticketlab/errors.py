@@ -1,0 +1,20 @@
+"""The one error that a user meets: what must hold, what was given, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class Refused(ValueError):
+    """Input that the library does not take. Its message is all that a user needs: no traceback goes with it.
+
+    Any other exception is a fault of the library, and keeps its traceback on the command line.
+    """
+
+
+def nearest(kind: str, given: str, known: Sequence[str]) -> str:
+    """The message for an unknown name: what was given, the closest known one, and all of them."""
+    close = get_close_matches(str(given), known, n=1, cutoff=0.4)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {given!r}.{hint} Known: {', '.join(known)}."

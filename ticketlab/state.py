@@ -1,0 +1,74 @@
+"""Networks as plain dicts of tensors, keyed by the module's own names: one network, or a stack of replicas.
+
+A *stacked* dict holds R networks of one architecture on a leading replica axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ticketlab.errors import Refused
+
+Params = dict[str, Tensor]
+Buffers = dict[str, Tensor]
+Masks = dict[str, Tensor]
+
+
+class State(NamedTuple):
+    """All that training changes in a network, or in a stack of them."""
+
+    params: Params
+    buffers: Buffers
+
+    def clone(self) -> State:
+        params, buffers = ({n: t.detach().clone() for n, t in part.items()} for part in self)
+        return State(params, buffers)
+
+    def select(self, index: int | Sequence[int]) -> State:
+        return State(select(self.params, index), select(self.buffers, index))
+
+    def repeat(self, times: int) -> State:
+        """A stack after itself, ``times`` times over."""
+        params, buffers = ({n: torch.cat([t] * times) for n, t in part.items()} for part in self)
+        return State(params, buffers)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> State:
+        """On a device; floating tensors in ``dtype``, counters as they are."""
+
+        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()}
+
+        return State(move(self.params), move(self.buffers))
+
+
+def state(model: nn.Module) -> State:
+    """Copies of the module's parameters and buffers, detached; a tied parameter appears once."""
+    return State(
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        {name: b.detach().clone() for name, b in model.named_buffers()},
+    )
+
+
+def stack_states(states: Sequence[State]) -> State:
+    """Networks of one architecture on a leading replica axis."""
+    return State(stack([s.params for s in states]), stack([s.buffers for s in states]))
+
+
+def stack(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the tensors of R dicts with equal names on a leading replica axis."""
+    if not states:
+        raise Refused("stack needs at least one dict of tensors: got none.")
+    names = set(states[0])
+    for index, other in enumerate(states):
+        if set(other) != names:
+            raise Refused(f"every dict must have the names {sorted(names)}: number {index} has {sorted(other)}.")
+    return {name: torch.stack([s[name] for s in states]) for name in states[0]}
+
+
+def select(stacked: Mapping[str, Tensor], index: int | Sequence[int] | slice) -> dict[str, Tensor]:
+    """The replicas at ``index``: an int drops the replica axis (a view), a list keeps it (a copy)."""
+    return {name: tensor[index] for name, tensor in stacked.items()}
