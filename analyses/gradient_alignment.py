@@ -35,8 +35,8 @@ from analyses.command import DIGITS, Tables, each_network, main, open_run
 from analyses.rank_correlation import Within, bootstrap, p_value, rank_correlation
 from figures.gradient_alignment import draw
 from ticketlab import gradients
-from ticketlab.engine.treatments import derived_seed
 from ticketlab.errors import Refused
+from ticketlab.seeds import derived_seed
 
 STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
 

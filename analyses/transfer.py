@@ -34,8 +34,9 @@ from analyses.settings import Setting, Tickets, setting, tickets
 from figures.transfer import draw
 from ticketlab import masks as mask_ops
 from ticketlab.engine.transfer import carry
-from ticketlab.engine.treatments import Start, derived_seed
+from ticketlab.engine.treatments import Start
 from ticketlab.errors import Refused
+from ticketlab.seeds import derived_seed
 from ticketlab.state import Masks, stack, stack_states
 
 STUDY = replace(

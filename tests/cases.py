@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ticketlab.data import Task
-from ticketlab.functional import initialise
 from ticketlab.models import mlp
+from ticketlab.seeds import initialise
 
 FLOAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 

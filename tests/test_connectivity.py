@@ -18,7 +18,9 @@ from torch import nn
 from ticketlab.connectivity import barrier, linear_path, recalibrate, rise
 from ticketlab.data import Split, Task
 from ticketlab.engine.training import Recipe
-from ticketlab.functional import evaluate, initialise, masked, select, stack, stack_states, state
+from ticketlab.functional import evaluate, masked
+from ticketlab.seeds import initialise
+from ticketlab.state import select, stack, stack_states, state
 
 TOLERANCE = FLOAT_TOLERANCE[torch.float64]
 BASELINES = ("mean", "linear", "max")

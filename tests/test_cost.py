@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ticketlab import models
 from ticketlab.engine.cost import forward_macs, positions, training_macs
-from ticketlab.functional import initialise, state
 from ticketlab.masks import ones, prunable
+from ticketlab.seeds import initialise
+from ticketlab.state import state
 
 
 def make(factory):

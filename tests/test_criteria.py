@@ -16,7 +16,7 @@ from ticketlab import masks as mask_ops
 from ticketlab.engine.criteria import CRITERIA, Evidence, ZeroScoresError, draw_examples, refuse_too_large, score
 from ticketlab.engine.criteria.gradients import synflow
 from ticketlab.engine.criteria.second_order import EXACT_LIMIT
-from ticketlab.functional import State, stack_states, state
+from ticketlab.state import State, stack_states, state
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-14}
 NEED_LABELS = ("obd_exact", "obd_gauss_newton", "obd_fisher", "snip", "grasp")

@@ -18,8 +18,8 @@ import ticketlab as tl
 from ticketlab import masks as mask_ops
 from ticketlab.engine import store
 from ticketlab.engine.criteria import CRITERIA, Evidence, ZeroScoresError, find, forward_passes, keep, score
-from ticketlab.functional import State, state
 from ticketlab.models import mlp
+from ticketlab.state import State, state
 
 RECIPE = tl.Recipe(steps=20, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)
 STUDY = tl.ImpConfig(levels=2, init_seeds=(3, 4), treatments=("ticket",), recipe=RECIPE, dtype="float64")

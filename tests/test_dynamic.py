@@ -23,8 +23,9 @@ from ticketlab.data import batch_indices
 from ticketlab.engine.dynamic import DropGrow, Gradual, layer_counts, sparse_masks, validate
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.training import train
-from ticketlab.functional import initialise, stack, stack_states, state
 from ticketlab.models import mlp
+from ticketlab.seeds import initialise
+from ticketlab.state import stack, stack_states, state
 
 SGD = Recipe(steps=60, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=25)
 ADAM = Recipe(steps=60, batch_size=16, optimizer="adam", learning_rate=3e-3, eval_every=25)

@@ -11,22 +11,10 @@ from cases import FLOAT_TOLERANCE, blobs, build, half_masks, images, small_conv_
 from reference import loss_and_error
 from torch import nn
 
-from ticketlab.functional import (
-    State,
-    apply,
-    evaluate,
-    evaluating,
-    initialise,
-    masked,
-    n_replicas,
-    nearest,
-    resolve,
-    select,
-    stack,
-    stack_states,
-    state,
-    stream,
-)
+from ticketlab.errors import nearest
+from ticketlab.functional import apply, evaluate, evaluating, masked, n_replicas, resolve
+from ticketlab.seeds import initialise, stream
+from ticketlab.state import State, select, stack, stack_states, state
 
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": FLOAT_TOLERANCE[torch.float64], "atol": FLOAT_TOLERANCE[torch.float64]}

@@ -16,7 +16,8 @@ from torch import nn
 
 from ticketlab import gradients
 from ticketlab import masks as mask_ops
-from ticketlab.functional import masked, stack, stack_states, state
+from ticketlab.functional import masked
+from ticketlab.state import stack, stack_states, state
 
 TOLERANCE = FLOAT_TOLERANCE[torch.float64]
 

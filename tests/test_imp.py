@@ -23,7 +23,7 @@ from torch import nn
 
 import ticketlab as tl
 from ticketlab import masks as mask_ops
-from ticketlab.functional import State
+from ticketlab.state import State
 
 RECIPE = tl.Recipe(steps=30, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)
 CONFIG = tl.ImpConfig(levels=3, rewind_step=5, init_seeds=(3, 4), recipe=RECIPE, dtype="float64")

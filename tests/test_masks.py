@@ -16,8 +16,9 @@ from scipy import stats
 from torch import nn
 
 from ticketlab import masks
-from ticketlab.functional import initialise, stack, state
 from ticketlab.models import build as build_model
+from ticketlab.seeds import initialise
+from ticketlab.state import stack, state
 
 LENET_LAYERS = {"fc1.weight": 300 * 784, "fc2.weight": 100 * 300, "output.weight": 10 * 100}
 

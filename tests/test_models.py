@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ticketlab import masks, models
-from ticketlab.functional import initialise, state
+from ticketlab.seeds import initialise
+from ticketlab.state import state
 
 # By hand, on 3x32x32 images and 10 classes: 3x3 convolutions, then 256-256-10 on the pooled image.
 CONV_WEIGHTS = {

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ticketlab import masks as mk
 from ticketlab import ntk
-from ticketlab.functional import apply, initialise, state
+from ticketlab.functional import apply
+from ticketlab.seeds import initialise
+from ticketlab.state import state
 
 F64 = torch.float64
 METHODS = ["auto", "rows", "gather", "generic"]

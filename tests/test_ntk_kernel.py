@@ -12,9 +12,10 @@ from torch.func import functional_call
 
 from ticketlab import masks as mk
 from ticketlab import ntk
-from ticketlab.functional import initialise, select, stack, state
 from ticketlab.ntk.layers import find_layers
 from ticketlab.ntk.problem import problems
+from ticketlab.seeds import initialise
+from ticketlab.state import select, stack, state
 
 F64 = torch.float64
 RTOL = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 0.05}

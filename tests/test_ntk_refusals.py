@@ -11,7 +11,8 @@ from torch import nn
 
 from ticketlab import masks as mk
 from ticketlab import ntk
-from ticketlab.functional import initialise, stack, state
+from ticketlab.seeds import initialise
+from ticketlab.state import stack, state
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ticketlab import masks as mk
 from ticketlab import ntk
-from ticketlab.functional import initialise, select, stack, state
+from ticketlab.seeds import initialise
+from ticketlab.state import select, stack, state
 
 F64 = torch.float64
 

@@ -14,10 +14,10 @@ from scipy.stats import binomtest, chisquare, hypergeom, kstest
 from torch import nn
 
 from ticketlab import overlap, permutation
-from ticketlab.functional import select, stack
 from ticketlab.masks import layerwise_shuffle, ones
 from ticketlab.overlap.null import exact_p
 from ticketlab.overlap.null import random_masks as null_masks
+from ticketlab.state import select, stack
 
 COUNTS = ["total", "kept_a", "kept_b", "intersection"]
 

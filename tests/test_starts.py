@@ -19,7 +19,7 @@ import ticketlab as tl
 from ticketlab import masks as mask_ops
 from ticketlab.engine import values
 from ticketlab.engine.treatments import FROZEN, RETRAINING, TREATMENTS
-from ticketlab.functional import state
+from ticketlab.state import state
 
 SIGNS_KEPT = ("reinit_keep_sign", "reshuffle_keep_sign", "signed_constant")
 SIGNS_LOST = ("reinit", "reshuffle", "random_sign", "random_constant")

@@ -22,7 +22,8 @@ from ticketlab import masks as mask_ops
 from ticketlab.data import batch_indices
 from ticketlab.engine.supermask import RESCALING, Learned, Supermask, evaluations, learn_masks, rescaled
 from ticketlab.engine.supermask.module import straight_through, top
-from ticketlab.functional import stack_states, state, stream
+from ticketlab.seeds import stream
+from ticketlab.state import stack_states, state
 
 F64 = torch.float64
 RECIPE = tl.Recipe(steps=12, batch_size=16, optimizer="sgd", learning_rate=2.0, eval_every=6)

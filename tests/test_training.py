@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ticketlab.data import Task
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.training import train
-from ticketlab.functional import stack, stack_states, state
+from ticketlab.state import stack, stack_states, state
 
 SGD = Recipe(steps=40, batch_size=16, optimizer="sgd", learning_rate=0.05, weight_decay=1e-3, eval_every=7)
 ADAM = Recipe(steps=40, batch_size=16, optimizer="adam", learning_rate=3e-3, eval_every=7)

@@ -9,8 +9,9 @@ from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp
 import ticketlab as tl
 from ticketlab import masks as mask_ops
 from ticketlab.engine.transfer import carry
-from ticketlab.functional import masked, stack, stack_states
+from ticketlab.functional import masked
 from ticketlab.models import mlp
+from ticketlab.state import stack, stack_states
 
 OUTPUT = {"output.weight", "output.bias"}
 

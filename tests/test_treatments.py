@@ -11,8 +11,10 @@ from cases import build, half_masks, small_conv_bn
 from torch import nn
 
 from ticketlab import masks as mask_ops
-from ticketlab.engine.treatments import FROZEN, TREATMENTS, Origin, derived_seed
-from ticketlab.functional import State, masked, state
+from ticketlab.engine.treatments import FROZEN, TREATMENTS, Origin
+from ticketlab.functional import masked
+from ticketlab.seeds import derived_seed
+from ticketlab.state import State, state
 
 VALUES = ("reinit_keep_sign", "reshuffle", "reshuffle_keep_sign", "random_sign", "signed_constant", "random_constant")
 TRAINED = ("lr_rewind", "fine_tune")

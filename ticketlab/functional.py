@@ -19,8 +19,9 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ticketlab.errors import Refused
-from ticketlab.state import Params, State, select
+from ticketlab.errors import Refused, nearest
+from ticketlab.seeds import initialise, stream
+from ticketlab.state import Buffers, Masks, Params, State, select, stack, stack_states, state
 
 Execution = Literal["auto", "loop", "vmap"]
 
@@ -240,3 +241,21 @@ def evaluate(
         right = (logits.argmax(-1) == targets) & ~logits.isnan().any(-1)
         wrong = wrong + (~right).sum(-1)
     return loss / len(y), wrong.double() / len(y)
+
+
+__all__ = [
+    "Buffers",
+    "Execution",
+    "Masks",
+    "Params",
+    "State",
+    "apply",
+    "evaluate",
+    "initialise",
+    "nearest",
+    "select",
+    "stack",
+    "stack_states",
+    "state",
+    "stream",
+]

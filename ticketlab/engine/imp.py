@@ -25,10 +25,10 @@ from ticketlab.engine.config import LATER_FIELDS, ImpConfig
 from ticketlab.engine.criteria import ROUNDS, Evidence, draw_examples, find, refuse_too_large, score
 from ticketlab.engine.store import Level
 from ticketlab.engine.training import train
-from ticketlab.engine.treatments import TREATMENTS, Origin, Start, derived_seed
+from ticketlab.engine.treatments import TREATMENTS, Origin, Start
 from ticketlab.errors import Refused
 from ticketlab.functional import Execution, masked
-from ticketlab.seeds import initialise
+from ticketlab.seeds import derived_seed, initialise
 from ticketlab.state import Masks, State, stack, stack_states, state
 
 Factory = Callable[[], nn.Module]
