@@ -1,72 +1,156 @@
 """Masks: which weights are prunable, how many are kept, and the one prune step.
 
-A mask is a dict of bool tensors, True = kept, one for each prunable parameter. Counts are exact and
-ties are broken by index, so that a mask is a function of the scores alone.
+A mask is a dict of bool tensors, True = kept, one for each prunable parameter. The one currency is a count: fractions
+and densities become counts here, rounded once; ties are broken by index, so that a mask is a function of scores alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ticketlab.errors import Refused
 from ticketlab.seeds import stream
-from ticketlab.state import Masks
+from ticketlab.state import Masks, Params
 
 Scope = Literal["global", "layer"]
+Groups = dict[tuple[str, ...], int]
+"""How many weights each group of layers keeps: those of one group compete with one another."""
 
-_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHTED = (
+    *(nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_NEVER = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
-class EmptyLayerError(Refused):
-    """A pruning that would leave a layer without a live weight."""
-
-
-def prunable(model: nn.Module) -> tuple[str, ...]:
+def prunable(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str, ...]:
     """Names of the weights that may be pruned, in the model's order.
 
-    Weights of linear, convolution and attention projections; never biases, norms or embeddings. A weight
-    tied to an embedding is left out, and so are frozen ones and those under a parametrization.
+    Weights of linear, bilinear, convolution and recurrent layers and attention projections, Hugging Face's ``Conv1D``
+    among them; never biases, norms or embeddings. A weight tied to an embedding is left out, and so are frozen ones.
+    Under a parametrization (weight norm, spectral norm) it is the underlying tensor, where a zero in it stays a zero.
+
+    Args:
+        model: Any module.
+        names: What to take instead, with wildcards, such as ``("encoder.*.weight", "experts.*")``: any trainable
+            parameter of two axes or more.
+
+    Warns:
+        UserWarning: Less than half of all entries of matrices are prunable, with the share: most of the model would
+            stay dense, and a density be that of a part.
+
+    Raises:
+        Refused: Nothing to prune, a pattern that matches nothing, weights under ``torch.nn.utils.prune``.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    wanted: set[int] = set()
+    named = dict(model.named_parameters())
+    matrices = {n: p for n, p in named.items() if p.ndim > 1 and p.requires_grad}
+    if names:
+        lost = [pattern for pattern in names if not any(fnmatchcase(n, pattern) for n in matrices)]
+        if lost:
+            raise Refused(f"prunable must name trainable matrices: {lost} match none of {list(matrices)}.")
+        return tuple(n for n in matrices if any(fnmatchcase(n, pattern) for pattern in names))
+    wanted, never = set[int](), set[int]()
     for module in model.modules():
-        names: tuple[str, ...] = ("weight",) if isinstance(module, _WEIGHTED) else ()
-        names = _PROJECTIONS if isinstance(module, nn.MultiheadAttention) else names
-        wanted |= {id(getattr(module, name)) for name in names if getattr(module, name) is not None}
-    found = tuple(n for n, p in model.named_parameters() if id(p) in wanted - embeddings and p.requires_grad)
+        _refuse_hooks(module)
+        if isinstance(module, _NEVER):
+            never |= {id(p) for p in module.parameters(recurse=False)}
+        wanted |= {id(p) for p in _weights(module)}
+    found = tuple(n for n, p in matrices.items() if id(p) in wanted - never)
     if not found:
         raise Refused(
-            "the model must have a trainable linear, convolution or attention weight to prune: "
-            f"found none in {type(model).__name__}."
+            "the model must have a trainable linear, convolution, recurrent or attention weight to prune: found none "
+            f"in {type(model).__name__}. Name others with prunable=, such as {list(matrices)[:3]}."
+        )
+    share = sum(matrices[n].numel() for n in found) / sum(p.numel() for p in matrices.values())
+    if share < 0.5:
+        others = sorted(set(matrices) - set(found), key=lambda n: -matrices[n].numel())
+        warnings.warn(
+            f"only {100 * share:.1f} % of the entries of {type(model).__name__}'s matrices are prunable ({len(found)} "
+            f"of {len(matrices)}); not among them, largest first: {others[:4]}. Name what to prune with prunable=.",
+            UserWarning,
+            stacklevel=2,
         )
     return found
 
 
-def ones(model: nn.Module) -> Masks:
-    """The mask that keeps every prunable weight."""
+def _weights(module: nn.Module) -> list[Tensor]:
+    """The tensors that hold the weight matrices of one module, itself and not its children."""
+    if isinstance(module, _RECURRENT):
+        return [p for n, p in module.named_parameters(recurse=False) if n.startswith("weight_") and p.ndim == 2]
+    names: tuple[str, ...] = _PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ("weight",)
+    if not isinstance(module, (*_WEIGHTED, nn.MultiheadAttention)) and type(module).__name__ != "Conv1D":
+        return []
+    found = []
+    for name in names:
+        if parametrize.is_parametrized(module, name):
+            found += _under_parametrization(module, name)
+        elif module._parameters.get(name) is not None:
+            found.append(module._parameters[name])
+        elif f"{name}_v" in module._parameters:  # the weight norm of torch.nn.utils, by hooks
+            found.append(module._parameters[f"{name}_v"])
+        elif f"{name}_orig" in module._parameters:  # its spectral norm
+            found.append(module._parameters[f"{name}_orig"])
+    return found  # type: ignore[return-value]
+
+
+def _under_parametrization(module: nn.Module, name: str) -> list[Tensor]:
+    """The original tensor of the weight's shape, if a zero in it is a zero in the weight."""
+    listed = module.parametrizations[name]  # type: ignore[index]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        weight = getattr(module, name)
+        same = [p for p in listed.parameters(recurse=False) if p.shape == weight.shape]
+        for original in same[-1:]:  # of weight norm's magnitude and direction, the direction
+            values = original.clone()
+            half = (torch.arange(values.numel(), device=values.device) % 2 == 0).view_as(values)
+            original.mul_(half)
+            zeros = bool((getattr(module, name)[~half] == 0).all())
+            original.copy_(values)
+            return [original] if zeros else []
+    return []
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    stems = [name.removesuffix("_orig") for name in module._parameters]
+    pruned = [stem for stem in stems if f"{stem}_mask" in module._buffers]
+    if pruned:
+        raise Refused(
+            f"weights under torch.nn.utils.prune have a mask of their own: {type(module).__name__}.{pruned[0]} does. "
+            f"Make it permanent with torch.nn.utils.prune.remove(module, {pruned[0]!r}), and pass the mask as masks=."
+        )
+
+
+_prunable = prunable  # where an argument has its name
+
+
+def ones(model: nn.Module, prunable: Sequence[str] | None = None) -> Masks:
+    """The mask that keeps every prunable weight, or every weight that ``prunable`` names instead."""
     params = dict(model.named_parameters())
-    return {name: torch.ones_like(params[name], dtype=torch.bool) for name in prunable(model)}
+    return {name: torch.ones_like(params[name], dtype=torch.bool) for name in _prunable(model, prunable)}
 
 
 def validate(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError unless ``masks`` (single or stacked) fit the model: names, shapes, dtype."""
-    expected = ones(model)
-    if set(masks) != set(expected):
-        missing, extra = sorted(set(expected) - set(masks)), sorted(set(masks) - set(expected))
+    """Refuse ``masks`` (single or stacked) that do not fit the model: names, shapes, dtype, one replica axis."""
+    params = dict(model.named_parameters())
+    unknown = sorted(set(masks) - set(params))
+    if unknown or not masks:
         raise Refused(
-            f"masks must cover every prunable parameter and no other: missing {missing}, unknown {extra}. "
+            f"masks must name parameters of the model: unknown {unknown}, of {len(masks)}. "
             "Build them with masks.ones(model)."
         )
     axes: set[int | None] = set()
     for name, mask in masks.items():
-        shape = tuple(expected[name].shape)
+        shape = tuple(params[name].shape)
         if mask.dtype != torch.bool:
             raise Refused(f"masks[{name!r}] must be bool, True = kept: got {mask.dtype}. Convert it with mask != 0.")
         if tuple(mask.shape[-len(shape) :]) != shape or mask.ndim > len(shape) + 1:
@@ -76,8 +160,13 @@ def validate(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         raise Refused(f"all masks must share one replica axis: got lengths {sorted(map(str, axes))}.")
 
 
+def masked(params: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> Params:
+    """m * theta: the parameters with pruned weights set to zero; unmasked ones as they are."""
+    return {n: p * masks[n].to(p.dtype) if masks and n in masks else p for n, p in params.items()}
+
+
 def kept(masks: Mapping[str, Tensor], *, stacked: bool = False) -> Int[Tensor, "*replica"]:
-    """Number of weights kept in the whole network; one number a replica when ``stacked``."""
+    """Number of weights kept in the whole network; one number per replica when ``stacked``."""
     return torch.stack([mask.flatten(int(stacked)).sum(-1) for mask in masks.values()]).sum(0)
 
 
@@ -87,8 +176,11 @@ def total(masks: Mapping[str, Tensor], *, stacked: bool = False) -> int:
 
 
 def density(masks: Mapping[str, Tensor], *, stacked: bool = False) -> Tensor:
-    """kept / prunable, in [0, 1], float64; one number a replica when ``stacked``."""
+    """kept / prunable, in [0, 1], float64; one number per replica when ``stacked``."""
     return kept(masks, stacked=stacked).double() / total(masks, stacked=stacked)
+
+
+# Counts: the one currency.
 
 
 def n_removed(alive: int, fraction: float) -> int:
@@ -96,71 +188,135 @@ def n_removed(alive: int, fraction: float) -> int:
     return math.floor(fraction * alive + 0.5)
 
 
+def counts_after(masks: Mapping[str, Tensor], fractions: float | Mapping[str, float]) -> Groups:
+    """What is left after a prune step: a float is one rate for the whole network, a dict each layer's own.
+
+    Raises:
+        Refused: A rate outside (0, 1), or other layers than those of ``masks``.
+    """
+    counts = {}
+    for names, fraction in _groups(masks, fractions, "fractions").items():
+        if not 0 < fraction < 1:
+            raise Refused(f"a prune fraction must lie in (0, 1): got {fraction} for {list(names)}.")
+        alive = n_alive(masks, names)
+        counts[names] = alive - n_removed(alive, fraction)
+    return counts
+
+
+def counts_at(masks: Mapping[str, Tensor], densities: float | Mapping[str, float]) -> Groups:
+    """What is kept at a density, kept / prunable to the nearest, halves up: of the whole network, or of each layer.
+
+    Raises:
+        Refused: A density outside (0, 1], above what is alive, or of which no weight is left.
+    """
+    counts = {}
+    for names, share in _groups(masks, densities, "density").items():
+        size, alive = sum(masks[name].numel() for name in names), n_alive(masks, names)
+        n = math.floor(share * size + 0.5) if 0 < share <= 1 else size + 1
+        if n > alive:
+            raise Refused(
+                f"density must lie in (0, {alive / size:.6g}], as much as is alive of {', '.join(names)}: got {share}."
+            )
+        if n < 1:
+            raise Refused(f"a live weight must be left: density {share} leaves none of {size} for {', '.join(names)}.")
+        counts[names] = n
+    return counts
+
+
+def _groups(masks: Mapping[str, Tensor], rates: float | Mapping[str, float], what: str) -> dict[tuple[str, ...], float]:
+    if not isinstance(rates, Mapping):
+        return {tuple(masks): rates}
+    if set(rates) != set(masks):
+        raise Refused(f"{what} must name every masked layer: got {sorted(rates)} for {sorted(masks)}.")
+    return {(name,): rates[name] for name in masks}
+
+
+def n_alive(masks: Mapping[str, Tensor], names: Sequence[str]) -> int:
+    return sum(int(masks[name].sum()) for name in names)
+
+
 def fractions_by_layer(
-    model: nn.Module, fraction: float, *, conv: float | None = None, output: float | None = None
+    model: nn.Module,
+    fraction: float,
+    *,
+    conv: float | None = None,
+    output: float | None = None,
+    output_layers: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """The rate of each layer under layer scope (Frankle & Carbin 2019, appendices G and H).
 
     Args:
-        model: Its last prunable parameter is the output layer.
+        model: Any module.
         fraction: Rate of the fully connected layers.
         conv: Rate of convolutions; ``fraction`` when None.
         output: Rate of the output layer; half of ``fraction`` when None, as in the paper.
+        output_layers: The weights that make the outputs, from ``graph.output_layers(model, x)``; when None, the last
+            one of a chain of ``nn.Sequential``, in which the order of registration is that of the forward pass.
+        names: The prunable weights; the model's own when None.
+
+    Raises:
+        Refused: No ``output_layers`` for a module whose forward pass is its own.
     """
-    names, params = prunable(model), dict(model.named_parameters())
+    names, params = names or prunable(model), dict(model.named_parameters())
+    if output_layers is None:
+        inner = [m for m in model.modules() if next(m.children(), None) is not None]
+        if not all(isinstance(m, nn.Sequential) for m in inner):
+            raise Refused(
+                "the output layer is found from a forward pass, for the order of registration does not tell it: pass "
+                "output_layers=tl.graph.output_layers(model, x) with some inputs x."
+            )
+        output_layers = names[-1:]
     rates = {n: conv if conv is not None and params[n].ndim > 2 else fraction for n in names}
-    rates[names[-1]] = fraction / 2 if output is None else output
-    return rates
+    last = fraction / 2 if output is None else output
+    return rates | {n: last for n in output_layers if n in rates}
 
 
-def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], fractions: float | Mapping[str, float]) -> Masks:
-    """Remove the least-scored of the weights still alive, an exact number of them.
+def top(scores: Tensor, among: Tensor, n: int) -> Tensor:
+    """The n of highest score among those True, as a bool tensor; of equal scores the one with the lower index."""
+    candidates = among.flatten().nonzero()[:, 0]
+    # A stable descending sort leaves equal scores in the order of their index.
+    order = torch.sort(scores.flatten()[candidates], descending=True, stable=True).indices[:n]
+    chosen = torch.zeros(among.numel(), dtype=torch.bool, device=among.device)
+    chosen[candidates[order]] = True
+    return chosen.view_as(among)
 
-    A float prunes with one threshold over the whole network (global scope); a dict prunes each layer at
-    its own rate (layer scope). Of equal scores the one with the lower index is kept. The result is nested
-    in ``masks``. One network; call it once for each replica.
+
+def keep(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], counts: Mapping[tuple[str, ...], int]) -> Masks:
+    """The best-scored of the weights still alive, an exact number in each group of layers; nested in ``masks``.
+
+    One network; call it once for each replica. A layer may end empty: whether the network is then cut in two is the
+    graph's to say (``ticketlab.graph``).
 
     Args:
         masks: True = kept.
         scores: Higher = keep, the shapes of ``masks``; finite where the mask is True.
-        fractions: In (0, 1), the share of the weights still alive that goes.
+        counts: How many each group keeps, from `counts_after` or `counts_at`.
 
     Raises:
-        Refused: A rate outside (0, 1), scores of other names or shapes, a non-finite score of a live
-            weight, or a layer that would be left empty.
+        Refused: Scores of other names or shapes, or a non-finite score of a live weight.
     """
     _check_scores(masks, scores)
-    if isinstance(fractions, Mapping):
-        if set(fractions) != set(masks):
-            raise Refused(f"fractions must name every masked layer: got {sorted(fractions)} for {sorted(masks)}.")
-        groups: list[tuple[tuple[str, ...], float]] = [((name,), fractions[name]) for name in masks]
-    else:
-        groups = [(tuple(masks), fractions)]
-    new: Masks = {}
-    for names, fraction in groups:
-        new.update(_prune_group({n: masks[n] for n in names}, scores, fraction))
-    empty = [name for name, mask in new.items() if not mask.any()]
-    if empty:
-        raise EmptyLayerError(
-            f"pruning must leave every layer a live weight: {empty} would be empty at "
-            f"{int(kept(new))} of {total(new)} weights. Prune fewer levels, a smaller fraction, or by layer."
-        )
+    new = dict(masks)
+    for names, n in counts.items():
+        flat = [torch.cat([part[name].flatten() for name in names]) for part in (scores, masks)]
+        parts = top(flat[0], flat[1], n).split([masks[name].numel() for name in names])
+        new |= {name: part.view_as(masks[name]) for name, part in zip(names, parts, strict=True)}
     return new
 
 
-def _prune_group(masks: Masks, scores: Mapping[str, Tensor], fraction: float) -> Masks:
-    if not 0 < fraction < 1:
-        raise Refused(f"a prune fraction must lie in (0, 1): got {fraction} for {list(masks)}.")
-    alive = torch.cat([m.flatten() for m in masks.values()])
-    score = torch.cat([scores[n].flatten() for n in masks])
-    live = alive.nonzero()[:, 0]
-    n_keep = len(live) - n_removed(len(live), fraction)
-    # A stable descending sort leaves equal scores in the order of their index.
-    order = torch.sort(score[live], descending=True, stable=True).indices[:n_keep]
-    new = torch.zeros_like(alive)
-    new[live[order]] = True
-    parts = new.split([m.numel() for m in masks.values()])
-    return {name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)}
+def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], fractions: float | Mapping[str, float]) -> Masks:
+    """Remove the least-scored of the weights still alive: `keep` at the counts that the fractions leave.
+
+    A float prunes with one threshold over the whole network (global scope); a dict each layer at its own rate.
+
+    Raises:
+        Refused: As `counts_after` and `keep`, or when no weight at all would be left.
+    """
+    counts = counts_after(masks, fractions)
+    if sum(counts.values()) < 1:
+        raise Refused(f"pruning must leave a live weight: none of {int(kept(masks))} would be. Prune less.")
+    return keep(masks, scores, counts)
 
 
 def _check_scores(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
@@ -171,6 +327,9 @@ def _check_scores(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> 
         bad = int((~scores[name][mask].isfinite()).sum())
         if bad:
             raise Refused(f"scores must be finite where a weight is alive: {bad} in {name!r} are not.")
+
+
+# Random controls.
 
 
 def random_mask(masks: Mapping[str, Tensor], seed: int) -> Masks:
@@ -193,3 +352,7 @@ def layerwise_shuffle(masks: Mapping[str, Tensor], seed: int) -> Masks:
 def _shuffled(flat: Tensor, seed: int, purpose: str) -> Tensor:
     order = torch.randperm(flat.numel(), generator=stream(purpose, seed))
     return flat[order.to(flat.device)]
+
+
+class EmptyLayerError(Refused):  # until the criteria are ported
+    pass

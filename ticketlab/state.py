@@ -72,3 +72,20 @@ def stack(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def select(stacked: Mapping[str, Tensor], index: int | Sequence[int] | slice) -> dict[str, Tensor]:
     """The replicas at ``index``: an int drops the replica axis (a view), a list keeps it (a copy)."""
     return {name: tensor[index] for name, tensor in stacked.items()}
+
+
+def check_finite(what: str, values: Tensor | Mapping[str, Tensor]) -> None:
+    """Refuse NaN or infinity in a tensor, or in any of several: statistics of those would be numbers of nothing.
+
+    Raises:
+        Refused: It says how many entries of what are not finite.
+    """
+    for name, tensor in values.items() if isinstance(values, Mapping) else [(None, values)]:
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            continue
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the sum first: one pass less
+            where = what if name is None else f"{what}[{name!r}]"
+            raise Refused(
+                f"{where} must be finite: {int((~tensor.isfinite()).sum())} of {tensor.numel()} entries are NaN or "
+                f"infinite, in {tensor.dtype}. Leave out what diverged, or use a wider dtype."
+            )

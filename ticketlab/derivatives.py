@@ -1,0 +1,156 @@
+"""Derivatives of a network's loss and outputs in its parameters: gradients, curvature products, rows of the Jacobian.
+
+Each takes one `Network` and a `Loss`, goes through the data in batches and differentiates with plain autograd while
+the module holds m * theta. `rows` has a fast path by ``vmap``, held against plain autograd each time it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from ticketlab.errors import Refused
+from ticketlab.losses import Loss
+from ticketlab.network import Network, close
+from ticketlab.state import Params
+
+Cotangents = Callable[[Float[Tensor, " *out"]], Float[Tensor, "c *out"]]
+"""Outputs of one example -> the vectors that its Jacobian is multiplied with from the left."""
+
+_ROW_ELEMENTS = 2**24  # of rows held at once
+
+
+def gradient(
+    net: Network, x: Tensor, y: Tensor, loss: Loss, names: Sequence[str] | None = None, batch_size: int = 500
+) -> Params:
+    """Gradient of the mean loss at m * theta, pruned coordinates included; zero where the loss does not reach.
+
+    Args:
+        net: One network.
+        x: Examples [n, ...].
+        y: Their targets.
+        loss: Of the task.
+        names: Parameters; all trainable ones when None.
+        batch_size: Examples in a forward pass.
+    """
+    names = net.trainable if names is None else tuple(names)
+    total = {n: torch.zeros_like(net.params[n]) for n in names}
+    with torch.enable_grad(), net.lent() as weights:
+        for xs, ys, share in batches(x, y, batch_size):
+            found = _grad(loss.mean(net.forward(xs), ys), [weights[n] for n in names])
+            for name, part in zip(names, found, strict=True):
+                total[name] += share * part
+    return total
+
+
+def hessian_product(
+    net: Network,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss,
+    vector: Mapping[str, Tensor],
+    batch_size: int = 500,
+) -> Params:
+    r"""Product of the Hessian of the mean loss, in the parameters that ``vector`` names, with it.
+
+    .. math:: H v = \nabla (\nabla L \cdot v)
+
+    Raises:
+        Refused: An operation without a second derivative.
+    """
+    names = tuple(vector)
+    total = {n: torch.zeros_like(net.params[n]) for n in names}
+    with torch.enable_grad(), net.lent() as weights:
+        inner = [weights[n] for n in names]
+        for xs, ys, share in batches(x, y, batch_size):
+            slope = _grad(loss.mean(net.forward(xs), ys), inner, create_graph=True)
+            along = sum((g * vector[n]).sum() for n, g in zip(names, slope, strict=True))
+            if isinstance(along, Tensor) and along.requires_grad:
+                for name, part in zip(names, _grad(along, inner), strict=True):
+                    total[name] += share * part
+    return total
+
+
+def rows(
+    net: Network, x: Float[Tensor, "n *input"], cotangents: Cotangents, names: Sequence[str]
+) -> Iterator[tuple[slice, dict[str, Float[Tensor, "block c *shape"]]]]:
+    r"""Rows :math:`J_n^\top r` of each example's Jacobian in the named parameters, block by block of examples.
+
+    Each example goes through the model by itself. Where ``vmap`` has no rule for an operation, or a wrong one, the
+    rows come from plain autograd, one after another.
+
+    Args:
+        net: One network.
+        x: Examples.
+        cotangents: The vectors r of an example, as a function of its outputs.
+        names: Trainable parameters.
+    """
+    with torch.enable_grad(), net.lent():
+        copies = len(cotangents(net.forward(x[:1]).detach()[0]))
+        size = max(1, _ROW_ELEMENTS // (copies * sum(net.params[n].numel() for n in names)))
+        fast = True
+        for start in range(0, len(x), size):
+            block = x[start : start + size]
+            found = _mapped(net, block, cotangents, names) if fast else None
+            fast = found is not None
+            yield slice(start, start + len(block)), _looped(net, block, cotangents, names) if found is None else found
+
+
+def _mapped(net: Network, x: Tensor, cotangents: Cotangents, names: Sequence[str]) -> dict[str, Tensor] | None:
+    """By two nested ``vmap``; None where they fail, or differ from plain autograd on the first and the last example."""
+
+    def of_one(one: Tensor) -> dict[str, Tensor]:
+        y, pull = vjp(lambda w: net.call(w, one[None])[0], {n: net.params[n] for n in names})  # type: ignore[misc]
+        return vmap(pull)(cotangents(y))[0]
+
+    try:
+        found = vmap(of_one)(x)
+    except Exception:  # whatever an operation without a rule raises
+        return None
+    ends = [0, len(x) - 1]
+    plain = _looped(net, x[ends], cotangents, names)
+    return found if all(close(found[n][ends], plain[n]) for n in names) else None
+
+
+def _looped(net: Network, x: Tensor, cotangents: Cotangents, names: Sequence[str]) -> dict[str, Tensor]:
+    weights = dict(net.model.named_parameters())
+    inner, found = [weights[n] for n in names], []
+    for one in x:
+        y = net.forward(one[None])[0]
+        pulled = [_grad(y, inner, r, retain_graph=True) for r in cotangents(y.detach())]
+        found.append([torch.stack(parts) for parts in zip(*pulled, strict=True)])
+    return {n: torch.stack(parts) for n, parts in zip(names, zip(*found, strict=True), strict=True)}
+
+
+def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Parts that fit in memory, each with its share of the examples."""
+    for xs, ys in zip(x.split(size), y.split(size), strict=True):
+        yield xs, ys, len(xs) / len(x)
+
+
+def _grad(
+    y: Tensor,
+    inner: Sequence[Tensor],
+    r: Tensor | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> tuple[Tensor, ...]:
+    """Plain autograd; a parameter that is not reached has a zero gradient."""
+    if not y.requires_grad:
+        return tuple(torch.zeros_like(w) for w in inner)
+    try:
+        return torch.autograd.grad(
+            y, inner, r, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        if "not implemented" not in str(error):
+            raise
+        raise Refused(
+            f"the model must be differentiable twice for this: {str(error).splitlines()[0]}. Use an activation whose "
+            "second derivative PyTorch has, such as SiLU in place of Hardswish."
+        ) from error

@@ -1,0 +1,222 @@
+"""What one forward pass tells of a network's wiring: its output layer, its live paths, and how often a weight is used.
+
+Nothing is read off the order of registration or the types of modules: the autograd graph and the calls to matrix
+products say it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ticketlab import masks as mask_ops
+from ticketlab.errors import Refused
+from ticketlab.network import attention_as_products, lent, probe
+from ticketlab.seeds import stream
+from ticketlab.state import Masks, Params, state
+
+
+def output_layers(model: nn.Module, x: Tensor) -> tuple[str, ...]:
+    """Names of the matrices that make the outputs: those with no other matrix between them and an output.
+
+    Usually one, the last linear layer; several where a network has parallel heads. A matrix that is tied to an
+    embedding counts as any other.
+
+    Args:
+        model: Any module.
+        x: Inputs [n, ...]; a few of them are used.
+
+    Raises:
+        Refused: A forward pass that records no derivative of a matrix.
+    """
+    with lent(model, None, None), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        leaf = probe(x)
+        leaf = leaf.requires_grad_() if leaf.is_floating_point() else leaf
+        y = model(leaf)
+        names = {id(p): n for n, p in model.named_parameters()}
+        matrices = {n for n, p in model.named_parameters() if p.ndim > 1}
+        found = _nearest_matrices(y.grad_fn, names, matrices) if isinstance(y, Tensor) and y.grad_fn else ()
+    if not found:
+        raise Refused("the output must depend on a matrix of the model, differentiably: no graph leads to one.")
+    order = [n for n in names.values() if n in found]
+    return tuple(order)
+
+
+def _nearest_matrices(root: Any, names: Mapping[int, str], matrices: set[str]) -> set[str]:
+    """Matrices used by a node that is reached from the root without passing another matrix's use."""
+    below = leaves_below(root)
+    found, stack, seen = set[str](), [root], {root}
+    while stack:
+        node = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        used = set[str]().union(*(_matrices_alone(below[child], names, matrices) for child in children))
+        alone = _matrices_alone(below[node], names, matrices) and len(children) == len(node.next_functions)
+        if used and not alone:
+            found |= used
+            continue
+        for child in children:
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return found
+
+
+def _matrices_alone(leaves: frozenset[int], names: Mapping[int, str], matrices: set[str]) -> set[str]:
+    """The matrices of a branch of the graph that is computed from the parameters of one module alone."""
+    known = [names[leaf] for leaf in leaves if leaf in names]
+    of_one_module = len(known) == len(leaves) and len({_owner(name) for name in known}) == 1
+    return matrices.intersection(known) if of_one_module else set()
+
+
+def _owner(name: str) -> str:
+    """The module that a parameter belongs to, also where a parametrization holds it."""
+    module, parametrized, _ = name.partition(".parametrizations.")
+    return module if parametrized else name.rpartition(".")[0]
+
+
+def leaves_below(root: Any) -> dict[Any, frozenset[int]]:
+    """For every node of a graph, the ids of the leaf tensors that it is computed from."""
+    below: dict[Any, frozenset[int]] = {}
+    stack = [(root, False)]
+    while stack:
+        node, ready = stack.pop()
+        if node in below:
+            continue
+        children = [child for child, _ in node.next_functions if child is not None]
+        if not ready:
+            stack.append((node, True))
+            stack += [(child, False) for child in children if child not in below]
+        else:
+            own = frozenset({id(node.variable)}) if hasattr(node, "variable") else frozenset()
+            below[node] = own.union(*(below[child] for child in children))
+    return below
+
+
+def effective_masks(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) -> Masks:
+    """The kept weights that lie on a path of kept weights from an input to an output (Vysogorets & Kempe 2023).
+
+    A weight is on such a path exactly where the derivative of the outputs in it is not zero for random positive
+    weights without biases; the network's own values do not matter. An activation with f(0) != 0 feeds what follows it.
+
+    Args:
+        model: Any module; its own weights are not looked at.
+        masks: One network's, True = kept.
+        x: Inputs, for their shape; tokens for their values too.
+    """
+    found = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    for draw in range(2):  # an activation may be off at one draw
+        gradient = _flow(model, masks, x, draw)
+        found = {name: found[name] | ((gradient[name] != 0) & mask) for name, mask in masks.items()}
+    return found
+
+
+def _flow(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor, draw: int) -> Params:
+    """Derivatives of a random sum of outputs in the masked weights, at random positive ones."""
+    generator = stream("live paths", draw)
+    own = state(model).to(x.device, torch.float64)
+
+    def positive(like: Tensor) -> Tensor:
+        return (0.5 + torch.rand(like.shape, generator=generator, dtype=torch.float64)).to(like.device)
+
+    params = {n: _flowing(n, p, positive) for n, p in own.params.items()}
+    for name, mask in masks.items():
+        weight = positive(mask) * mask
+        params[name] = weight / weight.flatten(1).sum(1).amax().clamp(min=1e-300)  # no flow grows from layer to layer
+    buffers = {n: _flowing(n, b, torch.ones_like) for n, b in own.buffers.items()}
+    inputs = torch.stack([positive(x[0])] * 2) if x.is_floating_point() else probe(x)
+    with lent(model, params, buffers), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        weights = {n: p for n, p in model.named_parameters() if n in masks}
+        wanted = [p.requires_grad for p in weights.values()]
+        try:
+            for weight in weights.values():
+                weight.requires_grad_()
+            y = model(inputs)
+            total = (y * positive(y)).sum()
+            gradients = torch.autograd.grad(total, list(weights.values()), materialize_grads=True, allow_unused=True)
+        finally:
+            for weight, was in zip(weights.values(), wanted, strict=True):
+                weight.requires_grad_(was)
+    return dict(zip(weights, gradients, strict=True))
+
+
+def _flowing(name: str, tensor: Tensor, positive: Any) -> Tensor:
+    """What is no masked weight: nothing adds to the flow that does not come from an input."""
+    own = name.rpartition(".")[2]
+    if not tensor.is_floating_point():
+        return tensor
+    if "bias" in own or own == "running_mean":
+        return torch.zeros_like(tensor)
+    return positive(tensor) if own in ("running_var", "weight", "scale", "gamma") else tensor
+
+
+def refuse_cut(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) -> Masks:
+    """The effective masks, or a refusal where no live path is left from an input to an output.
+
+    Raises:
+        Refused: A network cut in two: its outputs are the same for every input.
+    """
+    live = effective_masks(model, masks, x)
+    if not any(bool(mask.any()) for mask in live.values()):
+        empty = [name for name, mask in masks.items() if not mask.any()]
+        raise Refused(
+            f"pruning must leave a live path from an input to an output: {int(mask_ops.kept(masks))} weights leave "
+            f"none, and empty are {empty}. Prune fewer levels, a smaller fraction, or by layer."
+        )
+    return live
+
+
+def uses(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """How often one example uses each weight: 1 in a linear layer, height * width in a convolution.
+
+    Counted in the matrix products and convolutions of a forward pass of ``x[:1]``, whatever module or function makes
+    them: a weight used twice, tied, sliced or multiplied by hand counts for what is computed with it. A weight that
+    is copied or computed before it is used (a parametrization) is not seen: it counts 0.
+    """
+    with lent(model, None, None), torch.random.fork_rng(devices=[]):
+        named = dict(model.named_parameters())
+        places = {_place(named[name]): name for name in names}
+        with torch.enable_grad(), attention_as_products(), _Products(places) as products:  # no fused inference paths
+            model(x[:1].clone())
+    return {name: products.macs[name] / named[name].numel() for name in names}
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class _Products(TorchDispatchMode):
+    """Multiply-adds of every product in which a weight takes part."""
+
+    def __init__(self, places: Mapping[int, str]) -> None:
+        super().__init__()
+        self.places = places
+        self.macs: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv"):
+            a, b = args[-2:] if name in ("mm", "bmm", "mv") else args[1:3]
+            self._note((a, b), math.prod(a.shape) * (b.shape[-1] if b.ndim > 1 else 1))
+        elif "convolution" in name:
+            x, weight = args[:2]
+            transposed = bool(args[6]) if len(args) > 6 else False
+            self._note((weight,), (x if transposed else output).numel() * math.prod(weight.shape[1:]))
+        elif name == "mkldnn_rnn_layer":
+            for weight in args[1:3]:
+                self._note((weight,), math.prod(args[0].shape[:2]) * weight.numel())
+        elif name == "_trilinear":
+            self._note((args[1],), output.numel() * math.prod(args[1].shape[1:]))
+        return output
+
+    def _note(self, operands: tuple[Tensor, ...], macs: int) -> None:
+        for operand in operands:
+            name = self.places.get(_place(operand))
+            if name is not None:
+                self.macs[name] += macs

@@ -1,0 +1,545 @@
+"""A module at m * theta in evaluation mode: built, checked and refused in one place.
+
+Whatever is measured or scored is a ``Network``. It lends the user's module its tensors and gives everything back,
+bit for bit, ``__dict__`` included. There are two ways to differentiate:
+
+- ``with net.lent() as weights``: the module's own parameters hold m * theta until the block ends, backward passes
+  included. Whatever works in plain PyTorch works there: hooks, closures, checkpointing, recurrent nets.
+- ``net.call(weights, x)``, inside such a block: the same as a pure function, for ``torch.func`` transforms. A fast
+  path; where an operation has no rule it raises, and where a rule is wrong only a check against the first way shows it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ticketlab import masks as mask_ops
+from ticketlab.errors import Refused
+from ticketlab.losses import CROSS_ENTROPY, Loss
+from ticketlab.seeds import stream
+from ticketlab.state import Buffers, Masks, Params, State, check_finite, select
+
+Execution = Literal["auto", "loop", "vmap"]
+
+_FAULTS_OF_INPUT = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError, ValueError)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network, or a stack of them, that has passed the checks of `network`."""
+
+    model: nn.Module
+    """Lends its forward pass; not changed."""
+    params: Params
+    """m * theta, detached; with the replica axis first where there is one."""
+    buffers: Buffers
+    """Floating ones in the dtype of the weights."""
+    masks: Masks | None = None
+    """True = kept; stacked or not."""
+    replicas: int | None = None
+    """Length of the replica axis; None for a single network."""
+    writes_input: bool = True
+    """Whether the forward pass may write into its input, which then gets a copy."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.params.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.params.values())).device
+
+    @cached_property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the parameters that require a gradient."""
+        return tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
+
+    @cached_property
+    def live(self) -> dict[str, Tensor]:
+        """Live coordinates of every trainable parameter: kept weights, and all of what has no mask."""
+        ones = {n: torch.ones_like(self.params[n], dtype=torch.bool) for n in self.trainable}
+        return {n: one & self.masks[n] if self.masks and n in self.masks else one for n, one in ones.items()}
+
+    def each(self) -> Iterator[Network]:
+        """The networks of a stack one by one; a single network is its own only one."""
+        if self.replicas is None:
+            yield self
+            return
+        for r in range(self.replicas):
+            masks = self.masks and {n: m[r] if m.ndim == self.params[n].ndim else m for n, m in self.masks.items()}
+            params, buffers = select(self.params, r), select(self.buffers, r)
+            yield replace(self, params=params, buffers=buffers, masks=masks, replicas=None)
+
+    @contextmanager
+    def lent(self) -> Iterator[dict[str, nn.Parameter]]:
+        """The module holds this network; yields its trainable parameters, whose values are m * theta."""
+        assert self.replicas is None, "a stack is lent one network at a time: use each()"
+        with lent(self.model, self.params, {n: b.clone() for n, b in self.buffers.items()}), attention_as_products():
+            yield {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f(x) of the module as it stands, inside `lent`; ``x`` is not written into."""
+        return self.model(x.clone() if self.writes_input else x)
+
+    def call(self, weights: Mapping[str, Tensor], x: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
+        """f(x) as a pure function of named parameters; what ``weights`` lacks stays as it is here."""
+        tensors = {**self.params, **self.buffers, **(buffers or {}), **weights}
+        with attention_as_products(), _placed(self.model, tensors):
+            return self.model(x.clone() if self.writes_input else x)
+
+    def __call__(self, x: Tensor, execution: Execution = "auto") -> Float[Tensor, "*replica n *out"]:
+        """Outputs, one network after another or by ``vmap`` where that gives the same."""
+        mapped = self.replicas is not None and resolve(execution, self.model, x.device, self.replicas) == "vmap"
+        if mapped and self._maps(x[:2], required=execution == "vmap"):
+            return self._mapped(x)
+        found = []
+        for one in self.each():
+            with one.lent():
+                found.append(one.forward(x))
+        return found[0] if self.replicas is None else torch.stack(found)
+
+    @torch.no_grad()
+    def evaluate(
+        self, x: Tensor, y: Tensor, loss: Loss = CROSS_ENTROPY, batch_size: int = 2500, execution: Execution = "auto"
+    ) -> tuple[Float[Tensor, "*replica"], Float[Tensor, "*replica"]]:
+        """Mean loss in nats and error in [0, 1], float64: summed example by example, whatever the batches."""
+        sums = torch.zeros(2, dtype=torch.float64, device=x.device)
+        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            one = loss.each(self(xs, execution), ys)
+            sums = sums + torch.stack([part.sum(-1, dtype=torch.float64) for part in one], -1)
+        return (sums / len(y)).unbind(-1)  # type: ignore[return-value]
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        def one(tensors: dict[str, Tensor]) -> Tensor:
+            return self.call(tensors, x)
+
+        with lent(self.model, None, None):
+            return vmap(one)({**self.params, **self.buffers})
+
+    def _maps(self, x: Tensor, required: bool) -> bool:
+        """Whether ``vmap`` has rules for all of the forward pass, and they give what the loop gives."""
+        try:
+            mapped = self._mapped(x)
+        except Exception as error:  # whatever an operation without a rule raises
+            if required:
+                raise Refused(f"vmap cannot follow this model: {error}. Leave execution at 'auto'.") from error
+            return False
+        if required and not close(mapped, self(x, "loop")):
+            raise Refused("vmap gives other outputs for this model than a loop does. Leave execution at 'auto'.")
+        return required or close(mapped, self(x, "loop"))
+
+
+def network(
+    model: nn.Module,
+    state: State | Mapping[str, Tensor],
+    x: Tensor | None = None,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    finite: bool = True,
+) -> Network:
+    """The network m * theta, everything checked against the model and, where given, on inputs.
+
+    Args:
+        model: Lends its forward pass; not changed.
+        state: Parameters and buffers, or a dict of parameters alone; single or stacked. Where only the masks are
+            stacked (the levels of one network), parameters are the same on all of the axis.
+        x: Inputs [n, ...] that it will see. On a few of them the outputs must be one tensor [n, ...], each
+            example's its own, and the same twice.
+        masks: True = kept; stacked or not.
+        buffers: In place of those in ``state``; stacked or not.
+        finite: Refuse weights, buffers or inputs that are not finite, of which statistics would be finite numbers.
+
+    Raises:
+        Refused: Names, shapes or dtypes that do not fit the model or one another; a dict of parameters where the
+            forward pass reads buffers and they are not known; inputs that the model fails on; outputs that are no
+            tensor, coupled or random.
+    """
+    params, own_buffers = state if isinstance(state, State) else (state, None)
+    given = buffers if buffers is not None else own_buffers
+    replicas = n_replicas(model, params)
+    if masks is not None:
+        mask_ops.validate(model, masks)
+    held = dict(model.named_buffers()) if given is None else dict(given)
+    _check_buffers(model, held)
+    replicas = _common_axis(model, replicas, masks or {}, held)
+    if replicas is not None:
+        params, held = _expanded(model, params, replicas, True), _expanded(model, held, replicas, False)
+    params = {n: params[n].detach() for n, _ in model.named_parameters()}
+    dtype = next(iter(params.values())).dtype if params else torch.float32
+    net = Network(
+        model,
+        mask_ops.masked(params, masks),
+        {n: b.detach().to(dtype if b.is_floating_point() else b.dtype) for n, b in held.items()},
+        None if masks is None else dict(masks),
+        replicas,
+    )
+    if finite:
+        check_finite("params", net.params)
+        check_finite("buffers", net.buffers)
+    if x is None:
+        return net
+    _check_inputs(net, x)
+    if finite:
+        check_finite("x", x)
+    if given is None and net.buffers:
+        _refuse_unknown_buffers(net, x)
+    return replace(net, writes_input=_check_outputs(net, x))
+
+
+def apply(
+    model: nn.Module,
+    state: State | Mapping[str, Tensor],
+    x: Tensor,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    execution: Execution = "auto",
+) -> Float[Tensor, "*replica n *out"]:
+    """f(x; m * theta) in evaluation mode, for one network or a stack; arguments as in `network`."""
+    return network(model, state, x, masks=masks, buffers=buffers, finite=False)(x, execution)
+
+
+def evaluate(
+    model: nn.Module,
+    state: State | Mapping[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+    loss: Loss = CROSS_ENTROPY,
+    batch_size: int = 2500,
+    execution: Execution = "auto",
+) -> tuple[Float[Tensor, "*replica"], Float[Tensor, "*replica"]]:
+    """Mean loss in nats and error in [0, 1] over a data set, in evaluation mode.
+
+    Both are float64 and do not depend on ``batch_size`` beyond the rounding of the outputs: losses are summed in
+    float64 and errors are counted as integers. A network with NaN weights has a NaN loss and errs everywhere.
+
+    Returns:
+        (loss_nats, error), each a scalar, or [replica] for a stack.
+
+    Raises:
+        Refused: As `network`, or targets that do not fit the outputs.
+    """
+    if batch_size < 1:
+        raise Refused(f"batch_size must be at least 1 example: got {batch_size}.")
+    net = network(model, state, x, masks=masks, buffers=buffers, finite=False)
+    loss.check(y, len(x), output_shape(net, x))
+    return net.evaluate(x, y, loss, batch_size, execution)
+
+
+def output_shape(net: Network, x: Tensor) -> tuple[int, ...]:
+    """Shape of the outputs of one example."""
+    with torch.no_grad():
+        return tuple(_attempt(next(net.each()), x[:1]).shape[1:])
+
+
+# Lending.
+
+
+@contextmanager
+def lent(
+    model: nn.Module, params: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None, training: bool = False
+) -> Iterator[nn.Module]:
+    """The module's parameters and buffers hold these tensors until the block ends; then it is as it was.
+
+    The tensors are put *into* the module's own ``Parameter`` objects, so that whatever holds one of those (a hook, a
+    closure, a second name, an optimizer) sees them. What the forward pass leaves on the module is taken off again.
+    """
+    kept = [_Kept(module) for module in model.modules()]
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    data = [(t, t.data, t.grad) for t in own.values()]
+    model.train(training)
+    try:
+        for name, tensor in {**(params or {}), **(buffers or {})}.items():
+            own[name].data = tensor
+            own[name].grad = None
+        yield model
+    finally:
+        for one in kept:
+            one.put_back()
+        for tensor, values, gradient in data:
+            tensor.data = values
+            tensor.grad = gradient
+
+
+class _Kept:
+    """A module's attributes as they are now; containers among them with what they hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.attributes = module.__dict__
+        self.before = dict(module.__dict__)
+        self.held = [(v, copy.copy(v)) for v in self.before.values() if isinstance(v, dict | list | set)]
+
+    def put_back(self) -> None:
+        self.attributes.clear()
+        self.attributes.update(self.before)
+        for container, content in self.held:
+            if container != content if isinstance(container, set) else _differ(container, content):
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _differ(container: dict | list, content: dict | list) -> bool:
+    """By identity: what is held may be tensors, which have no truth value."""
+    pairs = [
+        list(c) if isinstance(c, list) else [part for item in c.items() for part in item] for c in (container, content)
+    ]
+    return len(pairs[0]) != len(pairs[1]) or any(a is not b for a, b in zip(*pairs, strict=True))
+
+
+@contextmanager
+def _placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other tensor objects in the places of parameters and buffers, as transforms need; evaluation mode."""
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    places = [
+        (where, key, own)
+        for module in model.modules()
+        for where in (module._parameters, module._buffers)
+        for key, own in where.items()
+        if own is not None
+    ]
+    modes = [(module, module.training) for module in model.modules() if module.training]
+    if modes:
+        model.eval()
+    for where, key, own in places:
+        where[key] = tensors[names[id(own)]]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for where, key, own in places:
+            where[key] = own
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def attention_as_products() -> Iterator[None]:
+    """Attention as plain matrix products, which alone have every derivative and batching rule.
+
+    Of other operations that ``vmap`` has no rule for, torch warns that it loops over them: slow, not wrong.
+    """
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
+def resolve(
+    execution: Execution, model: nn.Module, device: torch.device, replicas: int | None = None
+) -> Literal["loop", "vmap"]:
+    """How a stack of replicas is computed: the one place where this is chosen.
+
+    On an accelerator launches dominate and ``vmap`` shares them. On a CPU it pays for small fully connected
+    networks alone, where Python's overhead dominates too; convolutions take a slow grouped path under it, and
+    from about 10^5 weights on a thread for each replica is faster (measured by ``benchmarks/execution.py``).
+    A single replica has nothing to share.
+    """
+    if execution not in ("auto", "loop", "vmap"):
+        raise Refused(f"execution must be 'auto', 'loop' or 'vmap': got {execution!r}.")
+    if execution != "auto":
+        return execution
+    if replicas == 1:
+        return "loop"
+    small = sum(p.numel() for p in model.parameters()) < 100_000
+    return "vmap" if device.type != "cpu" or (small and all(p.ndim <= 2 for p in model.parameters())) else "loop"
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, relative to the largest entry; NaN equals NaN."""
+    rounding = torch.finfo(a.dtype).eps ** (1 / 2 if a.device.type == "cpu" else 1 / 3)
+    size = float(b.detach().abs().nan_to_num(0, 0, 0).amax()) if b.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=rounding, atol=rounding * size, equal_nan=True)
+
+
+# Checks.
+
+
+def n_replicas(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
+    """Length of the replica axis of ``params``; None when they are those of a single network.
+
+    Raises:
+        Refused: Names or shapes are neither the model's nor the model's behind one common axis.
+    """
+    own = dict(model.named_parameters())
+    if not isinstance(params, Mapping) or set(params) != set(own):
+        names = set(params) if isinstance(params, Mapping) else set()
+        missing, extra = sorted(set(own) - names), sorted(names - set(own))
+        raise Refused(
+            f"params must have the model's names: missing {missing}, unknown {extra}. "
+            "Take them from tl.state(model) or from a level of the same model."
+        )
+    lengths: set[int | None] = set()
+    for name, tensor in params.items():
+        shape = tuple(own[name].shape)
+        if tuple(tensor.shape) == shape:
+            lengths.add(None)
+        elif tensor.ndim == len(shape) + 1 and tuple(tensor.shape[1:]) == shape:
+            lengths.add(tensor.shape[0])
+        else:
+            raise Refused(
+                f"params[{name!r}] must have shape {shape}, or [replica, *{shape}]: got {tuple(tensor.shape)}."
+            )
+    if len(lengths) > 1:
+        raise Refused(f"all params must share one replica axis: got lengths {sorted(map(str, lengths))}.")
+    return lengths.pop() if lengths else None
+
+
+def _check_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    own = dict(model.named_buffers())
+    for name in {*buffers, *own}:
+        if name not in own or name not in buffers or not _fits(buffers[name], own[name]):
+            given = tuple(buffers[name].shape) if name in buffers else "none"
+            wanted = f"shape {tuple(own[name].shape)}" if name in own else f"a name among {sorted(own)}"
+            raise Refused(
+                f"buffers[{name!r}] must have {wanted}, or that shape behind the replica axis of params: got {given}. "
+                "Take params and buffers together, as a State, from tl.state(model) or a level."
+            )
+
+
+def _fits(tensor: Tensor, own: Tensor) -> bool:
+    return own.shape in (tensor.shape, tensor.shape[1:])
+
+
+def _common_axis(
+    model: nn.Module, replicas: int | None, masks: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> int | None:
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lengths = {} if replicas is None else {"params": {replicas}}
+    for what, tensors in (("masks", masks), ("buffers", buffers)):
+        found = {len(t) for n, t in tensors.items() if t.ndim == own[n].ndim + 1}
+        lengths |= {what: found} if found else {}
+    if len(set().union(*lengths.values())) > 1:
+        raise Refused(f"params, masks and buffers must share one replica axis: got lengths {lengths}.")
+    return next(iter(set().union(*lengths.values())), None)
+
+
+def _expanded(model: nn.Module, tensors: Mapping[str, Tensor], replicas: int, params: bool) -> dict[str, Tensor]:
+    own = dict(model.named_parameters() if params else model.named_buffers())
+    return {n: t if t.ndim > own[n].ndim else t.expand(replicas, *t.shape) for n, t in tensors.items()}
+
+
+def _check_inputs(net: Network, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+        given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise Refused(f"x must hold at least one example on its first axis: got {given}. Pass a tensor [n, ...].")
+    if x.is_floating_point() and x.dtype != net.dtype:
+        raise Refused(
+            f"x must have the dtype of params, {net.dtype}: got {x.dtype}. Cast one of the two, as x.to({net.dtype})."
+        )
+    if x.device != net.device:
+        raise Refused(f"x must be on the device of params, {net.device}: it is on {x.device}.")
+
+
+def _refuse_unknown_buffers(net: Network, x: Tensor) -> None:
+    """A dict of parameters beside the buffers of another network is a wrong number without a word."""
+    own = mask_ops.masked({n: p.detach().expand_as(net.params[n]) for n, p in net.model.named_parameters()}, net.masks)
+    if all(torch.equal(p, own[n]) for n, p in net.params.items()):
+        return
+    one = next(net.each())
+    poison = {n: torch.full_like(b, torch.nan) if b.is_floating_point() else b for n, b in one.buffers.items()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        known, unknown = _attempt(one, x[:1]), _attempt(replace(one, buffers=poison), x[:1])
+    if unknown.isnan().any() and not known.isnan().all():
+        raise Refused(
+            "the model's forward pass reads buffers (such as running statistics), and those of these params are not "
+            "known: pass a State, such as level.start or level.end, in place of its params, or buffers=..., or "
+            "buffers=dict(model.named_buffers()) where the module's own are meant."
+        )
+
+
+def _check_outputs(net: Network, x: Tensor) -> bool:
+    """Whether the forward pass writes into its input; refuse outputs that are no tensor, coupled or random."""
+    for name, module in net.model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise Refused(
+                f"outputs must not depend on the rest of the batch: batch norm {name!r} keeps no running statistics. "
+                "Build it with track_running_stats=True."
+            )
+    one = next(net.each())
+    examples = probe(x)
+    with torch.no_grad(), _watching_generators(x.device) as drawn:
+        inputs = examples.clone()
+        version = inputs._version
+        with one.lent():
+            y = _attempt_as_lent(one.model, inputs, len(inputs))
+        # The same examples in another order and company, beside themselves.
+        again = _attempt(one, examples[[2, 0, 0, 1]])[[1, 3, 0]]
+    if drawn() or not close(y, again):
+        raise Refused(
+            "each example must pass through the network by itself, the same each time: an output depends on the rest "
+            "of the batch, or on chance, in evaluation mode. Replace what couples a batch (batch statistics, sorting, "
+            "routing), and give F.dropout its training=self.training."
+        )
+    return inputs._version != version
+
+
+def probe(x: Tensor) -> Tensor:
+    """Three examples that differ: the first, the last, and one that is in no batch."""
+    generator = stream("probe", 0)
+    if x.is_floating_point():
+        noise = torch.randn(x[0].shape, generator=generator).to(x.device, x.dtype)
+        size = x[0].abs().nan_to_num(0, 0, 0).amax() if x[0].numel() else x.new_ones(())
+        other = noise * torch.where(size > 0, size, torch.ones_like(size))
+    else:  # tokens that occur, dealt out anew
+        index = torch.randint(0, x.numel(), x[0].shape, generator=generator).to(x.device)
+        other = x.flatten()[index]
+    return torch.stack([x[0], x[-1], other])
+
+
+@contextmanager
+def _watching_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Yields a question: has a global generator been advanced? They are put back at the end."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+
+        def states() -> list[Tensor]:
+            return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+
+        before = states()
+        yield lambda: not all(map(torch.equal, before, states()))
+
+
+def _attempt(net: Network, x: Tensor) -> Tensor:
+    with net.lent():
+        return _attempt_as_lent(net.model, x.clone(), len(x))
+
+
+def _attempt_as_lent(model: nn.Module, x: Tensor, n: int) -> Tensor:
+    """The outputs, or a refusal that names what is wrong with the inputs or with what comes back."""
+    shape, dtype = tuple(x.shape[1:]), x.dtype
+    try:
+        y = model(x)
+    except Refused:
+        raise
+    except _FAULTS_OF_INPUT as error:
+        raise Refused(
+            f"x must be what the model takes: {type(model).__name__} fails on examples of shape {shape} and {dtype}: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        ) from error
+    return check_output(y, n)
+
+
+def check_output(y: Any, n: int, who: str = "the model") -> Tensor:
+    """The outputs, or a refusal unless they are one tensor [n, ...] of numbers."""
+    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != n or not (y.is_floating_point() or y.is_complex()):
+        given = f"shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        raise Refused(
+            f"{who} must return one floating tensor whose first axis is the {n} examples: got {given}. "
+            "Wrap it in a module whose forward returns the logits alone."
+        )
+    return y
