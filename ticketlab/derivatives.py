@@ -18,8 +18,9 @@ from ticketlab.losses import Loss
 from ticketlab.network import Network, close
 from ticketlab.state import Params
 
-Cotangents = Callable[[Float[Tensor, " *out"]], Float[Tensor, "c *out"]]
-"""Outputs of one example -> the vectors that its Jacobian is multiplied with from the left."""
+Cotangents = Callable[..., Float[Tensor, "c *out"]]
+"""Outputs [*out] of one example, and its targets if any -> the vectors that its Jacobian is multiplied with from the
+left."""
 
 _ROW_ELEMENTS = 2**24  # of rows held at once
 
@@ -76,7 +77,7 @@ def hessian_product(
 
 
 def rows(
-    net: Network, x: Float[Tensor, "n *input"], cotangents: Cotangents, names: Sequence[str]
+    net: Network, x: Float[Tensor, "n *input"], cotangents: Cotangents, names: Sequence[str], *targets: Tensor
 ) -> Iterator[tuple[slice, dict[str, Float[Tensor, "block c *shape"]]]]:
     r"""Rows :math:`J_n^\top r` of each example's Jacobian in the named parameters, block by block of examples.
 
@@ -86,42 +87,44 @@ def rows(
     Args:
         net: One network.
         x: Examples.
-        cotangents: The vectors r of an example, as a function of its outputs.
+        cotangents: The vectors r of an example, as a function of its outputs, and of its own of the targets.
         names: Trainable parameters.
+        *targets: Labels or the like, [n, ...] each.
     """
     with torch.enable_grad(), net.lent():
-        copies = len(cotangents(net.forward(x[:1]).detach()[0]))
+        copies = len(cotangents(net.forward(x[:1]).detach()[0], *(t[0] for t in targets)))
         size = max(1, _ROW_ELEMENTS // (copies * sum(net.params[n].numel() for n in names)))
         fast = True
         for start in range(0, len(x), size):
-            block = x[start : start + size]
-            found = _mapped(net, block, cotangents, names) if fast else None
+            block = tuple(part[start : start + size] for part in (x, *targets))
+            found = _mapped(net, cotangents, names, *block) if fast else None
             fast = found is not None
-            yield slice(start, start + len(block)), _looped(net, block, cotangents, names) if found is None else found
+            here = slice(start, start + len(block[0]))
+            yield here, _looped(net, cotangents, names, *block) if found is None else found
 
 
-def _mapped(net: Network, x: Tensor, cotangents: Cotangents, names: Sequence[str]) -> dict[str, Tensor] | None:
+def _mapped(net: Network, cotangents: Cotangents, names: Sequence[str], *block: Tensor) -> dict[str, Tensor] | None:
     """By two nested ``vmap``; None where they fail, or differ from plain autograd on the first and the last example."""
 
-    def of_one(one: Tensor) -> dict[str, Tensor]:
+    def of_one(one: Tensor, *target: Tensor) -> dict[str, Tensor]:
         y, pull = vjp(lambda w: net.call(w, one[None])[0], {n: net.params[n] for n in names})  # type: ignore[misc]
-        return vmap(pull)(cotangents(y))[0]
+        return vmap(pull)(cotangents(y, *target))[0]
 
     try:
-        found = vmap(of_one)(x)
+        found = vmap(of_one)(*block)
     except Exception:  # whatever an operation without a rule raises
         return None
-    ends = [0, len(x) - 1]
-    plain = _looped(net, x[ends], cotangents, names)
+    ends = [0, len(block[0]) - 1]
+    plain = _looped(net, cotangents, names, *(part[ends] for part in block))
     return found if all(close(found[n][ends], plain[n]) for n in names) else None
 
 
-def _looped(net: Network, x: Tensor, cotangents: Cotangents, names: Sequence[str]) -> dict[str, Tensor]:
+def _looped(net: Network, cotangents: Cotangents, names: Sequence[str], *block: Tensor) -> dict[str, Tensor]:
     weights = dict(net.model.named_parameters())
     inner, found = [weights[n] for n in names], []
-    for one in x:
+    for one, *target in zip(*block, strict=True):
         y = net.forward(one[None])[0]
-        pulled = [_grad(y, inner, r, retain_graph=True) for r in cotangents(y.detach())]
+        pulled = [_grad(y, inner, r, retain_graph=True) for r in cotangents(y.detach(), *target)]
         found.append([torch.stack(parts) for parts in zip(*pulled, strict=True)])
     return {n: torch.stack(parts) for n, parts in zip(names, zip(*found, strict=True), strict=True)}
 
