@@ -8,28 +8,43 @@
 
 from __future__ import annotations
 
-from ticketlab import bounds, connectivity, functional, gradients, masks, models, ntk, overlap, permutation, signal
+from ticketlab import (
+    bounds,
+    connectivity,
+    functional,
+    gradients,
+    graph,
+    masks,
+    models,
+    ntk,
+    overlap,
+    permutation,
+    signal,
+)
 from ticketlab.data import Split, Task
 from ticketlab.data import load as load_task
 from ticketlab.engine import criteria, dynamic, supermask
 from ticketlab.engine.config import ImpConfig
-from ticketlab.engine.imp import imp, model_and_task, run_folder
+from ticketlab.engine.level import Level
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.run import Run, load_run
-from ticketlab.engine.store import Level
-from ticketlab.engine.training import Outcome, train
+from ticketlab.engine.study import Estimate, Study, imp, model_and_task, run_folder
+from ticketlab.engine.training import Outcome, Start, train
 from ticketlab.functional import apply, evaluate
 from ticketlab.seeds import initialise
 from ticketlab.state import State, state
 
 __all__ = [
+    "Estimate",
     "ImpConfig",
     "Level",
     "Outcome",
     "Recipe",
     "Run",
     "Split",
+    "Start",
     "State",
+    "Study",
     "Task",
     "apply",
     "bounds",
@@ -39,6 +54,7 @@ __all__ = [
     "evaluate",
     "functional",
     "gradients",
+    "graph",
     "imp",
     "initialise",
     "load_run",

@@ -11,14 +11,15 @@ bit for bit, ``__dict__`` included. There are two ways to differentiate:
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from ticketlab.state import Buffers, Masks, Params, State, check_finite, select
 
 Execution = Literal["auto", "loop", "vmap"]
 
-_FAULTS_OF_INPUT = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError, ValueError)
+_FAULTS_OF_INPUT = (RuntimeError, TypeError, LookupError, AttributeError, ValueError, AssertionError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ class Network:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.params.values())).dtype
+        """Of the first floating parameter."""
+        return next((p.dtype for p in self.params.values() if p.is_floating_point()), torch.get_default_dtype())
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.params.values())).device
+        return next((p.device for p in self.params.values()), torch.device("cpu"))
 
     @cached_property
     def trainable(self) -> tuple[str, ...]:
@@ -87,7 +89,9 @@ class Network:
     def lent(self) -> Iterator[dict[str, nn.Parameter]]:
         """The module holds this network; yields its trainable parameters, whose values are m * theta."""
         assert self.replicas is None, "a stack is lent one network at a time: use each()"
-        with lent(self.model, self.params, {n: b.clone() for n, b in self.buffers.items()}), attention_as_products():
+        # Copies, for a forward pass may write into what it holds.
+        params, buffers = ({n: t.clone() for n, t in part.items()} for part in (self.params, self.buffers))
+        with lent(self.model, params, buffers), attention_as_products():
             yield {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,10 +104,10 @@ class Network:
         with attention_as_products(), _placed(self.model, tensors):
             return self.model(x.clone() if self.writes_input else x)
 
+    @torch.no_grad()
     def __call__(self, x: Tensor, execution: Execution = "auto") -> Float[Tensor, "*replica n *out"]:
-        """Outputs, one network after another or by ``vmap`` where that gives the same."""
-        mapped = self.replicas is not None and resolve(execution, self.model, x.device, self.replicas) == "vmap"
-        if mapped and self._maps(x[:2], required=execution == "vmap"):
+        """Outputs without a graph, one network after another or by ``vmap`` where that gives the same."""
+        if self._by_vmap(x, execution):
             return self._mapped(x)
         found = []
         for one in self.each():
@@ -116,11 +120,25 @@ class Network:
         self, x: Tensor, y: Tensor, loss: Loss = CROSS_ENTROPY, batch_size: int = 2500, execution: Execution = "auto"
     ) -> tuple[Float[Tensor, "*replica"], Float[Tensor, "*replica"]]:
         """Mean loss in nats and error in [0, 1], float64: summed example by example, whatever the batches."""
-        sums = torch.zeros(2, dtype=torch.float64, device=x.device)
-        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            one = loss.each(self(xs, execution), ys)
-            sums = sums + torch.stack([part.sum(-1, dtype=torch.float64) for part in one], -1)
-        return (sums / len(y)).unbind(-1)  # type: ignore[return-value]
+
+        def sums(forward: Callable[[Tensor], Tensor]) -> Float[Tensor, "*replica 2"]:
+            total = torch.zeros(2, dtype=torch.float64, device=x.device)
+            for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+                one = loss.each(forward(xs), ys)
+                total = total + torch.stack([part.sum(-1, dtype=torch.float64) for part in one], -1)
+            return total
+
+        if self._by_vmap(x, execution):
+            return (sums(self._mapped) / len(y)).unbind(-1)  # type: ignore[return-value]
+        found = []
+        for one in self.each():
+            with one.lent():
+                found.append(sums(one.forward) / len(y))
+        return (found[0] if self.replicas is None else torch.stack(found)).unbind(-1)  # type: ignore[return-value]
+
+    def _by_vmap(self, x: Tensor, execution: Execution) -> bool:
+        how = resolve(execution, self.model, x.device, self.replicas)
+        return self.replicas is not None and how == "vmap" and self._maps(x[:2], required=execution == "vmap")
 
     def _mapped(self, x: Tensor) -> Tensor:
         def one(tensors: dict[str, Tensor]) -> Tensor:
@@ -150,6 +168,7 @@ def network(
     masks: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     finite: bool = True,
+    replaced: Collection[str] = (),
 ) -> Network:
     """The network m * theta, everything checked against the model and, where given, on inputs.
 
@@ -161,13 +180,17 @@ def network(
             example's its own, and the same twice.
         masks: True = kept; stacked or not.
         buffers: In place of those in ``state``; stacked or not.
-        finite: Refuse weights, buffers or inputs that are not finite, of which statistics would be finite numbers.
+        finite: Refuse weights, buffers, inputs or outputs that are not finite, of which statistics would be finite
+            numbers. A buffer may hold -inf, as attention masks do.
+        replaced: Names of buffers that the caller estimates anew: they need not be known.
 
     Raises:
         Refused: Names, shapes or dtypes that do not fit the model or one another; a dict of parameters where the
             forward pass reads buffers and they are not known; inputs that the model fails on; outputs that are no
             tensor, coupled or random.
     """
+    if not isinstance(model, nn.Module):
+        raise Refused(f"model must be an nn.Module: got {type(model).__name__}. Of a factory, pass what it returns.")
     params, own_buffers = state if isinstance(state, State) else (state, None)
     given = buffers if buffers is not None else own_buffers
     replicas = n_replicas(model, params)
@@ -179,25 +202,24 @@ def network(
     if replicas is not None:
         params, held = _expanded(model, params, replicas, True), _expanded(model, held, replicas, False)
     params = {n: params[n].detach() for n, _ in model.named_parameters()}
-    dtype = next(iter(params.values())).dtype if params else torch.float32
     net = Network(
         model,
         mask_ops.masked(params, masks),
-        {n: b.detach().to(dtype if b.is_floating_point() else b.dtype) for n, b in held.items()},
+        _as_weights(held, params),
         None if masks is None else dict(masks),
         replicas,
     )
     if finite:
         check_finite("params", net.params)
-        check_finite("buffers", net.buffers)
+        check_finite("buffers", {n: b.clamp(min=0) for n, b in net.buffers.items() if b.is_floating_point()})
     if x is None:
         return net
     _check_inputs(net, x)
     if finite:
         check_finite("x", x)
-    if given is None and net.buffers:
-        _refuse_unknown_buffers(net, x)
-    return replace(net, writes_input=_check_outputs(net, x))
+    if given is None:
+        _refuse_unknown_buffers(net, x, replaced)
+    return replace(net, writes_input=_check_outputs(net, x, finite))
 
 
 def apply(
@@ -259,48 +281,78 @@ def lent(
     """The module's parameters and buffers hold these tensors until the block ends; then it is as it was.
 
     The tensors are put *into* the module's own ``Parameter`` objects, so that whatever holds one of those (a hook, a
-    closure, a second name, an optimizer) sees them. What the forward pass leaves on the module is taken off again.
+    closure, a second name, an optimizer) sees them. A forward pass that writes writes into them; of what is not given
+    the module holds a copy. What the forward pass leaves on the module is taken off again.
     """
-    kept = [_Kept(module) for module in model.modules()]
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    put_back = _remember(model, {id(t) for t in own.values()})
     data = [(t, t.data, t.grad) for t in own.values()]
-    model.train(training)
+    given = {**(params or {}), **(buffers or {})}
     try:
-        for name, tensor in {**(params or {}), **(buffers or {})}.items():
-            own[name].data = tensor
-            own[name].grad = None
+        for name, tensor in own.items():
+            tensor.data = given[name] if name in given else tensor.data.clone()
+            tensor.grad = None
+        model.train(training)
         yield model
     finally:
-        for one in kept:
-            one.put_back()
+        put_back()
         for tensor, values, gradient in data:
             tensor.data = values
             tensor.grad = gradient
 
 
-class _Kept:
-    """A module's attributes as they are now; containers among them with what they hold."""
+def _remember(model: nn.Module, own: Collection[int]) -> Callable[[], None]:
+    """What puts a module's attributes back as they are now, with the contents of containers, tensors and arrays.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.attributes = module.__dict__
-        self.before = dict(module.__dict__)
-        self.held = [(v, copy.copy(v)) for v in self.before.values() if isinstance(v, dict | list | set)]
+    Args:
+        model: With all modules in it.
+        own: Ids of the parameters and buffers, which are not looked into.
+    """
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    containers, arrays, seen = [], [], set(own)
+    stack = [value for _, before in attributes for value in before.values()]
+    while stack:
+        value = stack.pop()
+        if not isinstance(value, _HOLDERS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor | np.ndarray):
+            arrays.append((value, value.detach().clone() if isinstance(value, Tensor) else value.copy()))
+            continue
+        content = _content(value)
+        containers.append((value, content))
+        stack += [part for item in content for part in item] if isinstance(value, dict) else content
 
-    def put_back(self) -> None:
-        self.attributes.clear()
-        self.attributes.update(self.before)
-        for container, content in self.held:
-            if container != content if isinstance(container, set) else _differ(container, content):
+    def put_back() -> None:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+        for container, content in containers:
+            if not _same(_content(container), content):
                 container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+                (container.update if isinstance(container, dict | set) else container.extend)(content)
+        for array, values in arrays:
+            if isinstance(array, np.ndarray):
+                array[...] = values
+            elif not torch.equal(array, values):
+                array.data.copy_(values)
+
+    return put_back
 
 
-def _differ(container: dict | list, content: dict | list) -> bool:
+_HOLDERS = (dict, list, set, deque, Tensor, np.ndarray)
+
+
+def _content(container: Any) -> list:
+    return list(container.items()) if isinstance(container, dict) else list(container)
+
+
+def _same(now: list, before: list) -> bool:
     """By identity: what is held may be tensors, which have no truth value."""
-    pairs = [
-        list(c) if isinstance(c, list) else [part for item in c.items() for part in item] for c in (container, content)
-    ]
-    return len(pairs[0]) != len(pairs[1]) or any(a is not b for a, b in zip(*pairs, strict=True))
+    return len(now) == len(before) and all(
+        a is b or (isinstance(a, tuple) and isinstance(b, tuple) and _same(list(a), list(b)))
+        for a, b in zip(now, before, strict=True)
+    )
 
 
 @contextmanager
@@ -386,6 +438,9 @@ def n_replicas(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
     lengths: set[int | None] = set()
     for name, tensor in params.items():
         shape = tuple(own[name].shape)
+        if not isinstance(tensor, Tensor) or tensor.is_floating_point() != own[name].is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise Refused(f"params[{name!r}] must be a tensor like the model's, {own[name].dtype}: got {kind}.")
         if tuple(tensor.shape) == shape:
             lengths.add(None)
         elif tensor.ndim == len(shape) + 1 and tuple(tensor.shape[1:]) == shape:
@@ -396,6 +451,8 @@ def n_replicas(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
             )
     if len(lengths) > 1:
         raise Refused(f"all params must share one replica axis: got lengths {sorted(map(str, lengths))}.")
+    if 0 in lengths:
+        raise Refused("a stack must hold one network at least: its replica axis has length 0.")
     return lengths.pop() if lengths else None
 
 
@@ -413,6 +470,15 @@ def _check_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 def _fits(tensor: Tensor, own: Tensor) -> bool:
     return own.shape in (tensor.shape, tensor.shape[1:])
+
+
+def _as_weights(buffers: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Buffers:
+    """Buffers on the device of the weights, floating ones in their dtype where all have one: float32 statistics must
+    not pull a float64 network down with them."""
+    dtypes = {p.dtype for p in params.values() if p.is_floating_point()}
+    device = next((p.device for p in params.values()), None)
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return {n: b.detach().to(device, dtype if b.is_floating_point() else None) for n, b in buffers.items()}
 
 
 def _common_axis(
@@ -437,24 +503,20 @@ def _check_inputs(net: Network, x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
         given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise Refused(f"x must hold at least one example on its first axis: got {given}. Pass a tensor [n, ...].")
-    if x.is_floating_point() and x.dtype != net.dtype:
+    dtypes = {p.dtype for p in net.params.values()}
+    if net.params and x.is_floating_point() and x.dtype not in dtypes:
         raise Refused(
             f"x must have the dtype of params, {net.dtype}: got {x.dtype}. Cast one of the two, as x.to({net.dtype})."
         )
-    if x.device != net.device:
+    if net.params and x.device != net.device:
         raise Refused(f"x must be on the device of params, {net.device}: it is on {x.device}.")
 
 
-def _refuse_unknown_buffers(net: Network, x: Tensor) -> None:
+def _refuse_unknown_buffers(net: Network, x: Tensor, replaced: Collection[str]) -> None:
     """A dict of parameters beside the buffers of another network is a wrong number without a word."""
     own = mask_ops.masked({n: p.detach().expand_as(net.params[n]) for n, p in net.model.named_parameters()}, net.masks)
-    if all(torch.equal(p, own[n]) for n, p in net.params.items()):
-        return
-    one = next(net.each())
-    poison = {n: torch.full_like(b, torch.nan) if b.is_floating_point() else b for n, b in one.buffers.items()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        known, unknown = _attempt(one, x[:1]), _attempt(replace(one, buffers=poison), x[:1])
-    if unknown.isnan().any() and not known.isnan().all():
+    unknown = [n for n, b in net.buffers.items() if b.is_floating_point() and n not in replaced]
+    if unknown and not all(torch.equal(p, own[n]) for n, p in net.params.items()) and reads(net, x, unknown):
         raise Refused(
             "the model's forward pass reads buffers (such as running statistics), and those of these params are not "
             "known: pass a State, such as level.start or level.end, in place of its params, or buffers=..., or "
@@ -462,8 +524,25 @@ def _refuse_unknown_buffers(net: Network, x: Tensor) -> None:
         )
 
 
-def _check_outputs(net: Network, x: Tensor) -> bool:
-    """Whether the forward pass writes into its input; refuse outputs that are no tensor, coupled or random."""
+@torch.no_grad()
+def reads(net: Network, x: Tensor, names: Collection[str]) -> bool:
+    """Whether outputs depend on these floating buffers: seen by replacing their values with NaN, and with others."""
+    one, few = next(net.each()), x[:1].nan_to_num() if x.is_floating_point() else x[:1]
+    with torch.random.fork_rng(devices=[]):
+        known = _attempt(one, few)
+        for poison in (lambda b: torch.full_like(b, torch.nan), lambda b: 1 - b.nan_to_num(0, 0, 0)):
+            other = replace(one, buffers=one.buffers | {n: poison(one.buffers[n]) for n in names})
+            try:
+                y = _attempt(other, few)
+            except Refused:  # a value that the forward pass cannot do without
+                return True
+            if not ((y == known) | (y.isnan() & known.isnan())).all():
+                return True
+    return False
+
+
+def _check_outputs(net: Network, x: Tensor, finite: bool) -> bool:
+    """Whether the forward pass writes into its input; refuse outputs that are no tensor, coupled or random, or NaN."""
     for name, module in net.model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise Refused(
@@ -472,11 +551,12 @@ def _check_outputs(net: Network, x: Tensor) -> bool:
             )
     one = next(net.each())
     examples = probe(x)
-    with torch.no_grad(), _watching_generators(x.device) as drawn:
-        inputs = examples.clone()
-        version = inputs._version
-        with one.lent():
-            y = _attempt_as_lent(one.model, inputs, len(inputs))
+    with torch.no_grad(), watching_generators(x.device) as drawn:
+        try:
+            y, writes = _first_pass(one, examples)
+        except Refused:  # the example that is in no batch may be none that the model takes
+            examples = examples[[0, 1, 0]]
+            y, writes = _first_pass(one, examples)
         # The same examples in another order and company, beside themselves.
         again = _attempt(one, examples[[2, 0, 0, 1]])[[1, 3, 0]]
     if drawn() or not close(y, again):
@@ -485,24 +565,37 @@ def _check_outputs(net: Network, x: Tensor) -> bool:
             "of the batch, or on chance, in evaluation mode. Replace what couples a batch (batch statistics, sorting, "
             "routing), and give F.dropout its training=self.training."
         )
-    return inputs._version != version
+    if finite and y[:2].isnan().any():
+        raise Refused("outputs must be numbers: the model gives NaN for finite weights and inputs. Look at their range.")
+    return writes
+
+
+def _first_pass(net: Network, examples: Tensor) -> tuple[Tensor, bool]:
+    """Outputs, and whether the forward pass writes into its input."""
+    inputs = examples.clone()
+    version = inputs._version
+    with net.lent():
+        y = attempt(net.model, inputs, writes=True)
+    return y, inputs._version != version or not torch.equal(inputs, examples)
 
 
 def probe(x: Tensor) -> Tensor:
-    """Three examples that differ: the first, the last, and one that is in no batch."""
+    """Three examples: the first, the last, and one that is in no batch, of entries that occur at their places."""
     generator = stream("probe", 0)
-    if x.is_floating_point():
-        noise = torch.randn(x[0].shape, generator=generator).to(x.device, x.dtype)
-        size = x[0].abs().nan_to_num(0, 0, 0).amax() if x[0].numel() else x.new_ones(())
-        other = noise * torch.where(size > 0, size, torch.ones_like(size))
-    else:  # tokens that occur, dealt out anew
-        index = torch.randint(0, x.numel(), x[0].shape, generator=generator).to(x.device)
-        other = x.flatten()[index]
+    index = torch.randint(0, len(x), x[0].shape, generator=generator).to(x.device)
+    other = x.gather(0, index[None])[0]
+    if torch.equal(other, x[0]) or torch.equal(other, x[-1]):  # examples that are all alike
+        if x.is_floating_point():
+            noise = torch.randn(x[0].shape, generator=generator).to(x.device, x.dtype)
+            size = x[0].abs().nan_to_num(0, 0, 0).amax() if x[0].numel() else x.new_ones(())
+            other = noise * torch.where(size > 0, size, torch.ones_like(size))
+        else:
+            other = x.flatten()[torch.randint(0, x.numel(), x[0].shape, generator=generator).to(x.device)]
     return torch.stack([x[0], x[-1], other])
 
 
 @contextmanager
-def _watching_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
+def watching_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
     """Yields a question: has a global generator been advanced? They are put back at the end."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
@@ -516,27 +609,34 @@ def _watching_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
 
 def _attempt(net: Network, x: Tensor) -> Tensor:
     with net.lent():
-        return _attempt_as_lent(net.model, x.clone(), len(x))
+        return attempt(net.model, x)
 
 
-def _attempt_as_lent(model: nn.Module, x: Tensor, n: int) -> Tensor:
-    """The outputs, or a refusal that names what is wrong with the inputs or with what comes back."""
-    shape, dtype = tuple(x.shape[1:]), x.dtype
+def attempt(model: nn.Module, x: Tensor, *, writes: bool = False) -> Tensor:
+    """The outputs of a module, or a refusal that names what is wrong with the inputs or with what comes back.
+
+    Args:
+        model: As it stands.
+        x: Inputs [n, ...].
+        writes: Let the forward pass write into ``x`` itself.
+    """
+    shape, dtype, n = tuple(x.shape[1:]), x.dtype, len(x)
     try:
-        y = model(x)
+        y = model(x if writes else x.clone())
     except Refused:
         raise
     except _FAULTS_OF_INPUT as error:
+        why = str(error).strip().partition("\n")[0]
         raise Refused(
             f"x must be what the model takes: {type(model).__name__} fails on examples of shape {shape} and {dtype}: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            f"{type(error).__name__}: {why}"
         ) from error
     return check_output(y, n)
 
 
 def check_output(y: Any, n: int, who: str = "the model") -> Tensor:
     """The outputs, or a refusal unless they are one tensor [n, ...] of numbers."""
-    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != n or not (y.is_floating_point() or y.is_complex()):
+    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != n or not y.is_floating_point():
         given = f"shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
         raise Refused(
             f"{who} must return one floating tensor whose first axis is the {n} examples: got {given}. "

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.treatments import FROZEN, RETRAINING, TREATMENTS
+from ticketlab.engine.treatments import RETRAINING
 from ticketlab.errors import Refused, nearest
 
 Scope = Literal["global", "layer"]
@@ -40,6 +39,8 @@ class ImpConfig:
     snip, grasp and synflow are thereby not the methods of their papers, which prune at initialisation: those are in
     analyses.pruning_criteria.
     """
+    prunable: tuple[str, ...] = ()
+    """Names of what to prune, with wildcards; empty: linear, convolution, recurrent and attention weights."""
     score_examples: int = 1000
     """Training examples that a criterion of gradients sees; all where there are fewer."""
     treatments: tuple[str, ...] = ("ticket", "reinit")
@@ -65,20 +66,17 @@ class ImpConfig:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        named = [("criterion", self.criterion, tuple(CRITERIA)), ("scope", self.scope, get_args(Scope))]
-        named += [("retraining", self.retraining, tuple(RETRAINING))]
-        named += [
-            ("dtype", self.dtype, get_args(Dtype)),
-            *(("treatment", t, tuple(TREATMENTS)) for t in self.treatments),
+        named = [
+            ("scope", self.scope, Scope),
+            ("retraining", self.retraining, RETRAINING),
+            ("dtype", self.dtype, Dtype),
         ]
         for kind, given, known in named:
-            if given not in known:
-                raise Refused(nearest(kind, given, known))
+            names = tuple(known) if isinstance(known, dict) else get_args(known)
+            if given not in names:
+                raise Refused(nearest(kind, given, names))
         if "ticket" not in self.treatments or len(set(self.treatments)) < len(self.treatments):
             raise Refused(f"treatments must contain 'ticket' and no name twice: got {self.treatments}.")
-        frozen = [t for t in self.treatments if t in FROZEN]
-        if frozen and recipe.weight_decay:
-            raise Refused(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
         if self.score_examples < 1:
             raise Refused(f"score_examples must be at least 1: got {self.score_examples}.")
         if self.levels < 0:
@@ -101,12 +99,22 @@ class ImpConfig:
             raise Refused(f"snapshot_steps must lie in [0, {recipe.steps}]: got {self.snapshot_steps}.")
 
 
-LATER_FIELDS = ("score_examples", "retraining")
+LATER_FIELDS = ("score_examples", "retraining", "prunable")
 """Fields that came after runs were stored: at their default they are not part of what names a run."""
 
 
 def from_json(stored: Mapping[str, Any]) -> ImpConfig:
-    """The config that ``dataclasses.asdict`` and JSON made of it; lists are tuples again."""
+    """The config that ``dataclasses.asdict`` and JSON made of it; lists are tuples again.
+
+    Raises:
+        Refused: Fields that this version does not know, or lacks.
+    """
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("recipe").items()}
-    return ImpConfig(**values, recipe=Recipe(**recipe))
+    try:
+        recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("recipe").items()}
+        return ImpConfig(**values, recipe=Recipe(**recipe))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise Refused(
+            f"a stored config must have the fields of this version of ticketlab: {error}. Read it with the version "
+            "that wrote it; config.json names it."
+        ) from error

@@ -1,207 +1,41 @@
 """Iterative magnitude pruning: train, prune, rewind, level after level, with its controls in the same stack.
 
-``imp(config)`` is a generator of ``Level``: what is stored is yielded first, the rest is trained, stored
+``levels(study, folder)`` is a generator of ``Level``: what is stored is yielded first, the rest is trained, stored
 and yielded, so that a caller can stop, log, plot or resume at any level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from torch import nn
 
-from ticketlab import data, models
+from ticketlab import graph
 from ticketlab import masks as mask_ops
-from ticketlab.data import Task
 from ticketlab.engine import cost
 from ticketlab.engine import store as runs
-from ticketlab.engine.config import LATER_FIELDS, ImpConfig
-from ticketlab.engine.criteria import ROUNDS, Evidence, draw_examples, find, refuse_too_large, score
-from ticketlab.engine.store import Level
-from ticketlab.engine.training import train
-from ticketlab.engine.treatments import TREATMENTS, Origin, Start
+from ticketlab.engine.criteria import Evidence, draw_examples, find_counts
+from ticketlab.engine.level import Level
+from ticketlab.engine.training import Start, train
+from ticketlab.engine.treatments import Origin
 from ticketlab.errors import Refused
-from ticketlab.functional import Execution, masked
-from ticketlab.seeds import derived_seed, initialise
-from ticketlab.state import Masks, State, stack, stack_states, state
+from ticketlab.losses import LOSSES
+from ticketlab.seeds import derived_seed
+from ticketlab.state import Masks, State, stack_states, state
 
-Factory = Callable[[], nn.Module]
-
-
-@dataclass(frozen=True)
-class _Study:
-    """A config with all that it names made real."""
-
-    config: ImpConfig
-    factory: Factory
-    model: nn.Module
-    task: Task
-    execution: Execution
-    progress: bool
-
-    @property
-    def order_seeds(self) -> tuple[int, ...]:
-        return self.config.order_seeds or self.config.init_seeds
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return runs.environment(self.task.device)
-
-    def description(self) -> dict[str, Any]:
-        """What decides every stored bit; not ``levels``, so that a run can be extended."""
-        shapes = {name: list(p.shape) for name, p in self.model.named_parameters()}
-        first = state(initialise(self.factory, self.config.init_seeds[0])).params
-        sums = {name: f"{float(p.double().abs().sum()):.5g}" for name, p in first.items()}  # rounding varies by machine
-        # A later field at its default is left out, so that runs stored before it keep their name.
-        later = {f.name: f.default for f in fields(self.config) if f.name in LATER_FIELDS}
-        told = {k: v for k, v in asdict(self.config).items() if k != "levels" and (k not in later or v != later[k])}
-        fingerprint = {"task": self.task.fingerprint(), "model": runs.identity({"shapes": shapes, "sums": sums})}
-        return _plain({"config": told, "fingerprint": fingerprint})
+if TYPE_CHECKING:
+    from ticketlab.engine.study import Study
 
 
-def imp(
-    config: ImpConfig,
-    *,
-    model: Factory | None = None,
-    task: Task | None = None,
-    store: str | Path | None = "runs",
-    device: torch.device | str | None = None,
-    execution: Execution = "auto",
-    progress: bool = True,
-) -> Iterator[Level]:
-    """Find lottery tickets: yield level 0 (dense), 1, ... ``config.levels``, each stored before it is yielded.
-
-    Level 0 trains the dense networks and keeps their weights at the rewind step k. Every further level prunes
-    the tickets of the level before, rewinds them to k, and trains them and the other treatments to step T
-    (Frankle & Carbin 2019; late rewinding: Frankle et al. 2020). Weights and masks are a function of the config
-    and the machine's arithmetic alone: a killed run goes on to the same bits.
-
-    Args:
-        config: The study.
-        model: Makes a network of your own (no arguments); ``config.model`` when None.
-        task: Data of your own; ``config.task`` when None.
-        store: Folder of run directories; None keeps nothing.
-        device: Where to train; a CUDA device if there is one, otherwise the CPU, when None.
-        execution: How replicas are stacked, see ``functional.resolve``.
-        progress: Show progress bars where the output is a terminal.
-
-    Raises:
-        Refused: Before anything is trained: an unknown name, a run directory of another study or a damaged
-            one, or a directory that another process writes. While training: a level that would leave a layer
-            without a live weight, or scores that are all zero; what is stored stays.
-    """
-    study = _prepare(config, model, task, device, execution, progress)
-    folder = None if store is None else _open(study, Path(store))
-    return _levels(study, folder)
-
-
-def run_folder(
-    config: ImpConfig, store: str | Path = "runs", *, model: Factory | None = None, task: Task | None = None
-) -> Path:
-    """Where ``imp(config, store=store, model=..., task=...)`` keeps its levels."""
-    study = _prepare(config, model, task, "cpu", "auto", False)
-    return _folder(study, Path(store))
-
-
-def model_and_task(config: ImpConfig, *, device: torch.device | str | None = None) -> tuple[nn.Module, Task]:
-    """The network, initialised with the first init seed, and the data that a config names.
-
-    Args:
-        config: Of a study with a named model and task.
-        device: Of both; a CUDA device if there is one, otherwise the CPU, when None.
-
-    Raises:
-        Refused: An unknown name, or data that cannot be loaded.
-    """
-    study = _prepare(config, None, None, device, "auto", False)
-    return study.model, study.task
-
-
-def _task(config: ImpConfig, own: Task | None, device: torch.device | str | None) -> Task:
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, config.dtype)
-    if own is not None:
-        return own.to(device, dtype)
-    size, seed = config.validation_size, config.split_seed
-    return data.load(config.task, validation_size=size, split_seed=seed, dtype=dtype, device=device)
-
-
-def _prepare(
-    config: ImpConfig,
-    model: Factory | None,
-    task: Task | None,
-    device: torch.device | str | None,
-    execution: Execution,
-    progress: bool,
-) -> _Study:
-    loaded = _task(config, task, device)
-    shape, n_classes = loaded.input_shape, loaded.n_classes
-    factory = model or (lambda: models.build(config.model, shape, n_classes))
-    name = getattr(model, "__name__", "custom") if model else config.model
-    config = replace(config, model=name, task=task.name if task else config.task)
-    if config.recipe.batch_size > len(loaded.train):
-        n = len(loaded.train)
-        raise Refused(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
-    net = initialise(factory, config.init_seeds[0]).to(loaded.device, loaded.dtype)
-    _check_levels(config, net)
-    refuse_too_large(config.criterion, net)
-    return _Study(config, factory, net, loaded, execution, progress)
-
-
-def _check_levels(config: ImpConfig, model: nn.Module) -> None:
-    """Refuse levels that counting alone shows to be too many, before hours are spent on them."""
-    sizes = {name: mask.numel() for name, mask in mask_ops.ones(model).items()}
-    rates = _fractions(config, model)
-    # Groups that are pruned together, and how many layers each has to feed.
-    if isinstance(rates, dict):
-        groups = [([name], n, rates[name]) for name, n in sizes.items()]
-    else:
-        groups = [(list(sizes), sum(sizes.values()), rates)]
-    for level in range(1, config.levels + 1):
-        where = f"at level {level} of {config.levels}. Use at most {level - 1} levels, or another prune_fraction."
-        before, groups = groups, [(layers, n - mask_ops.n_removed(n, rate), rate) for layers, n, rate in groups]
-        if groups == before:
-            left = sum(n for _, n, _ in groups)
-            raise Refused(f"every level must prune a weight: none of {left} would go {where}")
-        for layers, n, _ in groups:
-            if n < len(layers):
-                short = repr(layers[0]) if len(layers) == 1 else f"{len(layers)} layers"
-                raise Refused(f"every layer must keep a live weight: {n} would be left for {short} {where}")
-
-
-def _fractions(config: ImpConfig, model: nn.Module) -> float | dict[str, float]:
-    if config.scope == "global":
-        return config.prune_fraction
-    return mask_ops.fractions_by_layer(
-        model, config.prune_fraction, conv=config.conv_fraction, output=config.output_fraction
-    )
-
-
-def _folder(study: _Study, store: Path) -> Path:
-    config = study.config
-    return store / f"{config.task}-{config.model}-{runs.identity(study.description())}"
-
-
-def _open(study: _Study, store: Path) -> Path:
-    """The run's folder, checked to be its own; a new one gets its config.json with the first level."""
-    folder = _folder(study, store)
-    if (folder / runs.CONFIG).exists():
-        stored = {k: v for k, v in runs.read_config(folder).items() if k in ("config", "fingerprint")}
-        if stored != study.description():
-            raise Refused(
-                f"{folder} must be a run of this study, but its {runs.CONFIG} is of another: "
-                f"{_difference(stored, study.description())}. Move it away, or use another store."
-            )
-    return folder
-
-
-def _levels(study: _Study, folder: Path | None) -> Iterator[Level]:
+def levels(study: Study, folder: Path | None) -> Iterator[Level]:
+    """Level after level, from the folder as far as it goes, then from training."""
     dense: Level | None = None
     level: Level | None = None
     with ExitStack() as held:
@@ -209,135 +43,154 @@ def _levels(study: _Study, folder: Path | None) -> Iterator[Level]:
         for number in range(study.config.levels + 1):
             stored = runs.n_stored(folder) if folder else 0
             if folder and number >= stored and not locked:
-                held.enter_context(runs.writing(folder, study.description() | {"environment": study.environment}))
+                held.enter_context(runs.writing(folder, study.description, study.environment))
                 locked, stored = True, runs.n_stored(folder)  # another process may have written in between
             if folder and number < stored:
                 level = runs.read_level(folder, number, study.task.device)
-                in_order = {name: level.masks[name] for name in mask_ops.prunable(study.model)}
+                in_order = {name: level.masks[name] for name in study.names}
                 level = replace(level, masks=in_order)  # a random mask of the next level counts in it
             else:
                 level = _dense(study) if dense is None or level is None else _pruned(study, number, dense, level)
                 if folder:
-                    runs.write_level(folder, level, study.environment)
+                    runs.write_level(folder, level, study.identity, study.environment)
+            level = replace(level, factory=study.factory)
             dense = dense or level
             yield level
 
 
-def _dense(study: _Study) -> Level:
+def _dense(study: Study) -> Level:
     """Level 0: the dense networks, their weights at step k as ``start``."""
     config, k = study.config, study.config.rewind_step
     starts, rows = [], []
     for init_seed, order_seed in zip(config.init_seeds, study.order_seeds, strict=True):
         rows.append({"treatment": "ticket", "init_seed": init_seed, "order_seed": order_seed})
-        fresh = state(initialise(study.factory, init_seed)).to(study.task.device, study.task.dtype)
-        starts.append(Start(fresh, mask_ops.ones(study.model), order_seed))
-    level = _train(study, 0, starts, rows, first_step=0, snapshot_steps={0, k, *config.snapshot_steps})
+        starts.append(Start(state(study.initialised(init_seed)), study.ones, order_seed))
+    level = _train(study, 0, starts, rows, first_step=0, snapshot_steps=sorted({0, k, *config.snapshot_steps}))
     return replace(level, start=level.snapshots[k].clone())
 
 
-def _pruned(study: _Study, number: int, dense: Level, previous: Level) -> Level:
+def _pruned(study: Study, number: int, dense: Level, previous: Level) -> Level:
     """Level 1 and on: prune the tickets of the level before, rewind, train them beside their controls."""
-    config = study.config
+    origins = [
+        _origin(study, number, dense.select(treatment="ticket", init_seed=init), previous, init, order)
+        for init, order in zip(study.config.init_seeds, study.order_seeds, strict=True)
+    ]
     starts: list[Start] = []
     rows: list[dict[str, Any]] = []
-    origins = []
-    for init_seed, order_seed in zip(config.init_seeds, study.order_seeds, strict=True):
-        first, before = dense.select(init_seed=init_seed), previous.select(treatment="ticket", init_seed=init_seed)
-        origin = Origin(
-            factory=study.factory,
-            rewound=first.start,
-            masks=_next_masks(study, before, init_seed, number),
-            init_seed=init_seed,
-            order_seed=order_seed,
-            level=number,
-            trained=before.end,
-            dense=first.end,
-            last_learning_rate=config.recipe.learning_rate_at(config.recipe.steps - 1),
-            retraining=config.retraining,
-        )
-        origins.append(origin)
-    for treatment in config.treatments:
-        for origin in origins:
-            start = TREATMENTS[treatment](origin)
+    for name, treatment in study.treatments.items():
+        for origin, lost in origins:
+            start = _nowhere(origin) if lost else treatment.start(origin)
             starts.append(start)
-            rows.append({"treatment": treatment, "init_seed": origin.init_seed, "order_seed": start.order_seed})
-    return _train(study, number, starts, rows, first_step=config.rewind_step)
+            rows.append({"treatment": name, "init_seed": origin.init_seed, "order_seed": start.order_seed})
+    _refuse_cut(study, number, [origin.masks for origin, lost in origins if not lost])
+    return _train(study, number, starts, rows, first_step=study.config.rewind_step)
 
 
-def _next_masks(study: _Study, ticket: Level, init_seed: int, number: int) -> Masks:
-    config, seed = study.config, derived_seed("criterion", init_seed, number)
-    x, y = draw_examples(study.task, config.score_examples, init_seed)
-    evidence = Evidence(study.model, ticket.masks, ticket.start, ticket.end, x, y, seed, config.scope)
-    fractions = _fractions(config, study.model)
-    if ROUNDS.get(config.criterion, 1) == 1:
-        return mask_ops.prune(ticket.masks, score(config.criterion, evidence), fractions)
-    if isinstance(fractions, dict):
-        return find(config.criterion, evidence, {n: _left({n: m}, fractions[n]) for n, m in ticket.masks.items()})
-    return find(config.criterion, evidence, _left(ticket.masks, fractions))
+def _origin(
+    study: Study, number: int, first: Level, previous: Level, init_seed: int, order_seed: int
+) -> tuple[Origin, bool]:
+    """What treatments draw on, and whether the ticket's line has diverged: then nothing can follow from it."""
+    config, recipe = study.config, study.config.recipe
+    before = previous.select(treatment="ticket", init_seed=init_seed)
+    lost = bool(before.metrics["diverged_step"].notna().iloc[0])
+    origin = Origin(
+        factory=study.factory,
+        rewound=first.start,
+        masks=_next_masks(study, before, init_seed, number, lost),
+        init_seed=init_seed,
+        order_seed=order_seed,
+        level=number,
+        trained=before.end,
+        dense=first.end,
+        last_learning_rate=recipe.learning_rate_at(recipe.steps - 1),
+        retraining=config.retraining,
+    )
+    return origin, lost
 
 
-def _left(masks: Masks, fraction: float) -> float:
-    """The density after a pruning step."""
-    alive = int(mask_ops.kept(masks))
-    return (alive - mask_ops.n_removed(alive, fraction)) / mask_ops.total(masks)
+def _nowhere(origin: Origin) -> Start:
+    """The start of a line that has diverged: not a number, so that no table takes it for a result."""
+    lost = {n: torch.full_like(p, math.nan) for n, p in origin.rewound.params.items()}
+    return Start(State(lost, origin.rewound.buffers), origin.masks, origin.order_seed)
+
+
+def _next_masks(study: Study, ticket: Level, init_seed: int, number: int, lost: bool) -> Masks:
+    counts = mask_ops.counts_after(ticket.masks, study.rates)
+    if lost:  # so many, by index: which, no scores can tell
+        return mask_ops.keep(ticket.masks, {n: torch.zeros(m.shape) for n, m in ticket.masks.items()}, counts)
+    seed, loss = derived_seed("criterion", init_seed, number), LOSSES[study.task.loss]
+    x, y = draw_examples(study.task, study.config.score_examples, init_seed)
+    start = ticket.start
+    evidence = Evidence(study.model, ticket.masks, start, ticket.end, x, y, seed, study.config.scope, loss)
+    return find_counts(study.criterion, evidence, counts)
+
+
+def _refuse_cut(study: Study, number: int, masks: list[Masks]) -> None:
+    """A layer may end empty as long as a live path is left from input to output; said once for each such level."""
+    for one in masks:
+        empty = [name for name, mask in one.items() if not mask.any()]
+        if empty:
+            live = graph.refuse_cut(study.model, one, study.task.train.x)
+            warnings.warn(
+                f"level {number} leaves {len(empty)} of {len(one)} layers without a live weight, {empty[:4]}: "
+                f"{int(mask_ops.kept(live))} of {int(mask_ops.kept(one))} kept weights are still on a path from an "
+                "input to an output.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _train(
-    study: _Study,
+    study: Study,
     number: int,
     starts: list[Start],
     rows: list[dict[str, Any]],
     *,
     first_step: int,
-    snapshot_steps: set[int] | frozenset[int] = frozenset(),
+    snapshot_steps: list[int] | tuple[()] = (),
 ) -> Level:
-    config = study.config
-    masks = stack([s.masks for s in starts])
-    begun = stack_states([_begun(s) for s in starts])
-    rates = [s.learning_rate for s in starts]
     density = float(mask_ops.density(starts[0].masks))
     outcome = train(
         study.model,
-        begun,
-        masks,
+        starts,
         study.task,
-        config.recipe,
-        [s.order_seed for s in starts],
+        study.config.recipe,
         first_step=first_step,
-        snapshot_steps=sorted(snapshot_steps),
-        frozen=[s.frozen for s in starts],
-        learning_rates=None if set(rates) == {None} else rates,
+        snapshot_steps=snapshot_steps,
         execution=study.execution,
-        description=f"level {number}/{config.levels}, density {density:.3g}",
-        progress=study.progress,
+        progress=f"level {number}/{study.config.levels}, density {density:.3g}" if study.progress else False,
     )
     results = outcome.metrics.drop(columns="replica")
     table = pd.concat([pd.DataFrame(rows), _costs(study, starts, first_step), results], axis=1)
     table.insert(0, "replica", range(len(starts)))
     table.insert(1, "level", number)
     return Level(
-        number, density, masks, begun, outcome.end, table, outcome.curves, outcome.snapshots, outcome.wall_seconds
+        number,
+        density,
+        outcome.masks,
+        stack_states([start.begun for start in starts]),
+        outcome.end,
+        table,
+        outcome.curves,
+        outcome.snapshots,
+        outcome.wall_seconds,
     )
 
 
-def _begun(start: Start) -> State:
-    """What is trained from: pruned weights zero, unless they are frozen at their values."""
-    return start.state if start.frozen else State(masked(start.state.params, start.masks), start.state.buffers)
-
-
-def _costs(study: _Study, starts: list[Start], first_step: int) -> pd.DataFrame:
+def _costs(study: Study, starts: list[Start], first_step: int) -> pd.DataFrame:
     """What each replica keeps and what its training costs."""
     recipe = study.config.recipe
-    uses = cost.positions(study.model, study.task.train.x)
     steps = recipe.steps - first_step
-    dense = cost.forward_macs(uses, {n: m.numel() for n, m in starts[0].masks.items()})
+    dense = cost.forward_macs(study.uses, {n: m.numel() for n, m in starts[0].masks.items()})
     rows = []
     for start in starts:
-        used = {n: m | (_begun(start).params[n] != 0) for n, m in start.masks.items()}
-        live = cost.forward_macs(uses, {n: int(m.sum()) for n, m in used.items()})
+        used = {n: m | (start.begun.params[n] != 0) if start.frozen else m for n, m in start.masks.items()}
+        live = cost.forward_macs(study.uses, {n: int(m.sum()) for n, m in used.items()})
         rows.append(
             {
                 "density": float(mask_ops.density(start.masks)),
+                "effective_density": _effective_density(study, start.masks),
                 "kept": int(mask_ops.kept(start.masks)),
                 "prunable": mask_ops.total(start.masks),
                 "first_step": first_step,
@@ -349,14 +202,8 @@ def _costs(study: _Study, starts: list[Start], first_step: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _plain(value: Any) -> Any:
-    """As JSON reads it back: tuples are lists."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    flat = [{**d["config"], **d["fingerprint"]} for d in (stored, wanted)]
-    changed = [f"{k} {flat[0].get(k)!r} instead of {flat[1].get(k)!r}" for k in flat[1] if flat[0].get(k) != flat[1][k]]
-    return "; ".join(changed) or "other fields"
+def _effective_density(study: Study, masks: Masks) -> float:
+    try:
+        return float(mask_ops.density(graph.effective_masks(study.model, masks, study.task.train.x)))
+    except Refused:  # a model that cannot run in float64
+        return math.nan

@@ -10,7 +10,7 @@ import torch
 
 from ticketlab.engine import store as runs
 from ticketlab.engine.config import ImpConfig, from_json
-from ticketlab.engine.store import Level
+from ticketlab.engine.level import Level
 from ticketlab.errors import Refused
 
 

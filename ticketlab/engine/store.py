@@ -6,8 +6,8 @@
                                level_00/{weights,masks}.safetensors, {metrics,curves}.csv, manifest.json
 
 A level is written under a temporary name, synced and renamed, and counts only with a manifest whose
-checksums hold, so a process killed at any moment leaves whole levels and nothing else. Nothing that is
-stored is ever written again.
+checksums hold and that names its run and its number, so a process killed at any moment leaves whole levels and nothing
+else. Nothing that is stored is ever written again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -33,8 +33,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ticketlab import masks as mask_ops
+from ticketlab.engine.level import Level
 from ticketlab.errors import Refused
-from ticketlab.state import Masks, Params, State, select
+from ticketlab.state import State, select
 
 CONFIG, MANIFEST, WEIGHTS, MASKS, METRICS, CURVES, LOCK = (
     "config.json",
@@ -45,64 +47,6 @@ CONFIG, MANIFEST, WEIGHTS, MASKS, METRICS, CURVES, LOCK = (
     "curves.csv",
     ".lock",
 )
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level of a study: R networks, on the replica axis in the order of the rows of ``metrics``."""
-
-    level: int
-    """0 is the dense network."""
-    density: float
-    """Of the ticket, kept / prunable."""
-    masks: Masks
-    """[replica, ...] bool, True = kept."""
-    start: State
-    """What was trained, such as m * theta_k of a rewound ticket; pruned weights are zero unless they were frozen."""
-    end: State
-    """After T steps."""
-    metrics: pd.DataFrame
-    """One row a replica."""
-    curves: pd.DataFrame
-    """One row a replica and evaluation: validation loss and error."""
-    snapshots: dict[int, State] = field(default_factory=dict)
-    """Level 0 alone: the networks after so many steps."""
-    wall_seconds: float = float("nan")
-    """Training and evaluation of the whole level."""
-
-    @property
-    def theta_start(self) -> Params:
-        return self.start.params
-
-    @property
-    def theta_end(self) -> Params:
-        return self.end.params
-
-    def select(self, **conditions: Any) -> Level:
-        """The replicas whose row of ``metrics`` has these values; a single one loses the replica axis.
-
-        >>> level.select(treatment="ticket", init_seed=0).theta_start  # doctest: +SKIP
-        """
-        rows = pd.Series(True, index=self.metrics.index)
-        for column, value in conditions.items():
-            if column not in self.metrics:
-                raise Refused(f"select needs columns of metrics: got {column!r}, not in {list(self.metrics)}.")
-            rows &= self.metrics[column] == value
-        found = [int(r) for r in self.metrics["replica"][rows]]
-        if not found:
-            given = ", ".join(f"{k}={v!r}" for k, v in conditions.items())
-            has = {c: sorted(self.metrics[c].unique()) for c in conditions}
-            raise Refused(f"no replica of level {self.level} has {given}: it has {has}.")
-        index = found[0] if len(found) == 1 else found
-        return replace(
-            self,
-            masks=select(self.masks, index),
-            start=self.start.select(index),
-            end=self.end.select(index),
-            snapshots={step: s.select(index) for step, s in self.snapshots.items()},
-            metrics=self.metrics[rows],
-            curves=self.curves[self.curves["replica"].isin(found)],
-        )
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -141,39 +85,85 @@ def n_stored(folder: Path) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The stored description of a run."""
+    """The stored description of a run, held against the identity that its folder or its file carries.
+
+    Raises:
+        Refused: Not a run directory, or a description that is not whole or not what was stored.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise Refused(f"{folder} must be a run directory with a {CONFIG}: found none. Make it with analyses.imp.")
+    remedy = "Restore it, or run again into another store."
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise Refused(f"{path} must be valid JSON: {error}. Restore it, or run again into another store.") from error
+        stored = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+        raise Refused(f"{path} must be valid JSON: {error or type(error).__name__}. {remedy}") from error
+    if not isinstance(stored, dict) or not {"config", "fingerprint"} <= set(stored):
+        raise Refused(f"{path} must describe a study, with config and fingerprint: it does not. {remedy}")
+    found = identity({k: v for k, v in stored.items() if k not in ("environment", "identity")})
+    named = re.fullmatch(r".*-([0-9a-f]{10})", folder.name)  # version 0.1 kept it in the name of the folder alone
+    expected = stored.get("identity") or (named and named[1])
+    if expected is not None and found != expected:
+        raise Refused(f"{path} must be what was stored: its content has the identity {found}, not {expected}. {remedy}")
+    return stored
 
 
 @contextmanager
-def writing(folder: Path, description: Mapping[str, Any]) -> Iterator[None]:
-    """Be the one writer of a run directory: a new one gets its config.json, leftovers of a killed one go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+def writing(folder: Path, description: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[None]:
+    """Be the one writer of a run directory: a new one gets its config.json, leftovers of a killed one go.
+
+    Raises:
+        Refused: A place that cannot be written, or one that another process writes.
+    """
+    with _refused(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise Refused(
+                f"{folder} must have one writer: another process holds it. Wait for it, or stop it."
+            ) from error
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise Refused(f"{folder} must have one writer: another process holds it. Wait for it, or stop it.") from error
-    try:
-        for leftover in folder.glob("level_*.tmp"):
-            shutil.rmtree(leftover)
-        if not (folder / CONFIG).exists():
-            _write(folder / f"{CONFIG}.tmp", (json.dumps(description, indent=2) + "\n").encode())
-            os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
-            _sync_folder(folder)
+        with _refused(folder):
+            _tidy(folder)
+            if not (folder / CONFIG).exists():
+                stored = {**description, "identity": identity(description), "environment": dict(environment)}
+                _write(folder / f"{CONFIG}.tmp", (json.dumps(stored, indent=2) + "\n").encode())
+                os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
+                _sync_folder(folder)
         yield
     finally:
         lock.release()
 
 
-def write_level(folder: Path, level: Level, environment: Mapping[str, str]) -> None:
-    """Store a level whole or not at all."""
+def _tidy(folder: Path) -> None:
+    """What was never finished goes; a level that lacks its manifest is no level, and stands aside."""
+    for leftover in folder.glob("level_*.tmp"):
+        shutil.rmtree(leftover)
+    for unfinished in folder.glob("level_[0-9][0-9]"):
+        if not (unfinished / MANIFEST).exists():
+            aside = unfinished.with_name(f"{unfinished.name}.without_manifest")
+            shutil.rmtree(aside, ignore_errors=True)
+            unfinished.rename(aside)
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Refused(
+            f"{folder} must be a place to write to: {error.strerror or error}. Choose another store, or make room."
+        ) from error
+
+
+def write_level(folder: Path, level: Level, run: str, environment: Mapping[str, str]) -> None:
+    """Store a level of the run with this identity, whole or not at all.
+
+    Raises:
+        Refused: It cannot be written, as on a full disk.
+    """
     files = {
         WEIGHTS: save_tensors(_contiguous(_flatten(level))),
         MASKS: save_tensors(_contiguous(level.masks)),
@@ -182,6 +172,7 @@ def write_level(folder: Path, level: Level, environment: Mapping[str, str]) -> N
     }
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     manifest = {
+        "run": run,
         "level": level.level,
         "density": level.density,
         "sha256": sums,
@@ -190,38 +181,45 @@ def write_level(folder: Path, level: Level, environment: Mapping[str, str]) -> N
     }
     target = _level_folder(folder, level.level)
     temporary = target.with_suffix(".tmp")
-    temporary.mkdir()
-    for name, content in files.items():
-        _write(temporary / name, content)
-    _write(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    _sync_folder(temporary)
-    os.rename(temporary, target)
-    _sync_folder(folder)
+    with _refused(folder):
+        temporary.mkdir()
+        for name, content in files.items():
+            _write(temporary / name, content)
+        _write(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        _sync_folder(temporary)
+        os.rename(temporary, target)
+        _sync_folder(folder)
 
 
 def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> Level:
-    """Read a stored level and hold every file against its checksum.
+    """Read a stored level and hold every file against its checksum, the level against its run and its number.
 
     Raises:
-        Refused: The level is not stored, or a file is missing, truncated or changed.
+        Refused: The level is not stored, or a file is missing, truncated, changed or of another level or run.
     """
     path = _level_folder(folder, level)
     if not (path / MANIFEST).is_file():
         raise Refused(f"level {level} must be stored in {folder}: it has {n_stored(folder)} levels, from 0.")
+    run = read_config(folder).get("identity")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        content = {name: _verified(path / name, digest) for name, digest in manifest["sha256"].items()}
-    except (json.JSONDecodeError, KeyError) as error:
+        content = {name: _verified(path / name, manifest["sha256"][name]) for name in (WEIGHTS, MASKS, METRICS, CURVES)}
+        place, wall_seconds = (manifest.get("run"), manifest["level"]), float(manifest["wall_seconds"])
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, Refused):
+            raise
         raise Refused(_damaged(path / MANIFEST, "is not a whole manifest")) from error
+    if place != (run, level):
+        raise Refused(_damaged(path, f"holds level {place[1]} of run {place[0]}, not level {level} of {run}"))
     # by name: safetensors gives them in an order that differs from process to process
     masks = {n: t.to(device) for n, t in sorted(load_tensors(content[MASKS]).items())}
     tensors = _unflatten({n: t.to(device) for n, t in sorted(load_tensors(content[WEIGHTS]).items())})
     metrics, curves = (pd.read_csv(BytesIO(content[n]), dtype=_INTEGERS) for n in (METRICS, CURVES))
     start, end = tensors.pop("start"), tensors.pop("end")
     snapshots = {int(key.removeprefix("step_")): s for key, s in sorted(tensors.items())}
-    return Level(
-        level, manifest["density"], masks, start, end, metrics, curves, snapshots, wall_seconds=manifest["wall_seconds"]
-    )
+    ticket = int((metrics["treatment"] == "ticket").idxmax())
+    density = float(mask_ops.density(select(masks, ticket)))
+    return Level(level, density, masks, start, end, metrics, curves, snapshots, wall_seconds)
 
 
 _INTEGERS = {"early_stop_step": "Int64", "diverged_step": "Int64"}  # may be missing, and stay integers

@@ -1,10 +1,10 @@
-"""The one training loop: R replicas of one architecture, each with its own start, mask and batch order.
+"""The one training loop: R replicas of one architecture, each from its own `Start`.
 
-The data set lies on the device as tensors, an optimizer of torch.optim works in place on the stacked
-weights, and a pruned weight stays where it starts, at zero or ``frozen`` at its own value, because its
-gradient is masked: SGD and Adam with zero gradient and zero state leave a weight where it is. Weight decay
-leaves a zero where it is too, but nothing else, so the two exclude each other. How the stack is computed
-(a loop over replicas, a thread each, or ``vmap``) is chosen in ``functional.resolve``; the numbers are the same.
+The data set lies on the device as tensors. A replica is a real copy of the module whose parameters and buffers *are*
+its slice of the stack, so that whatever works in a plain PyTorch loop works here; on a CPU each has a thread. A pruned
+weight stays where it starts, at zero or ``frozen`` at its own value, because its gradient is masked: SGD and Adam with
+zero gradient and zero state leave a weight where it is. Weight decay leaves a zero where it is, but nothing else, so
+the two exclude each other. ``vmap`` is an optimisation, used where its gradients are those of the loop.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,18 +23,47 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
+from ticketlab import masks as mask_ops
 from ticketlab.data import Task, batch_indices, crop_flip
-from ticketlab.engine.dynamic import Dynamics, validate
+from ticketlab.engine.dynamic.moves import Dynamics, validate
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.watch import Watch, put_back
+from ticketlab.engine.watch import OnEval, Watch, put_back
 from ticketlab.errors import Refused
-from ticketlab.functional import Execution, masked, n_replicas, resolve
-from ticketlab.state import Masks, State, select
+from ticketlab.losses import LOSSES
+from ticketlab.network import Execution, attempt, close, lent, n_replicas, resolve, watching_generators
+from ticketlab.state import Masks, State, select, stack, stack_states
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is trained: one replica."""
+
+    state: State
+    """Parameters and buffers of one network, on the task's device."""
+    masks: Masks
+    """True = trained; empty: nothing is pruned."""
+    order_seed: int
+    """Seed of the batch order."""
+    frozen: bool = False
+    """Pruned weights keep the values in ``state`` and count in the forward pass; otherwise they are zero."""
+    learning_rate: float | None = None
+    """Constant rate in place of the recipe's schedule."""
+    dynamics: Dynamics | None = None
+    """How the mask moves in training (RigL, SET, gradual pruning); None: it stays."""
+
+    @property
+    def begun(self) -> State:
+        """What is trained from: pruned weights zero, unless they are frozen at their values."""
+        return self.state if self.frozen else State(mask_ops.masked(self.state.params, self.masks), self.state.buffers)
+
+    @property
+    def apart(self) -> bool:
+        """Whether it needs an optimizer of its own."""
+        return self.learning_rate is not None or self.dynamics is not None
 
 
 @dataclass(frozen=True)
@@ -44,12 +74,12 @@ class Outcome:
     snapshots: dict[int, State]
     """The networks after so many steps of the whole schedule."""
     metrics: pd.DataFrame
-    """One row a replica: loss and error on every split at the end and at the early-stop step."""
+    """One row per replica: loss and error on every split at the end and at the early-stop step."""
     curves: pd.DataFrame
     """replica, step, loss_nats, error on the validation set."""
     wall_seconds: float
     masks: Masks
-    """As given, or where ``dynamics`` have moved them; of a diverged replica, at its last finite evaluation."""
+    """As given, or where dynamics have moved them; of a diverged replica, at its last finite evaluation."""
 
 
 Advance = Callable[[range, Sequence[int]], None]
@@ -57,129 +87,153 @@ Advance = Callable[[range, Sequence[int]], None]
 
 def train(
     model: nn.Module,
-    start: State,
-    masks: Masks,
+    starts: Sequence[Start],
     task: Task,
     recipe: Recipe,
-    order_seeds: Sequence[int],
     *,
     first_step: int = 0,
     snapshot_steps: Sequence[int] = (),
-    frozen: Sequence[bool] | None = None,
-    learning_rates: Sequence[float | None] | None = None,
-    dynamics: Sequence[Dynamics | None] | None = None,
     execution: Execution = "auto",
-    description: str = "train",
-    progress: bool = True,
+    progress: bool | str = True,
+    on_eval: OnEval | None = None,
 ) -> Outcome:
     """Train R replicas from ``first_step`` to ``recipe.steps`` with fresh optimizer state.
 
-    Schedule and batch order go on from ``first_step``: replica r takes at step t the batch that
-    ``order_seeds[r]`` gives to step t. A replica whose validation loss turns non-finite is reported by a
-    warning, put back to its last finite evaluation and left there; the others are not touched.
-
-    Where replicas have rates or dynamics of their own, each has its own optimizer too: such a stack is trained by
-    the loop and never by ``vmap``.
+    Schedule and batch order go on from ``first_step``: at step t a replica takes the batch that its order seed gives to
+    step t. A replica whose validation loss or weights turn non-finite is reported by a warning, put back to its last
+    finite evaluation and left there; one that starts non-finite is not trained. The others are not touched.
 
     Args:
         model: The architecture; its own weights, buffers and mode are not used or changed.
-        start: Stacked parameters and buffers, on the task's device.
-        masks: Stacked, True = kept.
-        task: Data on one device.
+        starts: One per replica, all with masks of the same names. Replicas with rates or dynamics of their own are
+            trained by the loop.
+        task: Data on one device, and the loss.
         recipe: Optimizer, schedule, batch size.
-        order_seeds: R seeds of batch orders.
         first_step: The rewind step k.
         snapshot_steps: Steps in [first_step, steps] at which the networks are kept.
-        frozen: For each replica, whether pruned weights stay at their values in ``start`` instead of becoming
-            zero (Zhou et al. 2019); none when None.
-        learning_rates: For each replica, a constant rate in place of the recipe's schedule, as in fine-tuning
-            at the final rate, or None; none when None.
-        dynamics: For each replica, how its mask moves while it trains (RigL, SET, gradual pruning), or None
-            where it stays; all stay when None. The early-stop network has the mask of its own step.
-        execution: How the stack is computed.
-        description: Label of the progress bar.
-        progress: Show a progress bar where the output is a terminal.
+        execution: How the stack is computed; ``auto`` takes ``vmap`` where it pays and gives what the loop gives.
+        progress: Show a progress bar where the output is a terminal; a string is its label.
+        on_eval: Called with (step, rows) after each look at the validation set, a row per replica still alive.
 
     Raises:
-        Refused: Shapes or lengths that do not fit, steps or rates out of range, frozen weights under weight
-            decay or beside dynamics, which would move them, ``vmap`` where the loop is needed, or a model that
-            draws from a global generator as it trains, such as by dropout: no seed of ours reaches it.
+        Refused: Shapes that do not fit, steps or rates out of range, frozen weights under weight decay or beside
+            dynamics, which would move them, ``vmap`` where it does not follow, outputs that do not fit the task, or a
+            model that draws from a global generator as it trains, such as by dropout: no seed of ours reaches it.
     """
-    _check(model, start, masks, recipe, order_seeds, first_step, snapshot_steps)
-    _check_each(masks, recipe, order_seeds, frozen, learning_rates, dynamics, execution)
-    _refuse_draws(model, start, task, recipe)
+    _check(model, starts, recipe, first_step, snapshot_steps)
+    copies = _probe(model, starts[0], task, recipe)
     began = time.perf_counter()
-    live = State(masked(start.params, masks), start.buffers).clone()
-    masks = {name: mask.clone() for name, mask in masks.items()}
-    if frozen and any(frozen):
-        kept = [r for r, stays in enumerate(frozen) if stays]
-        put_back(live, kept, start.select(kept))
-    if _own_optimizers(learning_rates, dynamics):
-        advance = _loop(model, live, masks, task, recipe, order_seeds, learning_rates, dynamics)
-    else:
-        make = {"loop": _loop, "vmap": _vmap}[resolve(execution, model, task.device, len(order_seeds))]
-        advance = make(model, live, masks, task, recipe, order_seeds)
-    watch = Watch(model, live, masks, task, execution)
+    live, masks = stack_states([start.begun for start in starts]), stack([start.masks for start in starts])
+    advance = _advance(model, live, masks, starts, task, recipe, execution, copies)
+    watch = Watch(model, live, masks, task, execution, on_eval)
+    watch.check(first_step)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
     looks = {*range(0, recipe.steps, recipe.eval_every), recipe.steps}
     stops = sorted(step for step in looks | set(snapshot_steps) if step > first_step)
     hidden = None if progress else True  # None: tqdm hides itself where the output is not a terminal
-    with tqdm(total=recipe.steps - first_step, desc=description, unit="step", disable=hidden) as bar:
+    label = progress if isinstance(progress, str) else "train"
+    with tqdm(total=recipe.steps - first_step, desc=label, unit="step", disable=hidden) as bar:
         for begin, end in pairwise([first_step, *stops]):
             advance(range(begin, end), watch.alive)
             if end in looks:
                 watch.look(end)
             if end in snapshot_steps:
+                watch.check(end)
                 snapshots[end] = live.clone()
             bar.update(end - begin)
-    metrics, curves = watch.metrics(), pd.DataFrame(watch.rows)
-    return Outcome(live, snapshots, metrics, curves, time.perf_counter() - began, masks)
+    return Outcome(live, snapshots, watch.metrics(), watch.curves(), time.perf_counter() - began, masks)
+
+
+# Checks, before anything is trained.
 
 
 def _check(
-    model: nn.Module,
-    start: State,
-    masks: Masks,
-    recipe: Recipe,
-    order_seeds: Sequence[int],
-    first_step: int,
-    snapshot_steps: Sequence[int],
+    model: nn.Module, starts: Sequence[Start], recipe: Recipe, first_step: int, snapshot_steps: Sequence[int]
 ) -> None:
-    replicas = n_replicas(model, start.params)
-    if replicas is None or replicas != len(order_seeds):
-        raise Refused(
-            f"start must be stacked with one replica for each order seed: got {replicas or 'no'} replica axis "
-            f"for {len(order_seeds)} seeds. Stack networks with functional.stack_states."
-        )
+    if not starts:
+        raise Refused("train needs at least one start: got none. Pass [Start(tl.state(model), masks, order_seed=0)].")
     if not 0 <= first_step < recipe.steps:
         raise Refused(f"the first step must lie in [0, {recipe.steps}), before training ends: got {first_step}.")
     outside = [s for s in snapshot_steps if not first_step <= s <= recipe.steps]
     if outside:
         raise Refused(f"snapshot steps must lie in [{first_step}, {recipe.steps}]: got {outside}.")
-    wrong = [n for n, m in masks.items() if n not in start.params or m.shape != start.params[n].shape]
-    if wrong:
-        raise Refused(f"masks must be stacked like the parameters: {wrong} are not.")
+    for r, start in enumerate(starts):
+        if n_replicas(model, start.state.params) is not None:
+            raise Refused(f"a start is one network: number {r} has a replica axis. Take one with State.select(index).")
+        if start.masks:
+            mask_ops.validate(model, start.masks)
+        _check_start(start, r, recipe)
 
 
-def _refuse_draws(model: nn.Module, start: State, task: Task, recipe: Recipe) -> None:
-    """Raise where a forward pass in training mode draws from a global generator, and leave that as it was."""
+def _check_start(start: Start, r: int, recipe: Recipe) -> None:
+    if start.frozen and recipe.weight_decay:
+        raise Refused(
+            f"weight decay would move frozen weights: got {recipe.weight_decay}. Set weight_decay = 0, or freeze none."
+        )
+    if start.learning_rate is not None and not 0 < start.learning_rate < math.inf:
+        raise Refused(
+            f"learning rates must be positive and finite, or None for the schedule: got {start.learning_rate}."
+        )
+    if start.dynamics is not None:
+        if start.frozen:
+            raise Refused(f"a mask that moves needs pruned weights at zero: replica {r} is frozen. Choose one.")
+        validate(start.dynamics, start.masks, recipe.steps)
+    half = {p.dtype for p in start.state.params.values()} & {torch.float16}
+    if half and recipe.optimizer != "sgd":
+        raise Refused(
+            f"{recipe.optimizer} divides by eps = 1e-8, which is 0 in float16: use bfloat16, float32, or sgd."
+        )
+
+
+def _probe(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> bool:
+    """One training pass on a throwaway copy: refuse what cannot be trained; whether copies stand on their own.
+
+    A copy does not where a hook or closure still reaches the module that it was copied from: poisoned, that one shows.
+    """
     found = [name or "the model" for name, m in model.named_modules() if _dropout(m) > 0]
     if found:
         raise Refused(
             f"dropout draws from a global generator and cannot be replayed: set its probability to 0 in {found}."
         )
-    net = copy.deepcopy(model).to(task.device).train()
-    params, buffers = start.select(0).clone()
-    cuda = [task.device] if task.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
-        before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
-        functional_call(net, {**params, **buffers}, (task.train.x[: recipe.batch_size],))
-        after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
-    if not all(map(torch.equal, before, after)):
-        raise Refused(
-            "the model draws from a global generator as it trains, which cannot be replayed: its forward pass advanced "
-            "the generator's state. Leave out dropout and other noise, or draw it from a generator of the model's own."
-        )
+    x, y = task.train.x[: recipe.batch_size], task.train.y[: recipe.batch_size]
+    params, buffers = start.begun.clone()
+    with torch.no_grad(), watching_generators(task.device) as drawn:
+        with lent(model, params, {n: b.clone() for n, b in buffers.items()}, training=True):
+            outputs = attempt(model, x)
+        if drawn():
+            raise Refused(
+                "the model draws from a global generator as it trains, which cannot be replayed: its forward pass "
+                "advanced the generator's state. Leave out dropout and other noise, or draw it from a generator of the "
+                "model's own."
+            )
+        LOSSES[task.loss].check(y, len(x), outputs.shape[1:])
+        net = copied(model)
+        if net is None:
+            return False
+        _put(net.train(), params, buffers)
+        poison = [{n: torch.full_like(t, math.nan) if t.is_floating_point() else t for n, t in part.items()}
+                  for part in (params, buffers)]  # fmt: skip
+        with lent(model, *poison, training=True):
+            try:
+                return bool(close(net(x.clone()), outputs))
+            except Exception:  # whatever a copy that does not stand on its own raises
+                return False
+
+
+def copied(model: nn.Module) -> nn.Module | None:
+    """A copy with parameters and buffers of its own, or None where the module cannot be copied."""
+    # What a forward pass has left on the module may hang on a graph, which deepcopy refuses.
+    left = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in left})
+    except Exception:  # locks, handles, generators: whatever has no copy
+        return None
+
+
+def _put(net: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """These tensors as the module's own, for good."""
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        tensor.data = params[name] if name in params else buffers[name]
 
 
 def _dropout(module: nn.Module) -> float:
@@ -189,42 +243,39 @@ def _dropout(module: nn.Module) -> float:
     return float(module.dropout) if isinstance(module, nn.MultiheadAttention | nn.RNNBase) else 0.0
 
 
-def _check_each(
+# Advancing a stack.
+
+
+def _advance(
+    model: nn.Module,
+    live: State,
     masks: Masks,
+    starts: Sequence[Start],
+    task: Task,
     recipe: Recipe,
-    order_seeds: Sequence[int],
-    frozen: Sequence[bool] | None,
-    learning_rates: Sequence[float | None] | None,
-    dynamics: Sequence[Dynamics | None] | None,
     execution: Execution,
-) -> None:
-    """What is given replica by replica."""
-    for name, each in (("frozen", frozen), ("learning_rates", learning_rates), ("dynamics", dynamics)):
-        if each is not None and len(each) != len(order_seeds):
-            raise Refused(f"{name} must have an entry for each of {len(order_seeds)} replicas: got {len(each)}.")
-    if frozen and any(frozen) and recipe.weight_decay:
-        raise Refused(
-            f"weight decay would move frozen weights: got {recipe.weight_decay}. Set weight_decay = 0, or freeze none."
-        )
-    wrong = [rate for rate in learning_rates or () if rate is not None and not 0 < rate < math.inf]
-    if wrong:
-        raise Refused(f"learning rates must be positive and finite, or None for the schedule: got {wrong}.")
-    for r, moves in enumerate(dynamics or ()):
-        if moves is not None:
-            if frozen and frozen[r]:
-                raise Refused(f"a mask that moves needs pruned weights at zero: replica {r} is frozen. Choose one.")
-            validate(moves, select(masks, r), recipe.steps)
-    if execution == "vmap" and _own_optimizers(learning_rates, dynamics):
+    copies: bool,
+) -> Advance:
+    apart = any(start.apart for start in starts)
+    if execution == "vmap" and apart:
         raise Refused("replicas with rates or dynamics of their own need the loop: leave execution at 'auto'.")
-
-
-def _own_optimizers(learning_rates: Sequence[float | None] | None, dynamics: Sequence[Dynamics | None] | None) -> bool:
-    return any(each is not None for each in (*(learning_rates or ()), *(dynamics or ())))
+    how = resolve(execution, model, task.device, len(starts))
+    if how == "vmap" and not apart:
+        why = _why_not_vmap(model, live, starts, task, recipe) if copies else "it cannot be copied"
+        if why is None:
+            return _vmap(model, live, masks, starts, task, recipe)
+        if execution == "vmap":
+            raise Refused(f"vmap cannot follow this model as it trains: {why}. Leave execution at 'auto'.")
+    return _loop(model, live, masks, starts, task, recipe, copies)
 
 
 def make_optimizer(recipe: Recipe, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """The recipe's optimizer in its fused form: one pass over weights, gradients and state."""
-    shared: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": True}
+    """The recipe's optimizer, in its fused form (one pass over weights, gradients and state) where that is right.
+
+    On a CPU the fused forms skip blocks in half precision (pytorch issue 191763), and none knows complex numbers.
+    """
+    fused = all(p.is_floating_point() and (p.device.type != "cpu" or p.dtype.itemsize >= 4) for p in params)
+    shared: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": fused}
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(params, momentum=recipe.momentum, nesterov=recipe.nesterov, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](params, **shared)
@@ -234,34 +285,52 @@ def make_optimizer(recipe: Recipe, params: Sequence[Tensor]) -> torch.optim.Opti
 class _Replica:
     """One network of the loop: its tensors are slices of the stack, its optimizer is its own."""
 
-    forward: Callable[[tuple[Tensor, ...]], Tensor]
+    net: nn.Module
+    slices: State
+    own: bool
+    """Whether ``net`` is a copy of its own, or the user's module, lent to one replica at a time."""
     pruned: list[tuple[Tensor, Tensor]]
     """Weights, and their masks in the same dtype, in the order of ``masks``."""
     masks: Masks
     optimizer: torch.optim.Optimizer
-    order_seed: int
-    learning_rate: float | None
-    dynamics: Dynamics | None
+    start: Start
 
     def run(self, task: Task, recipe: Recipe, steps: range) -> None:
-        updates = self.dynamics.update_steps(recipe.steps) if self.dynamics else ()
-        for step, index in zip(steps, _orders(task, recipe, [self.order_seed], steps)[0], strict=True):
-            x, y = _batch(task, index, self.order_seed, step)
-            loss = F.cross_entropy(self.forward((x,)), y)
-            if step in updates:
-                self._move_masks(loss, step, recipe.steps)
-            else:
-                rate = recipe.learning_rate_at(step) if self.learning_rate is None else self.learning_rate
-                _descend(self.optimizer, self.pruned, loss, rate)
+        loss, dynamics, seed = LOSSES[task.loss], self.start.dynamics, self.start.order_seed
+        updates = dynamics.update_steps(recipe.steps) if dynamics else ()
+        with self._holding():
+            for step, index in zip(steps, _orders(task, recipe, [seed], steps)[0], strict=True):
+                x, y = _batch(task, index, seed, step)
+                value = loss.mean(self.net(x), y)
+                if step in updates:
+                    self._move_masks(value, step, recipe.steps)
+                else:
+                    own_rate = self.start.learning_rate
+                    rate = recipe.learning_rate_at(step) if own_rate is None else own_rate
+                    _descend(self.optimizer, self.pruned, value, rate)
+            self._keep_buffers()
+
+    def _holding(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.own else lent(self.net, *self.slices, training=True)
+
+    @torch.no_grad()
+    def _keep_buffers(self) -> None:
+        """A forward pass may write into a buffer, or put another tensor in its place."""
+        for name, buffer in self.net.named_buffers():
+            kept = self.slices.buffers.get(name)
+            if kept is None or kept.shape != buffer.shape:
+                raise Refused(f"buffers must keep their names and shapes in training: {name!r} has {buffer.shape} now.")
+            if kept.data_ptr() != buffer.data_ptr():
+                kept.copy_(buffer)
 
     def _move_masks(self, loss: Tensor, step: int, steps: int) -> None:
         """In place of a descent. What does not stay has neither weight nor optimizer state from here on."""
-        assert self.dynamics is not None
+        assert self.start.dynamics is not None
         self.optimizer.zero_grad()
         loss.backward()
         for (name, old), (weight, mask) in zip(self.masks.items(), self.pruned, strict=True):
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # None: not used
-            new = self.dynamics.next_mask(name, old, weight.detach(), gradient, step, steps)
+            new = self.start.dynamics.next_mask(name, old, weight.detach(), gradient, step, steps)
             # .data: a detached slice shares the stack's version counter, and a backward pass may run beside us
             for tensor in (weight.data, *self.optimizer.state[weight].values()):
                 if isinstance(tensor, Tensor) and tensor.shape == weight.shape:  # Adam's step counter is a scalar
@@ -270,37 +339,32 @@ class _Replica:
             mask.copy_(new)
 
 
+def _replica(model: nn.Module, live: State, masks: Masks, start: Start, r: int, recipe: Recipe, own: bool) -> _Replica:
+    slices = State(*({n: t[r].detach() for n, t in part.items()} for part in live))
+    net = copied(model) if own else model
+    assert net is not None
+    if own:
+        _put(net.train(), *slices)
+    weights = dict(net.named_parameters())
+    pruned = [(weights[n], m[r].to(slices.params[n].dtype)) for n, m in masks.items()]
+    with nullcontext() if own else lent(net, *slices, training=True):  # the dtype and device decide what can be fused
+        optimizer = make_optimizer(recipe, [p for p in weights.values() if p.requires_grad])
+    return _Replica(net, slices, own, pruned, select(masks, r), optimizer, start)
+
+
 def _loop(
-    model: nn.Module,
-    live: State,
-    masks: Masks,
-    task: Task,
-    recipe: Recipe,
-    order_seeds: Sequence[int],
-    learning_rates: Sequence[float | None] | None = None,
-    dynamics: Sequence[Dynamics | None] | None = None,
+    model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe, copies: bool
 ) -> Advance:
     """Each replica by itself on its slice of the stack; on a CPU a thread works on one replica at a time."""
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    replicas = []
-    nothing: list[None] = [None] * len(order_seeds)
-    for r, each in enumerate(zip(order_seeds, learning_rates or nothing, dynamics or nothing, strict=True)):
-        # A leaf shares the storage of its slice, so the optimizer writes into the stack.
-        leaves = {n: p[r].detach().requires_grad_(n in trainable) for n, p in live.params.items()}
-        pruned = [(leaves[n], m[r].to(leaves[n].dtype)) for n, m in masks.items()]
-        optimizer = make_optimizer(recipe, [leaves[n] for n in trainable])
-        net = copy.deepcopy(model).to(task.device).train()  # functional_call swaps tensors: a module each
-        forward = partial(functional_call, net, {**leaves, **{n: b[r] for n, b in live.buffers.items()}})
-        replicas.append(_Replica(forward, pruned, select(masks, r), optimizer, *each))
-
-    busy = [Lock() for _ in order_seeds]
+    replicas = [_replica(model, live, masks, start, r, recipe, copies) for r, start in enumerate(starts)]
+    busy = [Lock() for _ in starts]
 
     def run(r: int, steps: range) -> None:
         with busy[r]:  # its earlier steps, begun before in another thread, come first
             replicas[r].run(task, recipe, steps)
 
     def advance(steps: range, alive: Sequence[int]) -> None:
-        cores = torch.get_num_threads() if task.device.type == "cpu" else 1
+        cores = torch.get_num_threads() if task.device.type == "cpu" and copies else 1
         workers = max(1, min(cores, len(alive)))
         if workers == 1:
             for r in alive:
@@ -318,31 +382,62 @@ def _loop(
     return advance
 
 
-def _vmap(
-    model: nn.Module, live: State, masks: Masks, task: Task, recipe: Recipe, order_seeds: Sequence[int]
-) -> Advance:
+def _vmap(model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe) -> Advance:
     """All replicas in one batched forward and backward pass; one optimizer on the stacked tensors."""
-    net = copy.deepcopy(model).to(task.device).train()
     leaves = {n: live.params[n].detach().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     pruned = [(leaves[n], m.to(leaves[n].dtype)) for n, m in masks.items()]
     optimizer = make_optimizer(recipe, [p for p in leaves.values() if p.requires_grad])
-    forward = vmap(lambda tensors, x: functional_call(net, tensors, (x,)))
+    total = _mapped_loss(model, task, starts)
+    seeds = [start.order_seed for start in starts]
 
     def advance(steps: range, alive: Sequence[int]) -> None:
-        stopped = sorted(set(range(len(order_seeds))) - set(alive))
+        stopped = sorted(set(range(len(starts))) - set(alive))
         kept = live.select(stopped) if stopped else None
-        orders = _orders(task, recipe, order_seeds, steps)
+        orders = _orders(task, recipe, seeds, steps)
         for step, index in zip(steps, orders.transpose(0, 1), strict=True):
-            batches = [_batch(task, i, seed, step) for i, seed in zip(index, order_seeds, strict=True)]
-            x, y = (torch.stack(tensors) for tensors in zip(*batches, strict=True))  # [replica, batch, ...]
-            logits = forward({**leaves, **live.buffers}, x)  # [replica, batch, classes]
-            # A sum over replicas of means over batches: gradients do not mix.
-            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / recipe.batch_size
-            _descend(optimizer, pruned, loss, recipe.learning_rate_at(step))
+            _descend(optimizer, pruned, total(leaves, live.buffers, index, step), recipe.learning_rate_at(step))
         if kept is not None:
             put_back(live, stopped, kept)
 
     return advance
+
+
+def _mapped_loss(model: nn.Module, task: Task, starts: Sequence[Start]) -> Callable[..., Tensor]:
+    """Sum over replicas of their mean losses: gradients do not mix."""
+    net = copied(model)
+    assert net is not None
+    _put(net.train(), *starts[0].begun.clone())  # on the device, in the dtype
+    forward = vmap(lambda tensors, x: functional_call(net, tensors, (x,)))
+    losses = vmap(LOSSES[task.loss].mean)
+
+    def total(params: dict[str, Tensor], buffers: dict[str, Tensor], index: Tensor, step: int) -> Tensor:
+        batches = [_batch(task, i, start.order_seed, step) for i, start in zip(index, starts, strict=True)]
+        x, y = (torch.stack(tensors) for tensors in zip(*batches, strict=True))  # [replica, batch, ...]
+        return losses(forward({**params, **buffers}, x), y).sum()
+
+    return total
+
+
+def _why_not_vmap(model: nn.Module, live: State, starts: Sequence[Start], task: Task, recipe: Recipe) -> str | None:
+    """The first batch both ways: gradients and buffers must agree but for rounding."""
+    alone, mapped = live.clone(), live.clone()
+    index = _orders(task, recipe, [start.order_seed for start in starts], range(1))[:, 0]
+    loss, gradients = LOSSES[task.loss], []
+    for r, start in enumerate(starts):
+        one = _replica(model, alone, {}, start, r, recipe, own=True)
+        loss.mean(one.net(_batch(task, index[r], start.order_seed, 0)[0]), task.train.y[index[r]]).backward()
+        one._keep_buffers()
+        gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in one.net.named_parameters()})
+    expected = stack(gradients)
+    leaves = {n: mapped.params[n].requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
+    try:
+        _mapped_loss(model, task, starts)(leaves, mapped.buffers, index, 0).backward()
+    except Exception as error:  # whatever an operation without a rule raises
+        return str(error).strip().splitlines()[0]
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
+    wrong = [n for n, g in found.items() if not close(g, expected[n])]
+    wrong += [n for n, b in mapped.buffers.items() if not close(b.double(), alone.buffers[n].double())]
+    return f"{wrong[:3]} differ from those of a loop" if wrong else None
 
 
 def _orders(task: Task, recipe: Recipe, order_seeds: Sequence[int], steps: range) -> Tensor:

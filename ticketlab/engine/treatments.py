@@ -2,8 +2,8 @@
 
 A treatment takes what a level has found for one initialisation seed (``Origin``) and says what is trained
 from it (``Start``): weights at the rewind step, mask, batch order, what becomes of pruned weights, and at which
-learning rate. ``TREATMENTS`` names them all; ``RETRAINING`` those by which the ticket itself may go on from level
-to level (Renda et al. 2020).
+learning rate. ``TREATMENTS`` names them all, with all that is known of each; ``RETRAINING`` those by which the ticket
+itself may go on from level to level (Renda et al. 2020). A user's own is a function of an ``Origin``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from ticketlab import masks as mask_ops
 from ticketlab.engine import values
-from ticketlab.seeds import derived_seed, initialise
+from ticketlab.engine.training import Start
+from ticketlab.errors import Refused
+from ticketlab.seeds import Factory, derived_seed, initialise
 from ticketlab.state import Masks, Params, State, state
 
 
@@ -24,7 +25,7 @@ from ticketlab.state import Masks, Params, State, state
 class Origin:
     """What a treatment may draw on: one replica of a level."""
 
-    factory: Callable[[], nn.Module]
+    factory: Factory
     """Builds the architecture with its own initialiser."""
     rewound: State
     """Weights and buffers of the dense network at the rewind step k."""
@@ -45,20 +46,6 @@ class Origin:
     def draw(self, purpose: str) -> int:
         """A seed of its own for each purpose, init seed and level."""
         return derived_seed(purpose, self.init_seed, self.level)
-
-
-@dataclass(frozen=True)
-class Start:
-    """What is trained: one replica."""
-
-    state: State
-    masks: Masks
-    """True = trained."""
-    order_seed: int
-    frozen: bool = False
-    """Pruned weights keep the values in ``state`` and count in the forward pass; otherwise they are zero."""
-    learning_rate: float | None = None
-    """Constant, in place of the recipe's schedule."""
 
 
 # How the ticket itself goes on.
@@ -183,6 +170,11 @@ def _fresh(origin: Origin) -> State:
     some = next(iter(origin.rewound.params.values()))
     model = initialise(origin.factory, origin.draw("reinit"))
     fresh = state(model).to(some.device, some.dtype)
+    if not any((fresh.params[n] != p).any() for n, p in origin.rewound.params.items()):
+        raise Refused(
+            "reinit must draw weights anew: the factory gave the ticket's own for another seed. Let it initialise its "
+            "modules from PyTorch's global generator, and pass pretrained weights as start=."
+        )
     stays = {n: origin.rewound.params[n] for n, p in model.named_parameters() if not p.requires_grad}
     return State({**fresh.params, **stays}, fresh.buffers)
 
@@ -191,22 +183,36 @@ def _valued(origin: Origin, params: Params) -> Start:
     return Start(State(params, origin.rewound.buffers), origin.masks, origin.order_seed)
 
 
-TREATMENTS: dict[str, Callable[[Origin], Start]] = {
-    "ticket": ticket,
-    "reinit": reinit,
-    "random_mask": random_mask,
-    "layerwise_shuffle": layerwise_shuffle,
-    "dense_restart": dense_restart,
-    "sibling": sibling,
-    "lr_rewind": lr_rewind,
-    "fine_tune": fine_tune,
-    "reinit_keep_sign": reinit_keep_sign,
-    "reshuffle": reshuffle,
-    "reshuffle_keep_sign": reshuffle_keep_sign,
-    "random_sign": random_sign,
-    "signed_constant": signed_constant,
-    "random_constant": random_constant,
-    "frozen_init": frozen_init,
-    "frozen_unless_shrunk": frozen_unless_shrunk,
+@dataclass(frozen=True)
+class Treatment:
+    """A way to start, and what the rest of the project has to know of it."""
+
+    start: Callable[[Origin], Start]
+    redraws: bool = False
+    """Whether it draws weights anew from the factory."""
+    seed_fixed: bool = False
+    """Whether the weights at the start, rewound to step 0, are a function of seeds alone."""
+    alike: bool = False
+    """Whether m * theta at the start is the ticket's too."""
+    frozen: bool = False
+    """Whether pruned weights keep their values, so that the network at the start is not m * theta."""
+
+
+TREATMENTS: dict[str, Treatment] = {
+    "ticket": Treatment(ticket, seed_fixed=True),
+    "reinit": Treatment(reinit, redraws=True, seed_fixed=True),
+    "random_mask": Treatment(random_mask, seed_fixed=True),
+    "layerwise_shuffle": Treatment(layerwise_shuffle, seed_fixed=True),
+    "dense_restart": Treatment(dense_restart, seed_fixed=True),
+    "sibling": Treatment(sibling, alike=True),
+    "lr_rewind": Treatment(lr_rewind),
+    "fine_tune": Treatment(fine_tune),
+    "reinit_keep_sign": Treatment(reinit_keep_sign, redraws=True, seed_fixed=True),
+    "reshuffle": Treatment(reshuffle, seed_fixed=True),
+    "reshuffle_keep_sign": Treatment(reshuffle_keep_sign, seed_fixed=True),
+    "random_sign": Treatment(random_sign, seed_fixed=True),
+    "signed_constant": Treatment(signed_constant, seed_fixed=True),
+    "random_constant": Treatment(random_constant, seed_fixed=True),
+    "frozen_init": Treatment(frozen_init, frozen=True),
+    "frozen_unless_shrunk": Treatment(frozen_unless_shrunk, frozen=True),
 }
-FROZEN = ("frozen_init", "frozen_unless_shrunk")

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
 from ticketlab.data import Split, Task
-from ticketlab.functional import Execution, evaluate
+from ticketlab.losses import LOSSES
+from ticketlab.network import Execution, Network
 from ticketlab.state import Masks, State
+
+Row = dict[str, Any]
+OnEval = Callable[[int, list[Row]], None]
+
+_CURVES = {"replica": "int64", "step": "int64", "loss_nats": "float64", "error": "float64"}
 
 
 @torch.no_grad()
@@ -26,14 +33,15 @@ def put_back(live: State, replicas: Sequence[int], kept: State) -> None:
 
 @dataclass
 class Watch:
-    """Evaluation during training: validation curves, the early-stop network, and who is still finite."""
+    """What is looked at on the way; ``live`` and ``masks`` are those that training moves."""
 
     model: nn.Module
     live: State
     masks: Masks
     task: Task
     execution: Execution
-    rows: list[dict[str, float]] = field(default_factory=list)
+    on_eval: OnEval | None = None
+    rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         replicas = len(next(iter(self.live.params.values())))
@@ -44,16 +52,30 @@ class Watch:
         self.diverged_step: list[int | None] = [None] * replicas
 
     def look(self, step: int) -> None:
+        """Evaluate on the validation set, keep what is best, and stop who is no longer finite."""
         loss, error = self._evaluate(self.live, self.task.validation)
+        seen: list[Row] = []
         for r in list(self.alive):
             if not math.isfinite(loss[r]):
                 self._freeze(r, step)
                 continue
-            self.rows.append({"replica": r, "step": step, "loss_nats": loss[r], "error": error[r]})
+            seen.append({"replica": r, "step": step, "loss_nats": loss[r], "error": error[r]})
             if loss[r] < self.best_loss[r]:
                 self.best_loss[r], self.best_step[r] = loss[r], step
                 put_back(self.best, [r], self.live.select([r]))
         self.last = self._now()
+        self.rows += seen
+        if self.on_eval is not None:
+            self.on_eval(step, seen)
+
+    def check(self, step: int) -> None:
+        """Stop replicas whose weights are not finite: between two looks, or from the start."""
+        for r in list(self.alive):
+            if not all(bool(t[r].isfinite().all()) for t in self.live.params.values()):
+                self._freeze(r, step)
+
+    def curves(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows, columns=list(_CURVES)).astype(_CURVES)
 
     def metrics(self) -> pd.DataFrame:
         replicas = range(len(self.best_loss))
@@ -67,7 +89,7 @@ class Watch:
             table[f"early_stop_{name}_loss_nats"], table[f"early_stop_{name}_error"] = loss, error
         # A training that diverged has no result, whatever its last finite weights score.
         results = [c for c in table if c.endswith(("_nats", "_error"))]
-        table.loc[table["diverged_step"].notna(), results] = math.nan
+        table.loc[table["diverged_step"].notna(), [*results, "early_stop_step"]] = math.nan
         return table
 
     def _freeze(self, r: int, step: int) -> None:
@@ -78,8 +100,8 @@ class Watch:
         self.alive.remove(r)
         self.diverged_step[r] = step
         warnings.warn(
-            f"replica {r} has a non-finite validation loss at step {step}: it is frozen at its last finite "
-            "evaluation and its results are NaN. Lower the learning rate or warm it up.",
+            f"replica {r} is not finite at step {step}: it is frozen at its last finite evaluation and its results are "
+            "NaN. Lower the learning rate or warm it up.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -88,7 +110,6 @@ class Watch:
         return self.live.clone(), {name: mask.clone() for name, mask in self.masks.items()}
 
     def _evaluate(self, state: State, split: Split) -> tuple[list[float], list[float]]:
-        loss, error = evaluate(
-            self.model, state.params, split.x, split.y, buffers=state.buffers, execution=self.execution
-        )
+        net = Network(self.model, *state, replicas=len(self.best_loss))
+        loss, error = net.evaluate(split.x, split.y, LOSSES[self.task.loss], execution=self.execution)
         return loss.tolist(), error.tolist()

@@ -1,20 +1,21 @@
-"""What a criterion may look at."""
+"""What a criterion may look at, and the record of what is known of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
 from ticketlab.data import Task
 from ticketlab.errors import Refused
-from ticketlab.functional import evaluating, fitted, masked
+from ticketlab.losses import CROSS_ENTROPY, Loss
+from ticketlab.network import Network, network, output_shape
 from ticketlab.seeds import stream
 from ticketlab.state import Masks, Params, State
 
@@ -25,110 +26,111 @@ Scores = dict[str, Tensor]
 class Evidence:
     """One network: the weights that are alive, where training began and where it stands, and examples.
 
-    Scores are taken at m * theta of ``end``, with the network in evaluation mode and derivatives with respect to
-    prunable weights. At initialisation, pass the same state twice.
+    Scores are taken at m * theta of ``end``, in evaluation mode, and derivatives are those of masked weights: what
+    ``masks`` names is what may be pruned.
 
     Raises:
-        Refused: Masks or states that do not fit the model, a stack of networks (score one at a time), or labels
-            that are not int64.
+        Refused: Masks or states that do not fit the model, a stack of networks, or other numbers of x than of y.
     """
 
-    model: nn.Module
-    """Lends its forward pass; not changed."""
-    masks: Masks
+    model: nn.Module = field(repr=False)
+    """Module that lends its forward pass; not changed."""
+    masks: Masks = field(repr=False)
     """True = alive."""
-    start: State
+    start: State = field(repr=False)
     """Where training began, w_i."""
-    end: State
+    end: State = field(repr=False)
     """Where it stands, w_f: initialisation, an early step, or trained."""
-    x: Float[Tensor, "n *input"] | None = None
+    x: Float[Tensor, "n *input"] | None = field(default=None, repr=False)
     """Training examples, for criteria that look at data; SynFlow takes their shape alone."""
-    y: Int64[Tensor, " n"] | None = None
-    """Their labels."""
+    y: Tensor | None = field(default=None, repr=False)
+    """Their targets."""
     seed: int = 0
-    """Of criteria that draw."""
+    """Seed of criteria that draw."""
     scope: mask_ops.Scope = "global"
     """Where weights compete: in the whole network or in each layer. Criteria that rank need to know."""
+    loss: Loss = CROSS_ENTROPY
+    """Loss of the task."""
 
     def __post_init__(self) -> None:
-        mask_ops.validate(self.model, self.masks)
         for when in (self.start, self.end):
-            replicas, _ = fitted(self.model, when.params, self.masks, when.buffers)
+            replicas = network(self.model, when, masks=self.masks, finite=False).replicas
             if replicas is not None:
                 raise Refused(f"a criterion scores one network: got {replicas}. Take them with State.select(index).")
         lengths = {len(part) for part in (self.x, self.y) if part is not None}
         if len(lengths) > 1 or 0 in lengths:
             raise Refused(f"x and y must be as many, at least one: got {sorted(lengths)}.")
-        if self.y is not None and (self.y.ndim != 1 or self.y.dtype != torch.int64):
-            raise Refused(
-                f"y must be one int64 label for each example: got {self.y.dtype} of shape {tuple(self.y.shape)}. "
-                "Convert it with y.flatten().long()."
-            )
+
+    @cached_property
+    def network(self) -> Network:
+        """m * w_f, held to all that ``network`` checks; on the examples where there are any."""
+        net = network(self.model, self.end, self.x, masks=self.masks)
+        untrained = sorted(set(self.masks) - set(net.trainable))
+        if untrained:
+            raise Refused(f"masks must name trained parameters: {untrained} require no gradient. Leave them out.")
+        return net
 
     @property
     def initial(self) -> Params:
-        """m * w_i, prunable weights alone."""
-        return _prunable(self.start, self.masks)
+        """m * w_i, masked weights alone."""
+        return _masked(self.start, self.masks)
 
     @property
     def final(self) -> Params:
-        """m * w_f, prunable weights alone."""
-        return _prunable(self.end, self.masks)
+        """m * w_f, masked weights alone."""
+        return _masked(self.end, self.masks)
 
-    def inputs(self, criterion: str) -> Tensor:
-        """``x``, or a refusal that names the criterion."""
+    @property
+    def inputs(self) -> Tensor:
+        """``x``, or a refusal where there is none."""
         if self.x is None:
-            raise Refused(f"criterion {criterion!r} needs inputs: got none. Pass x, such as task.train.x[:1000].")
-        refuse_batch_statistics(criterion, self.model)
+            raise Refused("it needs inputs: got none. Pass x, such as task.train.x[:1000].")
         return self.x
 
-    def examples(self, criterion: str) -> tuple[Tensor, Tensor]:
-        """``x`` and ``y``, or a refusal that names the criterion."""
-        x = self.inputs(criterion)
-        if self.y is None:
-            raise Refused(f"criterion {criterion!r} needs labels: got none. Pass y, such as task.train.y[:1000].")
-        n_classes = self.one_output(self.final, x).shape[-1]
-        low, high = int(self.y.min()), int(self.y.max())
-        if low < 0 or high >= n_classes:
-            raise Refused(f"labels must lie in 0..{n_classes - 1}, an output each: got {low} to {high}.")
-        return x, self.y
-
-    def one_output(self, weights: Mapping[str, Tensor], x: Tensor, at: State | None = None) -> Tensor:
-        """The logits of the first example, or a refusal of inputs that do not fit the model."""
-        try:
-            with torch.no_grad():
-                return self.logits(weights, x[:1], at)[0]
-        except (RuntimeError, IndexError) as error:
-            raise Refused(
-                f"x must be what the model takes: it fails on one example of shape {tuple(x.shape[1:])} and "
-                f"{x.dtype}: {error}"
-            ) from error
-
-    def logits(self, weights: Mapping[str, Tensor], x: Tensor, at: State | None = None) -> Tensor:
-        """f(x) with these prunable weights; all else as in ``end``, or in another state."""
-        params, buffers = at or self.end
-        with evaluating(self.model):
-            return functional_call(self.model, {**params, **buffers, **weights}, (x,))
+    @property
+    def examples(self) -> tuple[Tensor, Tensor]:
+        """``x`` and ``y``, which fit the network and the loss, or a refusal."""
+        if self.y is None and self.x is not None:
+            raise Refused("it needs labels: got none. Pass y, such as task.train.y[:1000].")
+        x, y = self.inputs, self.y
+        self.loss.check(y, len(x), output_shape(self.network, x))  # type: ignore[arg-type]
+        return x, y  # type: ignore[return-value]
 
 
-def refuse_batch_statistics(criterion: str, model: nn.Module) -> None:
-    """Raise where an output depends on the other examples of a batch even in evaluation mode."""
-    norms = [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
-    if norms:
-        raise Refused(
-            f"criterion {criterion!r} needs running statistics: batch norms {norms} have none, so that a score would "
-            "depend on how examples are batched. Build them with track_running_stats=True."
-        )
+def _masked(when: State, masks: Masks) -> Params:
+    return mask_ops.masked({name: when.params[name] for name in masks}, masks)
 
 
 def draw_examples(task: Task, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``n`` training examples at random with their labels; all, where there are fewer."""
+    """``n`` training examples at random with their targets; all, where there are fewer."""
     some = torch.randperm(len(task.train), generator=stream("score examples", seed))[:n].to(task.device)
     return task.train.x[some], task.train.y[some]
 
 
-Criterion = Callable[[Evidence], Scores]
+def _nothing(n_examples: int, n_outputs: int, n_weights: int) -> float:
+    return 0
 
 
-def _prunable(when: State, masks: Masks) -> Params:
-    return masked({name: when.params[name] for name in masks}, masks)
+@dataclass(frozen=True)
+class Criterion:
+    """A pruning criterion and what is known of it.
+
+    >>> early = Criterion(lambda evidence: {n: w.abs() for n, w in evidence.final.items()}, stage="init")
+    """
+
+    score: Callable[[Evidence], Scores]
+    """A score for every masked weight, in the shapes of the masks; higher = keep."""
+    needs: Literal["weights", "inputs", "labels"] = "weights"
+    """What it looks at, beside the weights."""
+    stage: Literal["init", "trained"] = "trained"
+    """Where its authors take it: at initialisation, or after training."""
+    passes: Callable[[int, int, int], float] = _nothing
+    """(examples, outputs, live weights) -> cost of a round in forward passes of one example; a backward pass is two."""
+    rounds: int = 1
+    """Rounds that it is defined with."""
+    limit: int | None = None
+    """Largest number of live weights that it scores; None: any."""
+
+    def forward_passes(self, n_examples: int, n_outputs: int, n_weights: int, rounds: int | None = None) -> float:
+        """What scoring costs in all its rounds, in forward passes of one example."""
+        return self.passes(n_examples, n_outputs, n_weights) * (self.rounds if rounds is None else rounds)

@@ -149,7 +149,21 @@ def _refuse_all_zero(masks: Masks, scores: Scores) -> None:
         )
 
 
-def refuse_too_large(criterion: str, model: nn.Module) -> None:
+def as_criterion(criterion):  # until records are there
+    return next((n for n, f in CRITERIA.items() if f is criterion), criterion)
+
+
+def find_counts(criterion, evidence: Evidence, goal: Mapping[tuple[str, ...], int]) -> Masks:
+    rounds = ROUNDS.get(criterion, 1)
+    masks, scope = evidence.masks, "global" if len(goal) == 1 else "layer"
+    alive = {names: _alive(masks, names) for names in goal}
+    for i in range(1, rounds + 1):
+        counts = {names: round(alive[names] * (n / alive[names]) ** (i / rounds)) for names, n in goal.items()}
+        masks = mask_ops.keep(masks, score(criterion, replace(evidence, masks=masks, scope=scope)), counts)
+    return masks
+
+
+def refuse_too_large(criterion: str, model: nn.Module, names=()) -> None:
     """Raise where a criterion would take too long on this model or cannot score it, before anything is trained."""
     if criterion == "obd_exact":
         refuse_above_limit(mask_ops.total(mask_ops.ones(model)))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.func import grad, vjp
+from dataclasses import replace
 
-from ticketlab.engine.criteria.evidence import Evidence, Scores
+import torch
+from torch import Tensor
+
+from ticketlab.derivatives import gradient, hessian_product
+from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores
 from ticketlab.errors import Refused
-from ticketlab.state import Params, State
+from ticketlab.network import network
+from ticketlab.state import State
 
 GRASP_TEMPERATURE = 200.0
 _BATCH = 250  # examples in a pass
@@ -20,8 +22,9 @@ def snip(evidence: Evidence) -> Scores:
 
     .. math:: s_i = |w_i \, \partial L / \partial w_i|
     """
-    weights = evidence.final
-    return {name: (g * weights[name]).abs() for name, g in _gradient(evidence, "snip", 1.0).items()}
+    (x, y), weights = evidence.examples, evidence.final
+    slope = gradient(evidence.network, x, y, evidence.loss, tuple(weights), _BATCH)
+    return {name: (g * weights[name]).abs() for name, g in slope.items()}
 
 
 def grasp(evidence: Evidence) -> Scores:
@@ -30,15 +33,13 @@ def grasp(evidence: Evidence) -> Scores:
     .. math:: s_i = w_i (H g)_i
 
     The weights with the largest -w (H g) go: to first order their removal adds most to g^T g, or takes least.
-    g and H are of prunable weights, with the logits divided by 200 as in the paper.
+    g and H are of masked weights, with the logits divided by 200 as in the paper (outputs that are no logits are not).
     """
-    weights = evidence.final
-    gradient = _gradient(evidence, "grasp", GRASP_TEMPERATURE)
-    product = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for xs, ys, share in _batches(*evidence.examples("grasp")):
-        slope = grad(lambda w, xs=xs, ys=ys: F.cross_entropy(evidence.logits(w, xs) / GRASP_TEMPERATURE, ys))
-        for name, part in vjp(slope, weights)[1](gradient)[0].items():  # H g, for H is symmetric
-            product[name] += share * part
+    (x, y), weights, loss = evidence.examples, evidence.final, evidence.loss
+    if loss.name == "cross_entropy":
+        loss = replace(loss, mean=lambda logits, labels: evidence.loss.mean(logits / GRASP_TEMPERATURE, labels))
+    slope = gradient(evidence.network, x, y, loss, tuple(weights), _BATCH)
+    product = hessian_product(evidence.network, x, y, loss, slope, _BATCH)
     return {name: w * product[name] for name, w in weights.items()}
 
 
@@ -47,19 +48,25 @@ def synflow(evidence: Evidence) -> Scores:
 
     .. math:: R = 1^\top f(1; |\theta|), \quad s_i = |\theta_i \, \partial R / \partial \theta_i|
 
-    The flow is that of the prunable weights alone: biases and running means, which would add flow of their own at
+    The flow is that of the masked weights alone: biases and running means, which would add flow of their own at
     every layer, are zero. All else counts by its absolute value, batch norm's scales and running variances included;
     one input of ones, in float64. The criterion is made for many rounds: one round can empty a layer.
+
+    Raises:
+        Refused: Inputs that are not floating, or a model that does not run in float64.
     """
-    x = evidence.inputs("synflow")
+    x = evidence.inputs
     if not x.is_floating_point():
-        raise Refused(f"criterion 'synflow' needs floating inputs, to put ones in their place: got {x.dtype}.")
+        raise Refused(f"it needs floating inputs, to put ones in their place: got {x.dtype}.")
     absolute = State(*({n: _absolute(n, t) for n, t in part.items()} for part in evidence.end))
-    weights = {name: w.double().abs() for name, w in evidence.final.items()}
     ones = torch.ones_like(x[:1], dtype=torch.float64)
-    evidence.one_output(weights, ones, absolute)
-    flow = grad(lambda w: evidence.logits(w, ones, absolute).sum())(weights)
-    return {name: (g * weights[name]).abs() for name, g in flow.items()}
+    try:
+        net = network(evidence.model, absolute, ones, masks=evidence.masks)
+    except Refused as error:
+        raise Refused(f"it needs the network of absolute weights in float64, but {error}") from error
+    flow = replace(evidence.loss, mean=lambda outputs, _: outputs.sum())
+    slope = gradient(net, ones, ones, flow, tuple(evidence.masks))
+    return {name: (g * net.params[name]).abs() for name, g in slope.items()}
 
 
 def _absolute(name: str, tensor: Tensor) -> Tensor:
@@ -71,17 +78,8 @@ def _absolute(name: str, tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.float64) if added else tensor.double().abs()
 
 
-def _gradient(evidence: Evidence, criterion: str, temperature: float) -> Params:
-    """Of the mean cross-entropy, with respect to prunable weights."""
-    weights = evidence.final
-    total = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for xs, ys, share in _batches(*evidence.examples(criterion)):
-        slope = grad(lambda w, xs=xs, ys=ys: F.cross_entropy(evidence.logits(w, xs) / temperature, ys))
-        for name, part in slope(weights).items():
-            total[name] += share * part
-    return total
-
-
-def _batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor, float]]:
-    """Parts that fit in memory, each with its share of the examples."""
-    return [(xs, ys, len(xs) / len(x)) for xs, ys in zip(x.split(_BATCH), y.split(_BATCH), strict=True)]
+GRADIENTS: dict[str, Criterion] = {
+    "snip": Criterion(snip, needs="labels", stage="init", passes=lambda n, outputs, weights: 3 * n),
+    "grasp": Criterion(grasp, needs="labels", stage="init", passes=lambda n, outputs, weights: (3 + 6) * n),
+    "synflow": Criterion(synflow, needs="inputs", stage="init", passes=lambda n, outputs, weights: 3, rounds=100),
+}

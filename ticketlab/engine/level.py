@@ -1,0 +1,132 @@
+"""The noun of a study: one level of it, R networks with what was measured of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import pandas as pd
+from torch import nn
+
+from ticketlab.errors import Refused
+from ticketlab.masks import masked
+from ticketlab.seeds import Factory, initialise
+from ticketlab.state import Masks, Params, State, select
+
+
+@dataclass(frozen=True, repr=False)
+class Level:
+    """One level of a study: R networks, on the replica axis in the order of the rows of ``metrics``."""
+
+    level: int
+    """0 is the dense network."""
+    density: float
+    """Density of the ticket, kept / prunable."""
+    masks: Masks
+    """[replica, ...] bool, True = kept."""
+    start: State
+    """What was trained, such as m * theta_k of a rewound ticket; pruned weights are zero unless they were frozen."""
+    end: State
+    """The networks after T steps."""
+    metrics: pd.DataFrame
+    """One row per replica."""
+    curves: pd.DataFrame
+    """One row per replica and evaluation: validation loss and error."""
+    snapshots: dict[int, State] = field(default_factory=dict)
+    """Level 0 alone: the networks after so many steps."""
+    wall_seconds: float = float("nan")
+    """Training and evaluation of the whole level."""
+    factory: Factory | None = field(default=None, compare=False)
+    """Builds the architecture, where it is known."""
+    stacked: bool = True
+    """Whether the tensors have the replica axis."""
+
+    def __repr__(self) -> str:
+        n, treatments = len(self.metrics), ", ".join(dict.fromkeys(self.metrics.get("treatment", [])))
+        error = self.metrics["test_error"].mean() if "test_error" in self.metrics else float("nan")
+        return (
+            f"Level {self.level}: density {self.density:.4g}, {n} networks ({treatments}), mean test error {error:.4f}"
+        )
+
+    @property
+    def theta_start(self) -> Params:
+        return self.start.params
+
+    @property
+    def theta_end(self) -> Params:
+        return self.end.params
+
+    def subset(self, **conditions: Any) -> Level:
+        """The replicas whose row of ``metrics`` has these values: always a stack, its rows numbered anew from 0.
+
+        Raises:
+            Refused: A column that metrics lacks, values that no replica has, a level cut down to one network.
+        """
+        return self._take(self._found(conditions), keep_axis=True)
+
+    def select(self, **conditions: Any) -> Level:
+        """The same, but a single network loses the replica axis. Selections may follow one another.
+
+        >>> level.select(treatment="ticket", init_seed=0).theta_start  # doctest: +SKIP
+        """
+        found = self._found(conditions)
+        return self if not self.stacked else self._take(found, keep_axis=len(found) > 1)
+
+    def module(
+        self, replica: int = 0, *, at: Literal["start", "end"] = "end", model: Factory | None = None
+    ) -> nn.Module:
+        """A plain ``nn.Module`` with the network in it, pruned weights zero, in evaluation mode.
+
+        Args:
+            replica: Row of ``metrics``.
+            at: The network before or after training.
+            model: Builds the architecture; the study's own when None.
+
+        Raises:
+            Refused: A row that is not there, or an architecture that is not known.
+        """
+        factory = model or self.factory
+        if factory is None or at not in ("start", "end"):
+            raise Refused(f"module needs the architecture and at='start' or 'end': got {at!r}. Pass model=my_factory.")
+        if not 0 <= replica < len(self.metrics):
+            raise Refused(f"replica must lie in 0..{len(self.metrics) - 1}: got {replica}.")
+        one = self._take([replica], keep_axis=False) if self.stacked else self
+        state = one.start if at == "start" else one.end
+        net = initialise(factory, 0).eval()
+        own = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+        for name, tensor in {**masked(state.params, None if at == "start" else one.masks), **state.buffers}.items():
+            own[name].data = tensor.detach().clone()
+        return net
+
+    def _found(self, conditions: dict[str, Any]) -> list[int]:
+        rows = pd.Series(True, index=self.metrics.index)
+        for column, value in conditions.items():
+            if column not in self.metrics:
+                raise Refused(f"select needs columns of metrics: got {column!r}, not in {list(self.metrics)}.")
+            rows &= self.metrics[column] == value
+        found = rows.to_numpy().nonzero()[0].tolist()
+        if not found:
+            given = ", ".join(f"{k}={v!r}" for k, v in conditions.items())
+            has = {c: sorted(self.metrics[c].unique()) for c in conditions}
+            raise Refused(f"no replica of level {self.level} has {given}: it has {has}.")
+        return found
+
+    def _take(self, rows: Sequence[int], keep_axis: bool) -> Level:
+        """These rows, in their order."""
+        if not self.stacked:
+            raise Refused("this level is one network without a replica axis: take a subset before you select.")
+        metrics = self.metrics.iloc[list(rows)].reset_index(drop=True)
+        numbers = dict(zip(metrics["replica"], range(len(rows)), strict=True))
+        curves = self.curves[self.curves["replica"].isin(list(numbers))]
+        index = list(rows) if keep_axis else rows[0]
+        return replace(
+            self,
+            masks=select(self.masks, index),
+            start=self.start.select(index),
+            end=self.end.select(index),
+            snapshots={step: s.select(index) for step, s in self.snapshots.items()},
+            metrics=metrics.assign(replica=range(len(rows))),
+            curves=curves.assign(replica=curves["replica"].map(numbers)).reset_index(drop=True),
+            stacked=keep_axis,
+        )

@@ -1,0 +1,474 @@
+"""A config made real, once: network, data, what is pruned, identity and folder. ``imp`` is one line over it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ticketlab import data, graph, models
+from ticketlab import masks as mask_ops
+from ticketlab.data import Task
+from ticketlab.engine import store as runs
+from ticketlab.engine.config import LATER_FIELDS, ImpConfig
+from ticketlab.engine.criteria import CRITERIA, Criterion, Evidence, as_criterion, refuse_too_large
+from ticketlab.engine.imp import levels
+from ticketlab.engine.level import Level
+from ticketlab.engine.training import Start, train
+from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
+from ticketlab.errors import Refused, nearest
+from ticketlab.losses import LOSSES
+from ticketlab.network import Execution, attempt, attention_as_products, lent
+from ticketlab.seeds import Factory, derived_seed, initialise
+from ticketlab.state import State, state
+
+OwnCriteria = Mapping[str, Criterion | Callable[[Evidence], dict[str, Tensor]]]
+OwnTreatments = Mapping[str, Treatment | Callable[[Origin], Start]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a study costs, before anything starts."""
+
+    trainings: int
+    """Networks trained, dense ones and controls included."""
+    steps: int
+    """Optimizer steps of all of them."""
+    hours: float
+    """On this device, from a few steps of level 1; evaluation included."""
+    memory_bytes: int
+    """Weights, gradients, optimizer state and copies of the largest stack, and the data; not activations."""
+    disk_bytes: int
+    """Of the whole run directory."""
+
+
+class Study:
+    """An IMP study, checked and ready: nothing is trained before `levels`.
+
+    Args:
+        config: The study.
+        model: Makes a network of your own (no arguments); ``config.model`` when None.
+        task: Data of your own; ``config.task`` when None.
+        device: Where to train; a CUDA device if there is one, otherwise the CPU, when None.
+        start: Weights and buffers that every replica starts from, such as pretrained ones; the factory's draws when
+            None. Replicas then differ in their batch order; ``reinit`` still draws from the factory.
+        criteria: Criteria of your own by name, one of which ``config.criterion`` names.
+        treatments: Treatments of your own by name, trained beside those of the config.
+        execution: How replicas are stacked, see ``network.resolve``.
+        progress: Show progress bars where the output is a terminal.
+
+    Raises:
+        Refused: An unknown name, data that cannot be loaded, a factory whose weights do not depend on the seed, levels
+            that counting shows to be too many, a model that does not fit the task.
+    """
+
+    def __init__(
+        self,
+        config: ImpConfig,
+        *,
+        model: Factory | None = None,
+        task: Task | None = None,
+        device: torch.device | str | None = None,
+        start: State | None = None,
+        criteria: OwnCriteria | None = None,
+        treatments: OwnTreatments | None = None,
+        execution: Execution = "auto",
+        progress: bool = True,
+    ) -> None:
+        self.own = {"criteria": dict(criteria or {}), "treatments": dict(treatments or {})}
+        name = getattr(model, "__name__", type(model).__name__) if model else config.model
+        every = tuple(dict.fromkeys((*config.treatments, *self.own["treatments"])))
+        self.config = replace(config, model=_file_name(name), task=task.name if task else config.task, treatments=every)
+        self.criterion = _criterion(config.criterion, self.own["criteria"])
+        self.treatments = _treatments(every, self.own["treatments"])
+        self.task = _task(config, task, device)
+        shape, n_classes = self.task.input_shape, self.task.n_classes
+        self.factory: Factory = model or (lambda: models.build(config.model, shape, n_classes))
+        self.given, self.execution, self.progress = start, execution, progress
+        self.model = self.initialised(config.init_seeds[0])
+        self.names = mask_ops.prunable(self.model, config.prunable or None)
+        self._check()
+
+    @property
+    def order_seeds(self) -> tuple[int, ...]:
+        """One batch order per init seed."""
+        return self.config.order_seeds or self.config.init_seeds
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return runs.environment(self.task.device)
+
+    @cached_property
+    def rates(self) -> float | dict[str, float]:
+        """Prune fractions: one, or each layer's; the output layer is found from the graph."""
+        config = self.config
+        if config.scope == "global":
+            return config.prune_fraction
+        last = graph.output_layers(self.model, self.task.train.x)
+        return mask_ops.fractions_by_layer(
+            self.model,
+            config.prune_fraction,
+            conv=config.conv_fraction,
+            output=config.output_fraction,
+            output_layers=last,
+            names=self.names,
+        )
+
+    @cached_property
+    def uses(self) -> dict[str, float]:
+        """How often one example uses each prunable weight."""
+        return graph.uses(self.model, self.task.train.x, self.names)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What decides every stored bit; not ``levels``, so that a run can be extended.
+
+        What the network does is part of it, as far as a few examples show, and what is a user's own.
+        """
+        # A later field at its default is left out, so that runs stored before it keep their name.
+        later = {f.name: f.default for f in fields(self.config) if f.name in LATER_FIELDS}
+        told = {k: v for k, v in asdict(self.config).items() if k != "levels" and (k not in later or v != later[k])}
+        fingerprint = {"task": self.task.fingerprint(), "model": runs.identity(_plain(self._behaviour()))}
+        own = {
+            kind: {name: runs.identity(_plain(self._effect(kind, name, f))) for name, f in chosen.items()}
+            for kind, chosen in self.own.items()
+            if chosen
+        }
+        return _plain({"config": told, "fingerprint": fingerprint} | ({"own": own} if own else {}))
+
+    @cached_property
+    def identity(self) -> str:
+        return runs.identity(self.description)
+
+    def folder(self, store: str | Path = "runs") -> Path:
+        """Where a store keeps the levels."""
+        return Path(store) / f"{self.config.task}-{self.config.model}-{self.identity}"
+
+    def levels(self, store: str | Path | None = "runs") -> Iterator[Level]:
+        """Level 0 (dense), 1, ... ``config.levels``, each stored before it is yielded; what is stored comes first.
+
+        Raises:
+            Refused: At once: a directory of another study, a damaged one, a place that cannot be written. While
+                training: a level that cuts the network in two, scores that are all zero; what is stored stays.
+        """
+        folder = None if store is None else self.folder(store)
+        if folder is not None and (folder / runs.CONFIG).exists():
+            self._compare(runs.read_config(folder), folder)
+        return levels(self, folder)
+
+    def estimate(self) -> Estimate:
+        """What the study costs, from a few steps of one stack on this device."""
+        config, recipe, n = self.config, self.config.recipe, len(self.config.init_seeds)
+        trainings = n * (1 + config.levels * len(self.treatments))
+        rest = recipe.steps - config.rewind_step
+        steps = n * (recipe.steps + config.levels * len(self.treatments) * rest)
+        wide = n * (len(self.treatments) if config.levels else 1)
+        starts = [Start(state(self.model), self.ones, seed) for seed in range(wide)]
+        short, long = (
+            train(self.model, starts, self.task, replace(recipe, steps=k, eval_every=k, **_UNSCHEDULED), progress=False)
+            for k in (2, 12)
+        )
+        step = max(0.0, long.wall_seconds - short.wall_seconds) / 10 / wide
+        looks = steps / recipe.eval_every + 2 * trainings
+        seconds = step * steps + (short.wall_seconds / wide) * looks * len(self.task.validation) / self._evaluated
+        sizes = [t.numel() * t.element_size() for part in state(self.model) for t in part.values()]
+        kept = sum(mask.numel() for mask in self.ones.values())
+        held = {"adam": 2, "adamw": 2, "sgd": 1}[recipe.optimizer] + 4  # weights, gradients, the best, the last
+        splits = (self.task.train, self.task.validation, self.task.test)
+        dataset = sum(t.numel() * t.element_size() for split in splits for t in (split.x, split.y))
+        states = 2 * trainings + n * len({0, config.rewind_step, *config.snapshot_steps})
+        disk = states * sum(sizes) + trainings * kept
+        return Estimate(trainings, steps, seconds / 3600, wide * sum(sizes) * held + dataset, disk)
+
+    @property
+    def ones(self) -> dict[str, Tensor]:
+        """The mask of the dense network."""
+        ones = mask_ops.ones(self.model, self.config.prunable or None)
+        return {name: mask.to(self.task.device) for name, mask in ones.items()}
+
+    def initialised(self, seed: int) -> nn.Module:
+        """The network of an init seed, on the task's device and in the config's dtype."""
+        net = initialise(self.factory, seed).to(self.task.device, getattr(torch, self.config.dtype))
+        if self.given is not None:
+            own = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+            given = {**self.given.params, **self.given.buffers}
+            wrong = [n for n in {**own, **given} if n not in own or n not in given or own[n].shape != given[n].shape]
+            if wrong:
+                raise Refused(
+                    f"start must be one network's state, of the model: {wrong[:5]} are not. Take tl.state."
+                )
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(given[name])
+        return net
+
+    # What is refused before hours are spent.
+
+    def _check(self) -> None:
+        config = self.config
+        if config.recipe.batch_size > len(self.task.train):
+            n = len(self.task.train)
+            raise Refused(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
+        frozen = [name for name, treatment in self.treatments.items() if treatment.frozen]
+        if frozen and config.recipe.weight_decay:
+            raise Refused(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
+        self._check_seeds()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), lent(self.model, None, None):
+            x, y = self.task.train.x[:2], self.task.train.y[:2]
+            LOSSES[self.task.loss].check(y, len(x), attempt(self.model, x).shape[1:])
+        self._check_levels()
+        refuse_too_large(self.criterion, self.model, self.names)
+
+    def _check_seeds(self) -> None:
+        """One seed twice must give one network, two seeds two."""
+        if self.given is not None and not any(t.redraws for t in self.treatments.values()):
+            return
+        first, again = (state(initialise(self.factory, self.config.init_seeds[0])) for _ in range(2))
+        if not _equal(first, again):
+            raise Refused(
+                "the model must be a function of the seed: two calls with one seed gave different weights. Draw them "
+                "from the global generator of torch, NumPy or random, which are seeded for it, not from your own."
+            )
+        redrawn = [name for name, treatment in self.treatments.items() if treatment.redraws and self.config.levels]
+        if (len(self.config.init_seeds) < 2 or self.given is not None) and not redrawn:
+            return
+        others = (*self.config.init_seeds[1:], derived_seed("another network", self.config.init_seeds[0]))
+        if _equal(first, state(initialise(self.factory, others[0]))):
+            raise Refused(
+                "two seeds must give two networks: the factory gave equal weights for different seeds, so that "
+                f"replicas would be one network, and {redrawn or 'reinit'} the ticket itself. Build the module anew in "
+                "the factory, without a seed or a state of its own; pass pretrained weights as start=tl.state(net), "
+                "beside a factory that draws."
+            )
+
+    def _check_levels(self) -> None:
+        """Refuse levels that counting alone shows to be too many."""
+        masks, rates = {n: m for n, m in self.ones.items()}, self.rates
+        alive = {names: mask_ops.n_alive(masks, names) for names in mask_ops.counts_after(masks, rates)}
+        for level in range(1, self.config.levels + 1):
+            where = (
+                f"at level {level} of {self.config.levels}. Use at most {level - 1} levels, or another prune_fraction."
+            )
+            before = alive
+            alive = {
+                names: n - mask_ops.n_removed(n, rates[names[0]] if isinstance(rates, dict) else rates)
+                for names, n in alive.items()
+            }
+            if alive == before:
+                raise Refused(f"every level must prune a weight: none of {sum(alive.values())} would go {where}")
+            if not all(alive.values()):
+                raise Refused(
+                    f"a live weight must be left: {[list(n) for n, k in alive.items() if not k]} lose all {where}"
+                )
+
+    # What names the run.
+
+    def _behaviour(self) -> dict[str, Any]:
+        """What the first network is and does: in float64, so that rounding does not vary by machine."""
+        first = state(self.model)
+        text = re.sub(r" at 0x[0-9a-f]+|<lambda>", "", repr(self.model))
+        return {
+            "shapes": {name: list(p.shape) for name, p in first.params.items()},
+            "sums": {name: f"{float(p.abs().double().sum()):.5g}" for name, p in first.params.items()},
+            "frozen": [name for name, p in self.model.named_parameters() if not p.requires_grad],
+            "text": text,
+            "does": {f"training={training}": self._does(first, training) for training in (False, True)},
+        }
+
+    def _does(self, first: State, training: bool) -> dict[str, Any]:
+        """Outputs, gradients and buffers on a few examples, to five digits."""
+        x, y = self.task.train.x[:8], self.task.train.y[:8]
+        for dtype in (torch.float64, getattr(torch, self.config.dtype)):  # some models fix a dtype of their own
+            x = x.to(dtype) if x.is_floating_point() else x
+            try:
+                with (
+                    lent(self.model, *first.to(self.task.device, dtype).clone(), training=training),
+                    attention_as_products(),
+                    torch.random.fork_rng(devices=[]),
+                    torch.enable_grad(),
+                ):
+                    outputs = self.model(x.clone())
+                    weights = [p for p in self.model.parameters() if p.requires_grad]
+                    loss = LOSSES[self.task.loss].mean(outputs, y)
+                    slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+                    tensors = [*outputs.detach(), *slopes, *self.model.buffers()]
+                    digits = 5 if dtype == torch.float64 else 3
+                    return {"": [f"{float(_mixed(tensor)):.{digits}g}" for tensor in tensors]}
+            except RuntimeError:
+                continue
+        return {"": "unknown"}
+
+    def _effect(self, kind: str, name: str, own: Any) -> dict[str, Any]:
+        """The code of a user's own criterion or treatment, and what it does to the first network."""
+        function = getattr(own, "score", getattr(own, "start", own))
+        first = state(self.model).to(self.task.device, getattr(torch, self.config.dtype))
+        x, y = self.task.train.x[:32], self.task.train.y[:32]
+        evidence = Evidence(self.model, self.ones, first, first, x, y, 0, self.config.scope, LOSSES[self.task.loss])
+        if kind == "criteria":
+            scores = function(evidence)
+            return {"code": _code(function), "does": [f"{float(_mixed(t)):.3g}" for t in scores.values()]}
+        half = {n: torch.arange(m.numel(), device=m.device).view_as(m) % 2 == 0 for n, m in self.ones.items()}
+        begun = function(Origin(self.factory, first, half, 0, 0, 1, first, first, 0.1))
+        does = [*begun.state.params.values(), *begun.masks.values()]
+        return {"code": _code(function), "does": [f"{float(_mixed(t)):.3g}" for t in does]}
+
+    @property
+    def _evaluated(self) -> int:
+        return len(self.task.train) + 3 * len(self.task.validation) + 2 * len(self.task.test)
+
+    def _compare(self, stored: Mapping[str, Any], folder: Path) -> None:
+        parts = ("config", "fingerprint", "own")
+        if {k: v for k, v in stored.items() if k in parts} != self.description:
+            flat = [{k: v for part in parts for k, v in d.get(part, {}).items()} for d in (stored, self.description)]
+            changed = [k for k in {**flat[0], **flat[1]} if flat[0].get(k) != flat[1].get(k)]
+            told = "; ".join(f"{k} {flat[0].get(k)!r} instead of {flat[1].get(k)!r}" for k in changed)
+            raise Refused(
+                f"{folder} must be a run of this study, but its {runs.CONFIG} is of another: {told or 'other fields'}. "
+                "Move it away, or use another store."
+            )
+
+
+def imp(
+    config: ImpConfig,
+    *,
+    model: Factory | None = None,
+    task: Task | None = None,
+    store: str | Path | None = "runs",
+    device: torch.device | str | None = None,
+    start: State | None = None,
+    criteria: OwnCriteria | None = None,
+    treatments: OwnTreatments | None = None,
+    execution: Execution = "auto",
+    progress: bool = True,
+) -> Iterator[Level]:
+    """Find lottery tickets: yield level 0 (dense), 1, ... ``config.levels``, each stored before it is yielded.
+
+    Level 0 trains the dense networks and keeps their weights at the rewind step k. Every further level prunes
+    the tickets of the level before, rewinds them to k, and trains them and the other treatments to step T
+    (Frankle & Carbin 2019; late rewinding: Frankle et al. 2020). Weights and masks are a function of the config
+    and the machine's arithmetic alone: a killed run goes on to the same bits. Arguments as of `Study`.
+
+    Args:
+        config: The study.
+        store: Folder of run directories; None keeps nothing.
+
+    Raises:
+        Refused: As `Study` and ``Study.levels``.
+    """
+    study = Study(
+        config,
+        model=model,
+        task=task,
+        device=device,
+        start=start,
+        criteria=criteria,
+        treatments=treatments,
+        execution=execution,
+        progress=progress,
+    )
+    return study.levels(store)
+
+
+def run_folder(
+    config: ImpConfig, store: str | Path = "runs", *, model: Factory | None = None, task: Task | None = None
+) -> Path:
+    """Where ``imp(config, store=store, model=..., task=...)`` keeps its levels."""
+    return Study(config, model=model, task=task, device="cpu").folder(store)
+
+
+def model_and_task(config: ImpConfig, *, device: torch.device | str | None = None) -> tuple[nn.Module, Task]:
+    """The network, initialised with the first init seed, and the data that a config names.
+
+    Args:
+        config: Of a study with a named model and task.
+        device: Where both lie; a CUDA device if there is one, otherwise the CPU, when None.
+
+    Raises:
+        Refused: An unknown name, or data that cannot be loaded.
+    """
+    study = Study(config, device=device)
+    return study.model, study.task
+
+
+_UNSCHEDULED: dict[str, Any] = {"schedule": "constant", "milestones": (), "decay": 0.1, "warmup_steps": 0}
+
+
+def _task(config: ImpConfig, own: Task | None, device: torch.device | str | None) -> Task:
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise Refused(
+            f"device must be one that PyTorch has here, such as cpu or cuda:0: got {device!r}. {why}"
+        ) from error
+    dtype = getattr(torch, config.dtype)
+    if own is not None:
+        return own.to(place, dtype)
+    size, seed = config.validation_size, config.split_seed
+    return data.load(config.task, validation_size=size, split_seed=seed, dtype=dtype, device=place)
+
+
+def _criterion(name: str, own: Mapping[str, Any]) -> Criterion:
+    if own and name not in own:
+        raise Refused(f"criteria of your own must be named by config.criterion: got {list(own)} and {name!r}.")
+    known = {**CRITERIA, **own}
+    if name not in known:
+        raise Refused(nearest("criterion", name, tuple(known)))
+    return as_criterion(known[name])
+
+
+def _treatments(names: tuple[str, ...], own: Mapping[str, Any]) -> dict[str, Treatment]:
+    taken = sorted(set(own) & set(TREATMENTS))
+    if taken:
+        raise Refused(f"treatments of your own need names of their own: {taken} are taken.")
+    known = {**TREATMENTS, **{n: t if isinstance(t, Treatment) else Treatment(t) for n, t in own.items()}}
+    for name in names:
+        if name not in known:
+            raise Refused(nearest("treatment", name, tuple(known)))
+    return {name: known[name] for name in names}
+
+
+def _equal(a: State, b: State) -> bool:
+    return all(torch.equal(t, other[n]) for part, other in zip(a, b, strict=True) for n, t in part.items())
+
+
+def _mixed(tensor: Tensor) -> Tensor:
+    """A number that depends on every entry and its place."""
+    flat = tensor.detach().double().flatten()
+    return (flat * torch.arange(1, len(flat) + 1, device=flat.device, dtype=flat.dtype).cos()).sum()
+
+
+def _code(function: Callable[..., Any]) -> str:
+    """A function's text, or its bytecode where there is none, with the plain values that it closes over."""
+    closed = [c.cell_contents for c in getattr(function, "__closure__", None) or () if _is_plain(c.cell_contents)]
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = f"{code.co_code.hex()} {code.co_consts}" if code else type(function).__qualname__
+    return f"{text} {closed} {getattr(function, '__defaults__', None)}"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | bool | tuple | type(None))
+
+
+def _file_name(name: str) -> str:
+    """A model's name as part of a folder's: every lambda is called <lambda>."""
+    return re.sub(r"[^\w.+-]+", "", name) or "custom"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON reads it back: tuples are lists."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
