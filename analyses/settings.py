@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import ticketlab as tl
 from ticketlab.data import load
@@ -23,7 +21,6 @@ from ticketlab.errors import Refused
 _WORD = re.compile(
     r"(?P<task>\w+)(:(?P<low>\d+)-(?P<high>\d+))?(@(?P<optimizer>\w+),(?P<rate>[^,]+)(,(?P<mu>[^,]+))?)?"
 )
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,9 @@ def setting(
     task = load(found["task"], validation_size=study.validation_size, split_seed=study.split_seed,
                 dtype=getattr(torch, study.dtype))  # fmt: skip
     if found["low"] is not None:
-        task = of_classes(task, int(found["low"]), int(found["high"]))
-    task = grey_images(task) if grey else task
-    task = task if resize is None else resized(task, resize)
+        task = task.of_classes(int(found["low"]), int(found["high"]))
+    task = task.grey() if grey else task
+    task = task if resize is None else task.resize(*resize)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Setting(word, task.to(device), _recipe(study.recipe, found))
 
@@ -159,59 +156,3 @@ def _read(each: Setting, folder: Path, levels: tuple[int, ...]) -> Tickets:
     seeds = run.config.init_seeds
     orders = dict(zip(seeds, run.config.order_seeds or seeds, strict=True))
     return Tickets(each, orders, run[0], {level: run[level].select(treatment="ticket") for level in levels})
-
-
-def of_classes(task: tl.Task, first: int, last: int) -> tl.Task:
-    """The examples of the classes first to last, numbered anew from 0.
-
-    Raises:
-        ValueError: Fewer than two classes, or one that the task does not have.
-    """
-    if not 0 <= first < last < task.n_classes:
-        raise Refused(f"classes must be FIRST-LAST in 0..{task.n_classes - 1}, two at least: got {first}-{last}.")
-
-    def keep(split: tl.Split) -> tl.Split:
-        kept = (split.y >= first) & (split.y <= last)
-        return tl.Split(split.x[kept], split.y[kept] - first)
-
-    return replace(_mapped(task, keep), name=f"{task.name}_{first}-{last}", n_classes=last - first + 1)
-
-
-def resized(task: tl.Task, size: tuple[int, int]) -> tl.Task:
-    """Images brought to another height and width, bilinear with antialiasing; the same task where they have it.
-
-    Raises:
-        ValueError: Inputs that are not images, or a side below 1.
-    """
-    if len(task.input_shape) != 3 or min(size) < 1:
-        raise Refused(f"resize needs images [c, h, w] and sides of at least 1: got {task.input_shape} and {size}.")
-    if task.input_shape[1:] == tuple(size):
-        return task
-
-    def scale(split: tl.Split) -> tl.Split:
-        return tl.Split(F.interpolate(split.x, size, mode="bilinear", antialias=True, align_corners=False), split.y)
-
-    return replace(_mapped(task, scale), name=f"{task.name}_{size[0]}x{size[1]}")
-
-
-def grey_images(task: tl.Task) -> tl.Task:
-    """Colour images as their luma in one channel; the same task where there is one channel.
-
-    Taken after normalisation, which gives the channels nearly equal scales.
-
-    Raises:
-        ValueError: Inputs that have neither one channel nor three.
-    """
-    if len(task.input_shape) != 3 or task.input_shape[0] not in (1, 3):
-        raise Refused(f"grey needs images [c, h, w] of one channel or three: got {task.input_shape}.")
-    if task.input_shape[0] == 1:
-        return task
-
-    def fade(x: Tensor) -> Tensor:
-        return torch.einsum("nchw,c->nhw", x, x.new_tensor(_LUMA))[:, None]
-
-    return replace(_mapped(task, lambda split: tl.Split(fade(split.x), split.y)), name=f"{task.name}_grey")
-
-
-def _mapped(task: tl.Task, change: Callable[[tl.Split], tl.Split]) -> tl.Task:
-    return replace(task, train=change(task.train), validation=change(task.validation), test=change(task.test))

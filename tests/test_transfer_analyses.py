@@ -68,29 +68,6 @@ def test_classes_are_kept_and_numbered_anew():
         assert torch.equal(kept.x, torch.stack([x for x, _ in expected]))
 
 
-def colourful():
-    generator = torch.Generator().manual_seed(0)
-    return tl.Task.from_tensors(torch.randn(20, 3, 8, 8, generator=generator), torch.arange(20) % 2, name="colours")
-
-
-def test_images_are_resized_and_turned_grey_only_where_they_must():
-    task = colourful()
-    grey = settings.grey_images(task)
-    x = task.train.x
-    assert grey.input_shape == (1, 8, 8) and grey.name == "colours_grey"
-    torch.testing.assert_close(grey.train.x[:, 0], 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])
-    half = settings.resized(task, (4, 4))
-    assert half.input_shape == (3, 4, 4) and half.name == "colours_4x4"
-    # A constant image stays constant, and the mean of an image is nearly kept where pixels are averaged.
-    ones = replace(task, train=tl.Split(torch.ones_like(x), task.train.y))
-    torch.testing.assert_close(settings.resized(ones, (3, 5)).train.x, torch.ones(len(x), 3, 3, 5))
-    ramp = torch.arange(8.0).expand(len(x), 3, 8, 8)
-    shrunk = settings.resized(replace(task, train=tl.Split(ramp, task.train.y)), (8, 4)).train.x[0, 0, 0]
-    torch.testing.assert_close(shrunk[1:3], torch.tensor([2.5, 4.5]))  # antialiased: symmetric about the pair's middle
-    assert settings.resized(task, (8, 8)) is task
-    assert settings.grey_images(grey) is grey
-
-
 @pytest.mark.parametrize(
     ("word", "match"),
     [
@@ -106,14 +83,6 @@ def test_images_are_resized_and_turned_grey_only_where_they_must():
 def test_words_that_name_nothing_are_refused(word, match):
     with pytest.raises(ValueError, match=match):
         load(word)
-
-
-def test_images_that_cannot_be_brought_to_a_shape_are_refused():
-    flat = tl.Task.from_tensors(torch.zeros(20, 4), torch.arange(20) % 2)
-    with pytest.raises(ValueError, match=r"resize needs images \[c, h, w\]"):
-        settings.resized(flat, (2, 2))
-    with pytest.raises(ValueError, match="grey needs images"):
-        settings.grey_images(flat)
 
 
 # The analysis

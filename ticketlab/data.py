@@ -1,45 +1,53 @@
-"""Data sets as tensors on one device: a ``Task`` with its splits, the seeded batch order, augmentation.
+"""Data sets as tensors on one device: a ``Task`` with its splits.
 
-Named sets come from ``raw``; anything else through ``Task.from_tensors``.
+Named sets come from ``datasets``; anything else through ``Task.from_tensors``, which leans on ``arrays``. The order of
+batches and their augmentation stand in ``batches``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from numbers import Integral
 from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from ticketlab import losses
+from ticketlab.arrays import FLOATING, as_inputs, as_targets, check_layout, n_outputs
+from ticketlab.batches import batch_indices, crop_flip, epoch_order
+from ticketlab.datasets import SOURCES, Augmentation, Source, read
 from ticketlab.errors import Refused, nearest
-from ticketlab.raw import SOURCES, Augmentation, Source, read
+from ticketlab.losses import LOSSES, Loss, LossName
 from ticketlab.seeds import stream
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+:-]{0,99}")
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Split:
-    """Examples and their labels.
+    """Examples and what they should give.
 
     Attributes:
-        x: Inputs, floating.
-        y: Labels in 0..n_classes - 1, int64.
+        x: Inputs [n, ...]: floating, or tokens in int64.
+        y: Labels in int64, [n] or [n, t] with a label per token; or floating targets [n, out].
 
     Raises:
         Refused: No examples, or a number of labels that differs.
     """
 
-    x: Float[Tensor, " n *input"]
-    y: Int64[Tensor, " n"]
+    x: Tensor
+    y: Tensor
 
     def __post_init__(self) -> None:
-        if self.y.ndim != 1 or self.x.ndim < 1 or not 0 < len(self.x) == len(self.y):
+        if self.y.ndim < 1 or self.x.ndim < 1 or not 0 < len(self.x) == len(self.y):
             raise Refused(
                 "a split must hold at least one example and one label for each: got x of shape "
                 f"{tuple(self.x.shape)} and y of shape {tuple(self.y.shape)}. Pass y as [n]."
@@ -48,22 +56,26 @@ class Split:
     def __len__(self) -> int:
         return len(self.y)
 
+    def __repr__(self) -> str:
+        return f"Split({len(self)} examples {tuple(self.x.shape[1:])}, {self.x.dtype})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Task:
-    """A classification problem held in memory, all splits on one device.
+    """A problem held in memory, all splits on one device.
 
     Attributes:
-        name: Of the set; goes into the names of run folders.
-        train: What is trained on.
+        name: Name of the set, which goes into the names of run folders: letters, digits and ``_ . + : -``.
+        train: Examples to train on.
         validation: Split from the training data; early stopping looks here.
         test: Never selected on.
-        n_classes: Number of outputs of a model for this task.
+        n_classes: Number of outputs of a model for this task; of each token for labels [n, t].
         augmentation: ``crop_flip`` where training batches pass through `crop_flip`.
+        loss: ``cross_entropy`` of labels, or ``squared_error`` of floating targets.
 
     Raises:
-        Refused: Splits that differ in input shape, dtype or device, an x that is not floating, a y
-            that is not int64, an unknown augmentation or one that the input shape does not allow.
+        Refused: A name that is none of a folder, splits that differ in shape, dtype or device, inputs or targets that
+            do not fit the loss or each other, images with their channels last, an unknown augmentation or loss.
     """
 
     name: str
@@ -72,24 +84,61 @@ class Task:
     test: Split
     n_classes: int
     augmentation: Augmentation = "none"
+    loss: LossName = "cross_entropy"
 
     def __post_init__(self) -> None:
-        splits = (self.train, self.validation, self.test)
-        kinds = {(tuple(s.x.shape[1:]), s.x.dtype, s.y.dtype, s.x.device, s.y.device) for s in splits}
-        labels = (torch.int64, self.device)
-        if len(kinds) > 1 or not self.dtype.is_floating_point or (self.train.y.dtype, self.train.y.device) != labels:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise Refused(
-                "the splits of a task must share input shape, device and a floating dtype, with labels in int64: "
-                f"got (shape, x dtype, y dtype, x device, y device) {kinds}. Build it with Task.from_tensors."
+                "the name of a task goes into the names of folders: it must be letters, digits and _ . + : - (100 at "
+                f"most, the first a letter, digit or _): got {str(self.name)[:120]!r}. Choose another."
             )
+        if self.loss not in LOSSES:
+            raise Refused(nearest("loss", self.loss, list(LOSSES)))
         if self.augmentation not in get_args(Augmentation):
             known = get_args(Augmentation)
             raise Refused(f"augmentation must be one of {known}: got {self.augmentation!r}. Use 'none' if unsure.")
+        self._check_splits()
+        check_layout(self.input_shape, self.train.x.is_floating_point())
         if self.augmentation == "crop_flip" and len(self.input_shape) != 3:
             raise Refused(
                 f"inputs must be images [c, h, w] for crop_flip: got shape {self.input_shape}. "
                 "Reshape them, or use augmentation='none'."
             )
+        for split in ("train", "validation", "test"):
+            self._check_targets(getattr(self, split).y, f"{split} labels")
+
+    def _check_splits(self) -> None:
+        x, y = self.train.x, self.train.y
+        kinds = {(s.x.shape[1:], s.y.shape[1:], s.x.dtype, s.y.dtype, s.x.device, s.y.device) for s in self.splits()}
+        targets = torch.int64 if self.loss == "cross_entropy" else x.dtype if x.is_floating_point() else y.dtype
+        if len(kinds) > 1 or x.dtype not in (*FLOATING, torch.int64) or (y.dtype, y.device) != (targets, x.device):
+            given = "; ".join(f"x {tuple(k[0])} {k[2]} on {k[4]}, y {tuple(k[1])} {k[3]} on {k[5]}" for k in kinds)
+            raise Refused(
+                "splits must share input shape, device and dtype (floating, or int64 for tokens), with labels in int64 "
+                f"or targets in the dtype of inputs: got {given}. Build it with Task.from_tensors."
+            )
+
+    def _check_targets(self, y: Tensor, what: str) -> None:
+        least = 2 if self.loss == "cross_entropy" else 1
+        if not isinstance(self.n_classes, Integral) or self.n_classes < least:
+            raise Refused(f"n_classes must be an integer of at least {least}: got {self.n_classes}.")
+        if self.loss == "cross_entropy":
+            losses.check_labels(y, self.n_classes, what)
+            if y.ndim == 2 and y.shape[1] == self.n_classes and losses.is_one_hot(y):
+                raise Refused(f"{what} must be class labels [n]: got one-hot rows {tuple(y.shape)}. Pass y.argmax(1).")
+            return
+        losses.check_values(y, what.replace("labels", "targets"))
+        if y.ndim < 2 or math.prod(y.shape[1:]) != self.n_classes:
+            remedy = "Pass y[:, None]." if y.ndim == 1 else "Leave n_classes out."
+            raise Refused(f"targets must be [n, {self.n_classes}], a column per output: got {tuple(y.shape)}. {remedy}")
+
+    def __repr__(self) -> str:
+        sizes = " + ".join(str(len(split)) for split in self.splits())
+        return f"Task({self.name!r}: {sizes} examples {self.input_shape}, {self.n_classes} outputs, {self.device})"
+
+    def splits(self) -> tuple[Split, Split, Split]:
+        """Training, validation and test examples."""
+        return self.train, self.validation, self.test
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -102,17 +151,35 @@ class Task:
         return self.train.x.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the inputs; labels are always int64."""
-        return self.train.x.dtype
+    def dtype(self) -> torch.dtype | None:
+        """Floating dtype of the inputs, or else of the targets; None where both are integers, as in language models."""
+        return next((t.dtype for t in (self.train.x, self.train.y) if t.is_floating_point()), None)
+
+    @property
+    def objective(self) -> Loss:
+        """The loss that is named, as functions of outputs and targets."""
+        return LOSSES[self.loss]
+
+    def map(self, change: Callable[[Split], Split], **others: object) -> Task:
+        """The task of changed splits, and of other fields that change with them."""
+        train, validation, test = map(change, self.splits())
+        return replace(self, train=train, validation=validation, test=test, **others)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Task:
-        """The same task elsewhere or in another floating dtype; None leaves as is."""
+        """The same task elsewhere or in another floating dtype, integers as they are; None leaves as is.
 
-        def move(split: Split) -> Split:
-            return Split(split.x.to(device=device, dtype=dtype), split.y.to(device=device))
+        Raises:
+            Refused: A device that is not there, or a dtype that is not floating.
+        """
+        if dtype is not None and dtype not in FLOATING:
+            raise Refused(f"a task is moved to a floating dtype, its integers stay: got {dtype}. Use torch.float32.")
+        if device is not None:
+            device = usable_device(device)
 
-        return replace(self, train=move(self.train), validation=move(self.validation), test=move(self.test))
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+        return self.map(lambda split: Split(move(split.x), move(split.y)))
 
     def limit(self, train: int | None = None, validation: int | None = None, test: int | None = None) -> Task:
         """The first n examples of each split; None keeps all.
@@ -126,7 +193,7 @@ class Task:
 
         def cut(what: str, split: Split, n: int | None) -> Split:
             n = len(split) if n is None else n
-            if not 1 <= n <= len(split):
+            if not isinstance(n, Integral) or not 1 <= n <= len(split):
                 raise Refused(f"the limit of {what} must be in 1..{len(split)}: got {n}. Use None to keep all.")
             return Split(split.x[:n].clone(), split.y[:n].clone())  # views would keep the whole set in memory
 
@@ -137,10 +204,64 @@ class Task:
             test=cut("test", self.test, test),
         )
 
+    def of_classes(self, first: int, last: int) -> Task:
+        """The examples of the classes first to last, numbered anew from 0.
+
+        Raises:
+            Refused: Fewer than two classes, one that the task does not have, or no label per example.
+        """
+        if self.train.y.ndim != 1 or self.loss != "cross_entropy":
+            raise Refused(f"classes are chosen by a label per example: {self.name} has {tuple(self.train.y.shape)}.")
+        if not 0 <= first < last < self.n_classes:
+            raise Refused(f"classes must be FIRST-LAST in 0..{self.n_classes - 1}, two at least: got {first}-{last}.")
+
+        def keep(split: Split) -> Split:
+            kept = (split.y >= first) & (split.y <= last)
+            return Split(split.x[kept], split.y[kept] - first)
+
+        return self.map(keep, name=f"{self.name}_{first}-{last}", n_classes=last - first + 1)
+
+    def resize(self, height: int, width: int) -> Task:
+        """Images of another height and width, bilinear with antialiasing; the same task where they have it.
+
+        Raises:
+            Refused: Inputs that are not images, or a side below 1.
+        """
+        size = (height, width)
+        if len(self.input_shape) != 3 or min(size) < 1:
+            raise Refused(f"resize needs images [c, h, w] and sides of at least 1: got {self.input_shape} and {size}.")
+        if self.input_shape[1:] == size:
+            return self
+
+        def scale(x: Tensor) -> Tensor:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))  # halves have no kernel on a CPU
+            return F.interpolate(wide, size, mode="bilinear", antialias=True, align_corners=False).to(x.dtype)
+
+        return self.map(lambda split: Split(scale(split.x), split.y), name=f"{self.name}_{height}x{width}")
+
+    def grey(self) -> Task:
+        """Colour images as their luma in one channel; the same task where there is one channel.
+
+        Taken after normalisation, which gives the channels nearly equal scales.
+
+        Raises:
+            Refused: Inputs that have neither one channel nor three.
+        """
+        if len(self.input_shape) != 3 or self.input_shape[0] not in (1, 3):
+            raise Refused(f"grey needs images [c, h, w] of one channel or three: got {self.input_shape}.")
+        if self.input_shape[0] == 1:
+            return self
+
+        def fade(x: Tensor) -> Tensor:
+            return torch.einsum("nchw,c->nhw", x, x.new_tensor(_LUMA))[:, None]
+
+        return self.map(lambda split: Split(fade(split.x), split.y), name=f"{self.name}_grey")
+
     def fingerprint(self) -> str:
         """16 hex digits (SHA-256) of all that makes the task what it is, the same on every device."""
-        digest = hashlib.sha256(repr((self.name, self.n_classes, self.augmentation)).encode())
-        for split in (self.train, self.validation, self.test):
+        later = () if self.loss == "cross_entropy" else (self.loss,)  # stored runs know no loss
+        digest = hashlib.sha256(repr((self.name, self.n_classes, self.augmentation, *later)).encode())
+        for split in self.splits():
             for tensor in (split.x, split.y):
                 digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
                 # as bytes, because numpy has no bfloat16
@@ -161,55 +282,44 @@ class Task:
         split_seed: int = 0,
         n_classes: int | None = None,
         augmentation: Augmentation = "none",
+        loss: LossName = "cross_entropy",
     ) -> Task:
         """A task from arrays. The inputs are *not* normalised: pass them as the model should see them.
 
         Args:
-            x: Inputs [n, *input], floating and finite.
-            y: Labels [n], integers in 0..n_classes - 1.
+            x: Inputs [n, *input], floating and finite, images with channels first; or integer tokens.
+            y: Labels [n], integers in 0..n_classes - 1; labels [n, t] of tokens, -100 where one does not count; or
+                floating targets [n, out] of the squared error.
             x_test: Test inputs, kept in their order. If None, a test set is split off first, with the same seed.
             y_test: Their labels.
-            name: Of the task.
+            name: Name of the task.
             validation_size: Number (int), or fraction (float), of the training examples to validate on.
             test_size: The same for the test set; ignored when x_test is given.
-            split_seed: Decides who goes where.
-            n_classes: The largest label + 1 if None.
+            split_seed: Seed of who goes where.
+            n_classes: Number of classes, or of tokens. If None every class must have an example.
             augmentation: ``none`` or ``crop_flip``.
+            loss: ``cross_entropy`` or ``squared_error``.
 
         Raises:
-            Refused: Lengths that differ, NaN or infinity, labels out of range, an empty split.
+            Refused: Lengths that differ, NaN or infinity, labels out of range, an empty split, and whatever `Task`
+                refuses.
         """
         if (x_test is None) != (y_test is None):
             raise Refused("x_test and y_test must be given together: got one of them. Pass both or neither.")
-        rest = _split("", x, y)
+        if loss not in LOSSES:
+            raise Refused(nearest("loss", loss, list(LOSSES)))
+        inputs = as_inputs(x)
+        rest = Split(inputs, as_targets(y, inputs, loss))
         if x_test is not None and y_test is not None:
-            test = _split("_test", x_test, y_test)
+            inputs = as_inputs(x_test, "x_test")
+            test = Split(inputs, as_targets(y_test, inputs, loss, "y_test"))
         else:
             test, rest = _split_off(rest, test_size, "test_size", stream("test", split_seed))
-        labels = torch.cat([rest.y.cpu(), test.y.cpu()])
-        low, high = int(labels.min()), int(labels.max())
-        n_classes = high + 1 if n_classes is None else n_classes
-        if low < 0 or high >= n_classes:
-            raise Refused(
-                f"labels must be in 0..{n_classes - 1} for n_classes = {n_classes}: got {low}..{high}. "
-                "Number the classes from 0, or raise n_classes."
-            )
+        if n_classes is None:
+            same = rest.y.shape[1:] == test.y.shape[1:]  # otherwise Task refuses them, by their shapes
+            n_classes = n_outputs(torch.cat([rest.y.cpu(), test.y.cpu()]) if same else rest.y, loss)
         validation, train = _split_off(rest, validation_size, "validation_size", stream("split", split_seed))
-        return cls(name, train, validation, test, n_classes, augmentation)
-
-
-def _split(suffix: str, x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> Split:
-    """Arrays checked for what needs a look at their values."""
-    # arrays are copied: torch warns on read-only ones and refuses negative strides
-    inputs, labels = (a.detach() if isinstance(a, Tensor) else torch.from_numpy(np.array(a)) for a in (x, y))
-    if not inputs.is_floating_point() or not inputs.isfinite().all():
-        raise Refused(
-            f"x{suffix} must be floating and finite: got {inputs.dtype} with {int((~inputs.isfinite()).sum())} values "
-            "NaN or infinite. Convert it with .float(), and drop or fill those."
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise Refused(f"y{suffix} must be integer class labels: got {labels.dtype}. Convert it with .long().")
-    return Split(inputs, labels.to(inputs.device, torch.int64))
+        return cls(name, train, validation, test, n_classes, augmentation, loss)
 
 
 def _split_off(split: Split, size: int | float, what: str, generator: torch.Generator) -> tuple[Split, Split]:
@@ -255,9 +365,9 @@ def load(
     Raises:
         Refused: An unknown name, files that are missing, damaged or of another size, no network.
     """
-    if name not in SOURCES:
+    if name not in NAMES:
         raise Refused(nearest("task", name, NAMES))
-    if not dtype.is_floating_point:
+    if dtype not in FLOATING:
         raise Refused(f"dtype must be floating: got {dtype}. Use torch.float32.")
     source = SOURCES[name]
     raw = read(name)
@@ -276,75 +386,23 @@ def load(
     ).to(device)
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, tried.
+
+    Raises:
+        Refused: A name that torch does not know, or a device that this machine or build of torch does not have.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        have = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        reason = str(error).strip().partition("\n")[0]
+        raise Refused(f"device must be one of this machine's, {have}: got {device!r} ({reason}).") from error
+
+
 def _normalised(images: np.ndarray, source: Source, dtype: torch.dtype) -> Tensor:
     mean, std = (torch.tensor(values, dtype=dtype).reshape(-1, 1, 1) for values in (source.mean, source.std))
     return torch.from_numpy(images.copy()).to(dtype).div_(source.largest).sub_(mean).div_(std)
 
 
-def epoch_order(n: int, order_seed: int, epoch: int) -> Int64[Tensor, " n"]:
-    """The order in which an epoch visits n examples: a permutation of 0..n - 1, on the CPU."""
-    return torch.randperm(n, generator=stream("order", order_seed, epoch))
-
-
-# One entry a replica and epoch, so that many replicas can step in turn: 60 MB on MNIST, when full.
-_recent_order: Callable[[int, int, int], Tensor] = lru_cache(maxsize=128)(epoch_order)
-
-
-def batch_indices(n: int, batch_size: int, order_seed: int, step: int) -> Int64[Tensor, " batch"]:
-    """Which of n training examples a step sees, as a function of the step alone: a resumed run needs no state.
-
-    Epochs have n // batch_size steps; the incomplete batch at the end of an epoch is dropped.
-
-    Args:
-        n: Number of training examples.
-        batch_size: In 1..n.
-        order_seed: Of the replica.
-        step: From 0.
-
-    Returns:
-        Indices on the CPU, all different.
-
-    Raises:
-        Refused: A batch size out of range or a negative step.
-    """
-    if not 1 <= batch_size <= n:
-        raise Refused(f"batch_size must be in 1..{n}, the number of examples: got {batch_size}. Lower it.")
-    if step < 0:
-        raise Refused(f"step must not be negative: got {step}. Count steps from 0.")
-    epoch, batch = divmod(step, n // batch_size)
-    order = _recent_order(n, order_seed, epoch)
-    return order[batch * batch_size : (batch + 1) * batch_size].clone()  # the cached one must stay as it is
-
-
-def crop_flip(
-    x: Float[Tensor, "batch c h w"], order_seed: int, step: int, padding: int = 4
-) -> Float[Tensor, "batch c h w"]:
-    """Each image shifted by up to `padding` pixels and mirrored with probability 1/2, as is usual on CIFAR.
-
-    The border is filled with 0 *after* normalisation, which is the mean colour, not black. Draws are made on
-    the CPU, so that CPU and GPU agree, and are a function of the seed and the step alone.
-
-    Args:
-        x: A training batch.
-        order_seed: Of the replica.
-        step: From 0.
-        padding: Largest shift, at least 0.
-
-    Raises:
-        Refused: An x that is not four-dimensional, or a negative padding.
-    """
-    if x.ndim != 4 or padding < 0:
-        raise Refused(
-            f"x must be [batch, c, h, w] and padding >= 0: got shape {tuple(x.shape)} and {padding}. Reshape x."
-        )
-    n, c, h, w = x.shape
-    generator = stream("augment", order_seed, step)
-    shifts = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
-    flips = torch.randint(0, 2, (1, n, 1), generator=generator)
-    top, left, flip = torch.cat([shifts, flips]).to(x.device)  # [n, 1] each, in one transfer
-    rows = top + torch.arange(h, device=x.device)  # [n, h]
-    column = torch.arange(w, device=x.device)
-    columns = left + torch.where(flip.bool(), w - 1 - column, column)  # [n, w]
-    source = rows[:, :, None] * (w + 2 * padding) + columns[:, None, :]  # [n, h, w], into the padded image
-    padded = F.pad(x, (padding,) * 4).flatten(2)
-    return padded.gather(2, source.reshape(n, 1, h * w).expand(n, c, h * w)).reshape(x.shape)
+__all__ = ["NAMES", "Split", "Task", "batch_indices", "crop_flip", "epoch_order", "load", "usable_device"]

@@ -133,10 +133,10 @@ def check_labels(labels: Tensor, n_classes: int, what: str = "labels") -> None:
     """Raise unless these are class indices [n], or [n, t] with `IGNORED` among them, of ``n_classes`` classes.
 
     Raises:
-        Refused: No tensor, another dtype, one-hot rows, none at all, an index out of range, or an example [t] of
-            which no token counts.
+        Refused: No tensor, another dtype, none at all, an index out of range, or an example [t] of which no token
+            counts.
     """
-    _check_integers(labels, what)
+    check_integers(labels, what)
     if labels.ndim not in (1, 2) or not labels.numel():
         raise Refused(f"{what} must be class labels [n] or [n, t], one at least: got shape {tuple(labels.shape)}.")
     counted = labels[labels != IGNORED] if labels.ndim == 2 else labels
@@ -148,7 +148,8 @@ def check_labels(labels: Tensor, n_classes: int, what: str = "labels") -> None:
         raise Refused(f"{what} must count a token of every example: some have {IGNORED} alone. Leave those out.")
 
 
-def _check_integers(labels: Tensor, what: str) -> None:
+def check_integers(labels: Tensor, what: str) -> None:
+    """Raise unless labels are a tensor of integers, bool apart."""
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         one_hot = isinstance(labels, Tensor) and is_one_hot(labels)
@@ -183,7 +184,7 @@ def _check_classes(targets: Tensor, n: int, output_shape: Sequence[int]) -> None
             "cross-entropy needs logits [n, classes] or [n, t, classes], two classes at least: the model returns "
             f"{(n, *shape)}. Give it an output per class, two for binary labels, or flatten what lies between."
         )
-    _check_integers(targets, "labels")
+    check_integers(targets, "labels")
     if tuple(targets.shape) == wanted:
         check_labels(targets, shape[-1])
         return

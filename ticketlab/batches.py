@@ -1,0 +1,83 @@
+"""Which examples a step sees, and their augmentation: functions of the seed and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from ticketlab.errors import Refused
+from ticketlab.seeds import stream
+
+
+def epoch_order(n: int, order_seed: int, epoch: int) -> Int64[Tensor, " n"]:
+    """The order in which an epoch visits n examples: a permutation of 0..n - 1, on the CPU."""
+    return torch.randperm(n, generator=stream("order", order_seed, epoch))
+
+
+# One entry a replica and epoch, so that many replicas can step in turn: 60 MB on MNIST, when full.
+_recent_order: Callable[[int, int, int], Tensor] = lru_cache(maxsize=128)(epoch_order)
+
+
+def batch_indices(n: int, batch_size: int, order_seed: int, step: int) -> Int64[Tensor, " batch"]:
+    """Which of n training examples a step sees, as a function of the step alone: a resumed run needs no state.
+
+    Epochs have n // batch_size steps; the incomplete batch at the end of an epoch is dropped.
+
+    Args:
+        n: Number of training examples.
+        batch_size: In 1..n.
+        order_seed: Of the replica.
+        step: From 0.
+
+    Returns:
+        Indices on the CPU, all different.
+
+    Raises:
+        Refused: A batch size out of range or a negative step.
+    """
+    if not 1 <= batch_size <= n:
+        raise Refused(f"batch_size must be in 1..{n}, the number of examples: got {batch_size}. Lower it.")
+    if step < 0:
+        raise Refused(f"step must not be negative: got {step}. Count steps from 0.")
+    epoch, batch = divmod(step, n // batch_size)
+    order = _recent_order(n, order_seed, epoch)
+    return order[batch * batch_size : (batch + 1) * batch_size].clone()  # the cached one must stay as it is
+
+
+def crop_flip(
+    x: Float[Tensor, "batch c h w"], order_seed: int, step: int, padding: int = 4
+) -> Float[Tensor, "batch c h w"]:
+    """Each image shifted by up to `padding` pixels and mirrored with probability 1/2, as is usual on CIFAR.
+
+    The border is filled with 0 *after* normalisation, which is the mean colour, not black. Draws are made on
+    the CPU, so that CPU and GPU agree, and are a function of the seed and the step alone.
+
+    Args:
+        x: A training batch.
+        order_seed: Of the replica.
+        step: From 0.
+        padding: Largest shift, at least 0.
+
+    Raises:
+        Refused: An x that is not four-dimensional, or a negative padding.
+    """
+    if x.ndim != 4 or padding < 0:
+        raise Refused(
+            f"x must be [batch, c, h, w] and padding >= 0: got shape {tuple(x.shape)} and {padding}. Reshape x."
+        )
+    n, c, h, w = x.shape
+    generator = stream("augment", order_seed, step)
+    shifts = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
+    flips = torch.randint(0, 2, (1, n, 1), generator=generator)
+    top, left, flip = torch.cat([shifts, flips]).to(x.device)  # [n, 1] each, in one transfer
+    rows = top + torch.arange(h, device=x.device)  # [n, h]
+    column = torch.arange(w, device=x.device)
+    columns = left + torch.where(flip.bool(), w - 1 - column, column)  # [n, w]
+    source = rows[:, :, None] * (w + 2 * padding) + columns[:, None, :]  # [n, h, w], into the padded image
+    padded = F.pad(x, (padding,) * 4).flatten(2)
+    return padded.gather(2, source.reshape(n, 1, h * w).expand(n, c, h * w)).reshape(x.shape)
