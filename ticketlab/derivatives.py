@@ -23,6 +23,7 @@ Cotangents = Callable[..., Float[Tensor, "c *out"]]
 left."""
 
 _ROW_ELEMENTS = 2**24  # of rows held at once
+_FAULTS_OF_MODEL = ("not implemented", "once_differentiable", "use_reentrant", "inplace operation", "is not supported")
 
 
 def gradient(
@@ -42,7 +43,7 @@ def gradient(
     total = {n: torch.zeros_like(net.params[n]) for n in names}
     with torch.enable_grad(), net.lent() as weights:
         for xs, ys, share in batches(x, y, batch_size):
-            found = _grad(loss.mean(net.forward(xs), ys), [weights[n] for n in names])
+            found = pullback(loss.mean(net.forward(xs), ys), [weights[n] for n in names])
             for name, part in zip(names, found, strict=True):
                 total[name] += share * part
     return total
@@ -68,10 +69,10 @@ def hessian_product(
     with torch.enable_grad(), net.lent() as weights:
         inner = [weights[n] for n in names]
         for xs, ys, share in batches(x, y, batch_size):
-            slope = _grad(loss.mean(net.forward(xs), ys), inner, create_graph=True)
+            slope = pullback(loss.mean(net.forward(xs), ys), inner, create_graph=True)
             along = sum((g * vector[n]).sum() for n, g in zip(names, slope, strict=True))
             if isinstance(along, Tensor) and along.requires_grad:
-                for name, part in zip(names, _grad(along, inner), strict=True):
+                for name, part in zip(names, pullback(along, inner), strict=True):
                     total[name] += share * part
     return total
 
@@ -124,7 +125,7 @@ def _looped(net: Network, cotangents: Cotangents, names: Sequence[str], *block: 
     inner, found = [weights[n] for n in names], []
     for one, *target in zip(*block, strict=True):
         y = net.forward(one[None])[0]
-        pulled = [_grad(y, inner, r, retain_graph=True) for r in cotangents(y.detach(), *target)]
+        pulled = [pullback(y, inner, r, retain_graph=True) for r in cotangents(y.detach(), *target)]
         found.append([torch.stack(parts) for parts in zip(*pulled, strict=True)])
     return {n: torch.stack(parts) for n, parts in zip(names, zip(*found, strict=True), strict=True)}
 
@@ -135,7 +136,7 @@ def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, f
         yield xs, ys, len(xs) / len(x)
 
 
-def _grad(
+def pullback(
     y: Tensor,
     inner: Sequence[Tensor],
     r: Tensor | None = None,
@@ -143,7 +144,11 @@ def _grad(
     create_graph: bool = False,
     retain_graph: bool | None = None,
 ) -> tuple[Tensor, ...]:
-    """Plain autograd; a parameter that is not reached has a zero gradient."""
+    """Plain autograd, J' r; what is not reached has a zero gradient.
+
+    Raises:
+        Refused: An operation of the model that PyTorch does not differentiate in this way.
+    """
     if not y.requires_grad:
         return tuple(torch.zeros_like(w) for w in inner)
     try:
@@ -151,9 +156,11 @@ def _grad(
             y, inner, r, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
         )
     except (RuntimeError, NotImplementedError) as error:
-        if "not implemented" not in str(error):
+        why = str(error).partition("\n")[0]
+        if not any(fault in why for fault in _FAULTS_OF_MODEL):
             raise
         raise Refused(
-            f"the model must be differentiable twice for this: {str(error).splitlines()[0]}. Use an activation whose "
-            "second derivative PyTorch has, such as SiLU in place of Hardswish."
+            f"PyTorch must be able to differentiate the model for this: {why[:200]}. Use activations with a second "
+            "derivative (SiLU in place of Hardswish), checkpoint(..., use_reentrant=False), and no writes into tensors "
+            "that a derivative needs."
         ) from error

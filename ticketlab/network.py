@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -91,7 +91,7 @@ class Network:
         assert self.replicas is None, "a stack is lent one network at a time: use each()"
         # Copies, for a forward pass may write into what it holds.
         params, buffers = ({n: t.clone() for n, t in part.items()} for part in (self.params, self.buffers))
-        with lent(self.model, params, buffers), attention_as_products():
+        with lent(self.model, params, buffers), attention_as_products(), _recurrence_as_products(self):
             yield {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -391,6 +391,12 @@ def attention_as_products() -> Iterator[None]:
         yield
 
 
+def _recurrence_as_products(net: Network) -> AbstractContextManager[None]:
+    """The fused recurrent layers of accelerators have one derivative, and that in training mode alone."""
+    fused = net.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in net.model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if fused else nullcontext()
+
+
 def resolve(
     execution: Execution, model: nn.Module, device: torch.device, replicas: int | None = None
 ) -> Literal["loop", "vmap"]:
@@ -566,7 +572,7 @@ def _check_outputs(net: Network, x: Tensor, finite: bool) -> bool:
             "routing), and give F.dropout its training=self.training."
         )
     if finite and y[:2].isnan().any():
-        raise Refused("outputs must be numbers: the model gives NaN for finite weights and inputs. Look at their range.")
+        raise Refused("outputs must be numbers: the model gives NaN for finite inputs and weights. Look at the ranges.")
     return writes
 
 
