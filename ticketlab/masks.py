@@ -275,10 +275,15 @@ def fractions_by_layer(
 def top(scores: Tensor, among: Tensor, n: int) -> Tensor:
     """The n of highest score among those True, as a bool tensor; of equal scores the one with the lower index."""
     candidates = among.flatten().nonzero()[:, 0]
-    # A stable descending sort leaves equal scores in the order of their index.
-    order = torch.sort(scores.flatten()[candidates], descending=True, stable=True).indices[:n]
+    values = scores.flatten()[candidates]
+    if 0 < n < len(values) and values.is_floating_point() and not values.isnan().any():
+        threshold = values.kthvalue(len(values) - n + 1).values  # far faster than sorting all of them
+        above, ties = values > threshold, (values == threshold).nonzero()[:, 0]
+        best = torch.cat([above.nonzero()[:, 0], ties[: n - int(above.sum())]])
+    else:  # a stable descending sort leaves equal scores in the order of their index
+        best = torch.sort(values, descending=True, stable=True).indices[:n]
     chosen = torch.zeros(among.numel(), dtype=torch.bool, device=among.device)
-    chosen[candidates[order]] = True
+    chosen[candidates[best]] = True
     return chosen.view_as(among)
 
 
@@ -296,7 +301,7 @@ def keep(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], counts: Mapp
     Raises:
         Refused: Scores of other names or shapes, or a non-finite score of a live weight.
     """
-    _check_scores(masks, scores)
+    check_scores(masks, scores)
     new = dict(masks)
     for names, n in counts.items():
         flat = [torch.cat([part[name].flatten() for name in names]) for part in (scores, masks)]
@@ -319,12 +324,20 @@ def prune(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], fractions: 
     return keep(masks, scores, counts)
 
 
-def _check_scores(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+def check_scores(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
+    """Raise unless every masked weight has a real number for a score, finite where the weight is alive."""
+    if not isinstance(scores, Mapping):
+        raise Refused(f"scores must be a dict with a tensor for each of {list(masks)}: got {type(scores).__name__}.")
     for name, mask in masks.items():
-        if name not in scores or scores[name].shape != mask.shape:
-            given = tuple(scores[name].shape) if name in scores else "none"
+        found = scores.get(name)
+        if not isinstance(found, Tensor) or found.shape != mask.shape:
+            given = tuple(found.shape) if isinstance(found, Tensor) else "none" if found is None else type(found)
             raise Refused(f"scores[{name!r}] must have the mask's shape {tuple(mask.shape)}: got {given}.")
-        bad = int((~scores[name][mask].isfinite()).sum())
+        if found.is_complex() or found.dtype == torch.bool or found.device != mask.device:
+            raise Refused(
+                f"scores[{name!r}] must be real numbers on {mask.device}: got {found.dtype} on {found.device}."
+            )
+        bad = int((~found[mask].isfinite()).sum())
         if bad:
             raise Refused(f"scores must be finite where a weight is alive: {bad} in {name!r} are not.")
 
@@ -352,7 +365,3 @@ def layerwise_shuffle(masks: Mapping[str, Tensor], seed: int) -> Masks:
 def _shuffled(flat: Tensor, seed: int, purpose: str) -> Tensor:
     order = torch.randperm(flat.numel(), generator=stream(purpose, seed))
     return flat[order.to(flat.device)]
-
-
-class EmptyLayerError(Refused):  # until the criteria are ported
-    pass

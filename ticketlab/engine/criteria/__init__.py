@@ -1,9 +1,10 @@
 """Pruning criteria: a score for every prunable weight, higher = keep.
 
-Each is a function of ``Evidence``: one network, where it came from, and examples where it needs any. ``CRITERIA``
-names them all; ``score`` evaluates one and ``find`` prunes by it, in one shot or in rounds, whether at
-initialisation, early or after training is up to the states in the evidence. In a study of levels,
-``ImpConfig.criterion`` names one.
+Each is a function of ``Evidence``: one network, where it came from, and examples where it needs any. ``CRITERIA`` has
+the record of each: what it needs, where its authors take it, what it costs. ``score`` evaluates one and ``find``
+prunes by it, in one shot or in rounds, whether at initialisation, early or after training is up to the states in the
+evidence. In a study of levels, ``ImpConfig.criterion`` names one. One of your own is passed in place of a name: a
+function of ``Evidence``, or a ``Criterion`` that says more of it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from __future__ import annotations
 from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores, draw_examples
 from ticketlab.engine.criteria.find import (
     CRITERIA,
-    ROUNDS,
+    AnyCriterion,
     ZeroScoresError,
     as_criterion,
     find,
     find_counts,
-    forward_passes,
     keep,
     refuse_too_large,
     score,
@@ -25,17 +25,16 @@ from ticketlab.engine.criteria.weights import ZHOU
 
 __all__ = [
     "CRITERIA",
-    "ROUNDS",
     "ZHOU",
+    "AnyCriterion",
     "Criterion",
     "Evidence",
     "Scores",
     "ZeroScoresError",
-    "draw_examples",
     "as_criterion",
+    "draw_examples",
     "find",
     "find_counts",
-    "forward_passes",
     "keep",
     "refuse_too_large",
     "score",

@@ -1,188 +1,156 @@
-"""From a criterion's name to scores and masks."""
+"""From a criterion to scores and masks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ticketlab import masks as mask_ops
-from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores, refuse_batch_statistics
-from ticketlab.engine.criteria.gradients import grasp, snip, synflow
-from ticketlab.engine.criteria.second_order import obd_exact, obd_fisher, obd_gauss_newton, refuse_above_limit
-from ticketlab.engine.criteria.weights import BY_SIGN, ZHOU, magnitude, random
+from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores
+from ticketlab.engine.criteria.gradients import GRADIENTS
+from ticketlab.engine.criteria.second_order import CURVATURE
+from ticketlab.engine.criteria.weights import WEIGHTS
 from ticketlab.errors import Refused, nearest
-from ticketlab.functional import transformable
 from ticketlab.state import Masks
 
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": magnitude,
-    "random": random,
-    "obd_exact": obd_exact,
-    "obd_gauss_newton": obd_gauss_newton,
-    "obd_fisher": obd_fisher,
-    "snip": snip,
-    "grasp": grasp,
-    "synflow": synflow,
-    **ZHOU,
-    **BY_SIGN,
-}
-ROUNDS = {"synflow": 100}
-"""Rounds that a criterion is defined with; 1 for all others."""
+AnyCriterion = str | Criterion | Callable[[Evidence], Scores]
+"""A name in ``CRITERIA``, a record of your own, or a function that scores evidence."""
+
+CRITERIA: dict[str, Criterion] = {**WEIGHTS, **CURVATURE, **GRADIENTS}
 
 
-def score(criterion: str, evidence: Evidence) -> Scores:
-    """The scores of a criterion, higher = keep.
+def as_criterion(criterion: AnyCriterion) -> Criterion:
+    """The record of a criterion; of a bare function one that knows no more than how it scores.
 
     Raises:
-        Refused: An unknown name, a criterion that needs inputs or labels and got none or some that do not fit, or
-            scores that are not finite or all zero.
+        Refused: An unknown name, or nothing that scores.
     """
-    if criterion not in CRITERIA:
-        raise Refused(nearest("criterion", criterion, tuple(CRITERIA)))
-    with transformable():
-        scores = CRITERIA[criterion](evidence)
-    _refuse_not_finite(f"criterion {criterion!r}", evidence.masks, scores)
+    if isinstance(criterion, Criterion):
+        return criterion
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise Refused(nearest("criterion", criterion, tuple(CRITERIA)))
+        return CRITERIA[criterion]
+    if not callable(criterion):
+        raise Refused(
+            f"a criterion must be a name, a Criterion, or a function of Evidence: got {type(criterion).__name__}."
+        )
+    return Criterion(criterion)
+
+
+def _name(criterion: AnyCriterion) -> str:
+    known = [name for name, record in CRITERIA.items() if criterion == name or criterion is record]
+    function = criterion.score if isinstance(criterion, Criterion) else criterion
+    return known[0] if known else getattr(function, "__name__", type(function).__name__)
+
+
+def score(criterion: AnyCriterion, evidence: Evidence) -> Scores:
+    """The scores of a criterion, higher = keep.
+
+    Args:
+        criterion: A name in ``CRITERIA``, or a criterion of your own.
+        evidence: At the states that the scores are to be taken at.
+
+    Raises:
+        Refused: An unknown name; inputs or labels that are needed and missing, or do not fit; more live weights than
+            the criterion's limit; scores of other names, shapes or dtypes than the masks', not finite, or all zero.
+    """
+    name, record = _name(criterion), as_criterion(criterion)
+    _refuse_above_limit(name, record, mask_ops.n_alive(evidence.masks, tuple(evidence.masks)))
+    try:
+        scores = record.score(evidence)
+        mask_ops.check_scores(evidence.masks, scores)
+        unknown = sorted(set(scores) - set(evidence.masks))
+        if unknown:
+            raise Refused(f"scores must be of masked weights alone: got {unknown} too, which no mask names.")
+    except Refused as error:
+        raise Refused(f"criterion {name!r}: {error}") from error
+    scores = {n: scores[n].detach() for n in evidence.masks}
     _refuse_all_zero(evidence.masks, scores)
     return scores
 
 
 def find(
-    criterion: str, evidence: Evidence, density: float | Mapping[str, float], *, rounds: int | None = None
+    criterion: AnyCriterion, evidence: Evidence, density: float | Mapping[str, float], *, rounds: int | None = None
 ) -> Masks:
-    r"""Prune one network to a density by a criterion, in one shot or in rounds with scores taken anew.
-
-    After round i of n the density is, with d_0 that of ``evidence.masks``,
-
-    .. math:: d_i = d_0 (d / d_0)^{i / n}
-
-    as in Tanaka et al. (2020). Weights stay as they are between rounds; weights that are pruned stay pruned.
+    """Prune one network to a density by a criterion, in one shot or in rounds with scores taken anew.
 
     Args:
-        criterion: A name in ``CRITERIA``.
+        criterion: A name in ``CRITERIA``, or a criterion of your own.
         evidence: At the states that the scores are to be taken at.
         density: Of the whole network, kept / prunable, with one threshold for all layers; or of each layer by name.
             The count kept is the nearest to density * prunable, halves up.
-        rounds: At least 1; None: 100 for SynFlow, 1 for the others.
+        rounds: At least 1; the criterion's own number when None: 100 for SynFlow, 1 for the others.
 
     Returns:
-        Masks nested in ``evidence.masks``.
+        Masks nested in ``evidence.masks``; a layer may end empty.
 
     Raises:
-        Refused: As `score`; a density out of range, or one that leaves a layer without a live weight; scores that
-            are zero all over a layer that is to be pruned by itself.
+        Refused: As `score`; a density out of range, or scores that are zero all over what is to be pruned.
     """
-    rounds = ROUNDS.get(criterion, 1) if rounds is None else rounds
+    return find_counts(criterion, evidence, mask_ops.counts_at(evidence.masks, density), rounds=rounds)
+
+
+def find_counts(
+    criterion: AnyCriterion, evidence: Evidence, counts: mask_ops.Groups, *, rounds: int | None = None
+) -> Masks:
+    r"""Prune one network to exact counts, such as those of ``masks.counts_after``; otherwise as `find`.
+
+    After round i of n a group of layers keeps, of a_0 weights alive and a to be left,
+
+    .. math:: a_i = a_0 (a / a_0)^{i / n}
+
+    to the nearest, as in Tanaka et al. (2020). Weights stay as they are; what is pruned stays pruned.
+    """
+    rounds = as_criterion(criterion).rounds if rounds is None else rounds
     if rounds < 1:
         raise Refused(f"rounds must be at least 1: got {rounds}.")
-    scope: mask_ops.Scope = "layer" if isinstance(density, Mapping) else "global"
-    masks, goal = evidence.masks, _counts(evidence.masks, density)
-    alive = {names: _alive(masks, names) for names in goal}
+    masks, scope = evidence.masks, "global" if len(counts) == 1 else "layer"
+    alive = {names: mask_ops.n_alive(masks, names) for names in counts}
     for i in range(1, rounds + 1):
-        counts = {names: round(alive[names] * (n / alive[names]) ** (i / rounds)) for names, n in goal.items()}
-        masks = _keep(masks, score(criterion, replace(evidence, masks=masks, scope=scope)), counts)
+        left = {names: round(n and alive[names] * (n / alive[names]) ** (i / rounds)) for names, n in counts.items()}
+        at = replace(evidence, masks=masks, scope=scope)  # type: ignore[arg-type]
+        masks = _keep(masks, score(criterion, at), left)
     return masks
 
 
 def keep(masks: Masks, scores: Scores, density: float | Mapping[str, float]) -> Masks:
     """The best-scored weights at a density, in one shot; as `find`, with scores at hand."""
-    _refuse_not_finite("a criterion", masks, scores)
-    return _keep(masks, scores, _counts(masks, density))
+    return _keep(masks, scores, mask_ops.counts_at(masks, density))
 
 
-def _counts(masks: Masks, density: float | Mapping[str, float]) -> dict[tuple[str, ...], int]:
-    """How many weights the layers that compete keep together."""
-    if isinstance(density, Mapping) and set(density) != set(masks):
-        raise Refused(f"density must name every prunable layer: got {sorted(density)} for {sorted(masks)}.")
-    shares = {(name,): density[name] for name in masks} if isinstance(density, Mapping) else {tuple(masks): density}
-    counts = {}
-    for names, share in shares.items():
-        total, alive = sum(masks[name].numel() for name in names), _alive(masks, names)
-        n = math.floor(share * total + 0.5) if 0 < share <= 1 else total + 1
-        if n > alive:
-            raise Refused(
-                f"density must lie in (0, {alive / total:.6g}], as much as is alive of {', '.join(names)}: got {share}."
-            )
-        if n < len(names):
-            raise mask_ops.EmptyLayerError(
-                f"every layer must keep a live weight: density {share} leaves {n} of {total} for {', '.join(names)}. "
-                "Raise it."
-            )
-        counts[names] = n
-    return counts
-
-
-def _alive(masks: Masks, names: tuple[str, ...]) -> int:
-    return sum(int(masks[name].sum()) for name in names)
-
-
-def _keep(masks: Masks, scores: Scores, counts: Mapping[tuple[str, ...], int]) -> Masks:
-    """So many of the best of each group of layers."""
-    new = dict(masks)
+def _keep(masks: Masks, scores: Scores, counts: mask_ops.Groups) -> Masks:
+    mask_ops.check_scores(masks, scores)
     for names, n in counts.items():
-        alive = _alive(masks, names)
-        if n < alive:
+        if n < mask_ops.n_alive(masks, names):
             _refuse_all_zero({m: masks[m] for m in names}, scores)
-            new |= mask_ops.prune({m: masks[m] for m in names}, {m: scores[m] for m in names}, (alive - n) / alive)
-    return new
+    return mask_ops.keep(masks, scores, counts)
 
 
 class ZeroScoresError(Refused):
     """Scores that tell no weight from another: what went would be up to the index alone."""
 
 
-def _refuse_not_finite(who: str, masks: Masks, scores: Scores) -> None:
-    bad = {name: int((~scores[name][mask].isfinite()).sum()) for name, mask in masks.items()}
-    if any(bad.values()):
-        where = ", ".join(f"{n} in {name!r}" for name, n in bad.items() if n)
-        raise Refused(f"{who} must give finite scores: {where} are not. Score in float64, or before weights diverge.")
-
-
-def _refuse_all_zero(masks: Masks, scores: Scores) -> None:
-    pruned_further = _alive(masks, tuple(masks)) > len(masks)  # where each layer has one left there is nothing to tell
-    if pruned_further and not any(bool(scores[name][mask].any()) for name, mask in masks.items()):
+def _refuse_all_zero(masks: Masks, scores: Mapping[str, Tensor]) -> None:
+    some = any(bool(scores[name][mask].any()) for name, mask in masks.items())
+    if not some and mask_ops.n_alive(masks, tuple(masks)) > 1:
         raise ZeroScoresError(
             f"some live weight must have a score that differs from 0: none has in {', '.join(masks)}. "
             "Prune less, let these layers compete with others, or take another criterion or state."
         )
 
 
-def as_criterion(criterion):  # until records are there
-    return next((n for n, f in CRITERIA.items() if f is criterion), criterion)
+def refuse_too_large(criterion: AnyCriterion, model: nn.Module, prunable: Sequence[str] | None = None) -> None:
+    """Raise where a criterion would take too long on this model, before anything is trained."""
+    size = mask_ops.total(mask_ops.ones(model, prunable))
+    _refuse_above_limit(_name(criterion), as_criterion(criterion), size)
 
 
-def find_counts(criterion, evidence: Evidence, goal: Mapping[tuple[str, ...], int]) -> Masks:
-    rounds = ROUNDS.get(criterion, 1)
-    masks, scope = evidence.masks, "global" if len(goal) == 1 else "layer"
-    alive = {names: _alive(masks, names) for names in goal}
-    for i in range(1, rounds + 1):
-        counts = {names: round(alive[names] * (n / alive[names]) ** (i / rounds)) for names, n in goal.items()}
-        masks = mask_ops.keep(masks, score(criterion, replace(evidence, masks=masks, scope=scope)), counts)
-    return masks
-
-
-def refuse_too_large(criterion: str, model: nn.Module, names=()) -> None:
-    """Raise where a criterion would take too long on this model or cannot score it, before anything is trained."""
-    if criterion == "obd_exact":
-        refuse_above_limit(mask_ops.total(mask_ops.ones(model)))
-    if forward_passes(criterion, 1, 1, 1):  # it looks at outputs
-        refuse_batch_statistics(criterion, model)
-
-
-def forward_passes(criterion: str, n_examples: int, n_classes: int, n_weights: int, rounds: int | None = None) -> int:
-    """What scoring costs, in forward passes of one example; a backward pass counts as two of them.
-
-    Criteria of the weights alone cost nothing. Gauss-Newton goes backward once a class; a Hessian-vector product
-    counts as two gradients.
-    """
-    a_round = {
-        "snip": 3 * n_examples,
-        "obd_fisher": 3 * n_examples,
-        "grasp": (3 + 6) * n_examples,
-        "obd_gauss_newton": (1 + 2 * n_classes) * n_examples,
-        "obd_exact": 6 * n_weights * n_examples,
-        "synflow": 3,
-    }.get(criterion, 0)
-    return a_round * (ROUNDS.get(criterion, 1) if rounds is None else rounds)
+def _refuse_above_limit(name: str, record: Criterion, live: int) -> None:
+    if record.limit is not None and live > record.limit:
+        raise Refused(
+            f"criterion {name!r} needs at most {record.limit} live weights: got {live}. For the curvature take "
+            "'obd_gauss_newton', the same as 'obd_exact' with ReLU, or 'obd_fisher'."
+        )

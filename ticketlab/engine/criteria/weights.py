@@ -5,6 +5,7 @@ w_i is a weight at the start, w_f at the end; the largest scores are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -70,7 +71,7 @@ def movement(evidence: Evidence) -> Scores:
     return {name: (w - initial[name]).abs() for name, w in evidence.final.items()}
 
 
-def _by_sign(criterion: Criterion, same: bool, evidence: Evidence) -> Scores:
+def _by_sign(criterion: Callable[[Evidence], Scores], same: bool, evidence: Evidence) -> Scores:
     """First the weights whose sign training kept (or changed), then the others, each group by the criterion.
 
     Zhou et al. give the other group the score 0, which leaves open who is kept when a density asks for more than
@@ -81,23 +82,6 @@ def _by_sign(criterion: Criterion, same: bool, evidence: Evidence) -> Scores:
     initial, final = evidence.initial, evidence.final
     first = {name: (initial[name].sign() == final[name].sign()) == same for name in ranks}
     return {name: torch.where(first[name], rank, rank - n) for name, rank in ranks.items()}
-
-
-ZHOU: dict[str, Criterion] = {
-    "large_final": magnitude,
-    "small_final": small_final,
-    "large_init": large_init,
-    "small_init": small_init,
-    "large_init_large_final": large_init_large_final,
-    "small_init_small_final": small_init_small_final,
-    "magnitude_increase": magnitude_increase,
-    "movement": movement,
-}
-BY_SIGN: dict[str, Criterion] = {
-    f"{name}_{group}_sign": partial(_by_sign, criterion, group == "same")
-    for name, criterion in ZHOU.items()
-    for group in ("same", "different")
-}
 
 
 def _lesser_rank(evidence: Evidence, one: Scores, other: Scores) -> Scores:
@@ -125,3 +109,25 @@ def _rank(scores: Tensor, alive: Tensor) -> Tensor:
     ranks = torch.full_like(scores, -1, dtype=torch.int64)
     ranks[live[order]] = torch.arange(len(live) - 1, -1, -1, device=scores.device)
     return ranks
+
+
+ZHOU: dict[str, Criterion] = {
+    "large_final": Criterion(magnitude),
+    "small_final": Criterion(small_final),
+    "large_init": Criterion(large_init, stage="init"),
+    "small_init": Criterion(small_init, stage="init"),
+    "large_init_large_final": Criterion(large_init_large_final),
+    "small_init_small_final": Criterion(small_init_small_final),
+    "magnitude_increase": Criterion(magnitude_increase),
+    "movement": Criterion(movement),
+}
+WEIGHTS: dict[str, Criterion] = {
+    "magnitude": Criterion(magnitude),
+    "random": Criterion(random, stage="init"),
+    **ZHOU,
+    **{
+        f"{name}_{group}_sign": Criterion(partial(_by_sign, criterion.score, group == "same"))
+        for name, criterion in ZHOU.items()
+        for group in ("same", "different")
+    },
+}
