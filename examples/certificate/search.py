@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import trange
 
-from analyses.certificate.network import (
+from examples.certificate.network import (
     HIDDEN_BIAS,
     LARGEST,
     MOST_HIDDEN,
@@ -25,7 +25,7 @@ from analyses.certificate.network import (
     shapes,
     without_idle_units,
 )
-from analyses.certificate.polish import certified, polish
+from examples.certificate.polish import certified, polish
 from ticketlab.errors import Refused
 from ticketlab.seeds import stream
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.certificate.features import GRID, N_FEATURES, Integers
-from analyses.certificate.network import (
+from examples.certificate.features import GRID, N_FEATURES, Integers
+from examples.certificate.network import (
     CLASSES,
     DESIGNS,
     HIDDEN_BIAS,

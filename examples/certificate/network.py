@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analyses.certificate.features import GRID, KINDS, N_FEATURES, Integers
+from examples.certificate.features import GRID, KINDS, N_FEATURES, Integers
 from ticketlab.bounds import Decoder, Encoder
 from ticketlab.errors import Refused
 

@@ -1,1 +1,0 @@
-"""The smallest certified bound on the true error of a digit classifier: ``python -m analyses.certificate``."""
