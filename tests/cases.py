@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ticketlab.data import Task
+from ticketlab.engine.training import Start
 from ticketlab.models import mlp
 from ticketlab.seeds import initialise
+from ticketlab.state import Masks, State
 
 FLOAT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -58,4 +62,18 @@ def half_masks(model: nn.Module, seed: int) -> dict[str, Tensor]:
     return {name: torch.rand(p.shape, generator=generator) < 0.5 for name, p in model.named_parameters() if p.ndim > 1}
 
 
-__all__ = ["FLOAT_TOLERANCE", "blobs", "build", "half_masks", "images", "small_conv_bn", "small_mlp"]
+def starts(stacked: State, masks: Masks, order_seeds: Sequence[int], **each: Sequence[object] | None) -> list[Start]:
+    """One start per replica of a stack; ``each`` has an entry per replica: frozen, learning_rates, dynamics."""
+    names = {"frozen": "frozen", "learning_rates": "learning_rate", "dynamics": "dynamics"}
+    return [
+        Start(
+            stacked.select(r),
+            {n: m[r] for n, m in masks.items()},
+            seed,
+            **{names[n]: values[r] for n, values in each.items() if values is not None},  # type: ignore[arg-type]
+        )
+        for r, seed in enumerate(order_seeds)
+    ]
+
+
+__all__ = ["FLOAT_TOLERANCE", "blobs", "build", "half_masks", "images", "small_conv_bn", "small_mlp", "starts"]

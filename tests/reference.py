@@ -21,9 +21,10 @@ def train_alone(
     first_step: int = 0,
     frozen: bool = False,
     learning_rate: float | None = None,
+    copies: bool = True,
 ) -> nn.Module:
     """A plain PyTorch loop over one network: masks on weights and gradients, an unfused optimizer."""
-    net = copy.deepcopy(model).train()
+    net = (copy.deepcopy(model) if copies else model).train()
     named = dict(net.named_parameters())
     dead = {name: named[name].detach().clone()[~mask] * float(frozen) for name, mask in masks.items()}
     with torch.no_grad():
@@ -55,12 +56,12 @@ def train_alone(
 
 
 @torch.no_grad()
-def loss_and_error(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+def loss_and_error(model: nn.Module, x: Tensor, y: Tensor, copies: bool = True) -> tuple[float, float]:
     """One example at a time, in evaluation mode."""
-    net = copy.deepcopy(model).eval()
+    net = (copy.deepcopy(model) if copies else model).eval()
     losses, wrong = [], 0
     for one, label in zip(x, y, strict=True):
-        logits = net(one[None])[0].double()
+        logits = net(one[None].clone())[0].double()
         losses.append(float(torch.logsumexp(logits, 0) - logits[label]))
         wrong += int(logits.argmax() != label)
     return sum(losses) / len(losses), wrong / len(y)

@@ -37,12 +37,16 @@ class State(NamedTuple):
         return State(params, buffers)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> State:
-        """On a device; floating tensors in ``dtype``, counters as they are."""
+        """On a device; floating tensors in ``dtype``, complex ones in its complex twin, counters as they are."""
+        params, buffers = ({n: moved(t, device, dtype) for n, t in part.items()} for part in self)
+        return State(params, buffers)
 
-        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()}
 
-        return State(move(self.params), move(self.buffers))
+def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """On a device; in ``dtype`` if floating, in its complex twin if complex: nothing imaginary is lost."""
+    if tensor.is_complex():
+        return tensor.to(device, dtype.to_complex())
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def state(model: nn.Module) -> State:

@@ -54,10 +54,10 @@ class Recipe:
             "nesterov needs a momentum above 0": not self.nesterov or self.momentum > 0,
             "momentum and nesterov belong to optimizer 'sgd'": self.optimizer == "sgd"
             or (self.momentum == 0.9 and not self.nesterov),
-            "decay belongs to schedule 'step'": self.decay == 0.1 or self.schedule == "step",
             "schedule 'step' needs milestones": self.schedule != "step" or bool(self.milestones),
             "weight_decay must be at least 0 and finite": 0 <= self.weight_decay < math.inf,
             "decay must lie in (0, 1]": 0 < self.decay <= 1,
+            "decay belongs to schedule 'step'": self.decay == 0.1 or self.schedule == "step",
             "warmup_steps must lie in [0, steps]": 0 <= self.warmup_steps <= self.steps,
             "milestones must rise and lie in (0, steps)": list(self.milestones) == sorted(set(self.milestones))
             and all(0 < m < self.steps for m in self.milestones),

@@ -28,7 +28,7 @@ from ticketlab.errors import Refused, nearest
 from ticketlab.losses import LOSSES
 from ticketlab.network import Execution, attempt, attention_as_products, lent
 from ticketlab.seeds import Factory, derived_seed, initialise
-from ticketlab.state import State, state
+from ticketlab.state import State, moved, state
 
 OwnCriteria = Mapping[str, Criterion | Callable[[Evidence], dict[str, Tensor]]]
 OwnTreatments = Mapping[str, Treatment | Callable[[Origin], Start]]
@@ -196,9 +196,11 @@ class Study:
 
     def initialised(self, seed: int) -> nn.Module:
         """The network of an init seed, on the task's device and in the config's dtype."""
-        net = initialise(self.factory, seed).to(self.task.device, getattr(torch, self.config.dtype))
+        net = initialise(self.factory, seed)
+        own: dict[str, Tensor] = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+        for tensor in own.values():
+            tensor.data = moved(tensor.data, self.task.device, getattr(torch, self.config.dtype))
         if self.given is not None:
-            own = {**dict(net.named_parameters()), **dict(net.named_buffers())}
             given = {**self.given.params, **self.given.buffers}
             wrong = [n for n in {**own, **given} if n not in own or n not in given or own[n].shape != given[n].shape]
             if wrong:
