@@ -533,7 +533,7 @@ def _refuse_unknown_buffers(net: Network, x: Tensor, replaced: Collection[str]) 
 @torch.no_grad()
 def reads(net: Network, x: Tensor, names: Collection[str]) -> bool:
     """Whether outputs depend on these floating buffers: seen by replacing their values with NaN, and with others."""
-    one, few = next(net.each()), x[:1].nan_to_num() if x.is_floating_point() else x[:1]
+    one, few = _sound(net), x[:1].nan_to_num() if x.is_floating_point() else x[:1]
     with torch.random.fork_rng(devices=[]):
         known = _attempt(one, few)
         for poison in (lambda b: torch.full_like(b, torch.nan), lambda b: 1 - b.nan_to_num(0, 0, 0)):
@@ -555,16 +555,14 @@ def _check_outputs(net: Network, x: Tensor, finite: bool) -> bool:
                 f"outputs must not depend on the rest of the batch: batch norm {name!r} keeps no running statistics. "
                 "Build it with track_running_stats=True."
             )
-    one = next(net.each())
+    one = _sound(net)
     examples = probe(x)
     with torch.no_grad(), watching_generators(x.device) as drawn:
         try:
-            y, writes = _first_pass(one, examples)
+            y, again, writes = _passes(one, examples)
         except Refused:  # the example that is in no batch may be none that the model takes
             examples = examples[[0, 1, 0]]
-            y, writes = _first_pass(one, examples)
-        # The same examples in another order and company, beside themselves.
-        again = _attempt(one, examples[[2, 0, 0, 1]])[[1, 3, 0]]
+            y, again, writes = _passes(one, examples)
     if drawn() or not close(y, again):
         raise Refused(
             "each example must pass through the network by itself, the same each time: an output depends on the rest "
@@ -576,13 +574,23 @@ def _check_outputs(net: Network, x: Tensor, finite: bool) -> bool:
     return writes
 
 
-def _first_pass(net: Network, examples: Tensor) -> tuple[Tensor, bool]:
-    """Outputs, and whether the forward pass writes into its input."""
+def _sound(net: Network) -> Network:
+    """One network whose outputs tell something: not a diverged one, where there is another."""
+    return next((one for one in net.each() if all(p.isfinite().all() for p in one.params.values())), next(net.each()))
+
+
+def _passes(net: Network, examples: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Outputs, and again with other examples beside each; and whether the forward pass writes into its input.
+
+    All in one go, so that a module that counts its calls is told by its outputs.
+    """
     inputs = examples.clone()
     version = inputs._version
     with net.lent():
         y = attempt(net.model, inputs, writes=True)
-    return y, inputs._version != version or not torch.equal(inputs, examples)
+        writes = inputs._version != version or not torch.equal(inputs, examples)
+        alone, others = (attempt(net.model, examples[index]) for index in ([0], [2, 1, 1, 0]))
+    return y, torch.cat([alone, others[[1, 0]]]), writes
 
 
 def probe(x: Tensor) -> Tensor:
