@@ -121,13 +121,15 @@ def _mapped(net: Network, cotangents: Cotangents, names: Sequence[str], *block: 
 
 
 def _looped(net: Network, cotangents: Cotangents, names: Sequence[str], *block: Tensor) -> dict[str, Tensor]:
-    weights = dict(net.model.named_parameters())
-    inner, found = [weights[n] for n in names], []
+    weights, found = dict(net.model.named_parameters()), []
+    # Of all weights at once: where it alone is asked for, that of a GroupNorm in channels-last crashes (torch 2.13).
+    inner = [weights[n] for n in net.trainable]
     for one, *target in zip(*block, strict=True):
         y = net.forward(one[None])[0]
         pulled = [pullback(y, inner, r, retain_graph=True) for r in cotangents(y.detach(), *target)]
         found.append([torch.stack(parts) for parts in zip(*pulled, strict=True)])
-    return {n: torch.stack(parts) for n, parts in zip(names, zip(*found, strict=True), strict=True)}
+    every = {n: torch.stack(parts) for n, parts in zip(net.trainable, zip(*found, strict=True), strict=True)}
+    return {n: every[n] for n in names}
 
 
 def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, float]]:
