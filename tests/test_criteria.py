@@ -274,22 +274,36 @@ def test_both_ends_together_are_what_bisection_finds(kind, scope):
 
 
 @pytest.mark.parametrize("name", ZHOU)
-def test_sign_variants_keep_their_group_first_and_each_group_in_order(name):
+def test_sign_variants_score_their_group_and_give_the_other_0(name):
     given = evidence()
-    plain = score(name, given)
     live = torch.cat([m.flatten() for m in given.masks.values()])
 
     def flat(scores):
         return torch.cat([scores[n].flatten() for n in given.masks])[live]
 
+    plain = flat(score(name, given))
     same = flat({n: given.start.params[n].sign() == given.end.params[n].sign() for n in given.masks})
     assert 0 < int(same.sum()) < len(same)
     for variant, group in (("same", same), ("different", ~same)):
         found = flat(score(f"{name}_{variant}_sign", given))
-        assert found[group].min() > found[~group].max()
-        for part in (group, ~group):
-            order = found[part].sort(descending=True).indices
-            assert (flat(plain)[part][order].diff() <= 0).all()
+        assert (found[~group] == 0).all()
+        if name.startswith("small"):  # all scores are negative: by place, from 1, or the zeros would come first
+            assert found[group].min() >= 1
+            assert (plain[group][found[group].sort(descending=True).indices].diff() <= 0).all()
+        else:
+            assert torch.equal(found[group], plain[group])
+
+
+def test_sign_variants_are_those_of_the_paper():
+    r"""\max(0, w_i w_f / |w_i|) for large final, same sign, and its twin (Zhou et al. 2019)."""
+    given = evidence(masked=False)
+    for variant, sign in (("same", 1), ("different", -1)):
+        scores = score(f"large_final_{variant}_sign", given)
+        for name in given.masks:
+            w_i, w_f = given.start.params[name], given.end.params[name]
+            torch.testing.assert_close(scores[name], (sign * w_i * w_f / w_i.abs()).clamp(min=0), **CLOSE)
+        shrunk = score(f"magnitude_increase_{variant}_sign", given)
+        assert any((s < 0).any() for s in shrunk.values())  # of the group, and behind the other: as the authors have it
 
 
 def test_random_scores_are_noise_of_their_own_for_each_layer_and_seed():

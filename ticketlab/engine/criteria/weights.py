@@ -71,17 +71,18 @@ def movement(evidence: Evidence) -> Scores:
     return {name: (w - initial[name]).abs() for name, w in evidence.final.items()}
 
 
-def _by_sign(criterion: Callable[[Evidence], Scores], same: bool, evidence: Evidence) -> Scores:
-    """First the weights whose sign training kept (or changed), then the others, each group by the criterion.
+def _by_sign(criterion: Callable[[Evidence], Scores], ranked: bool, same: bool, evidence: Evidence) -> Scores:
+    """The criterion's score where training kept the sign (or changed it), and 0 elsewhere.
 
-    Zhou et al. give the other group the score 0, which leaves open who is kept when a density asks for more than
-    the group has.
+    Zhou et al. do so with large final and magnitude increase; of the latter, weights of the group that shrank fall
+    behind the other group. ``ranked`` counts places from 1 in place of scores: beside -|w|, zeros would come first.
+    Where a density asks for more than the group has, zeros are kept by index, as all ties are: compare below that.
     """
-    ranks = _ranks(evidence, criterion(evidence))
-    n = sum(mask.numel() for mask in evidence.masks.values())
-    initial, final = evidence.initial, evidence.final
-    first = {name: (initial[name].sign() == final[name].sign()) == same for name in ranks}
-    return {name: torch.where(first[name], rank, rank - n) for name, rank in ranks.items()}
+    scores, initial, final = criterion(evidence), evidence.initial, evidence.final
+    if ranked:
+        scores = {name: rank + 1 for name, rank in _ranks(evidence, scores).items()}
+    group = {name: (initial[name].sign() == final[name].sign()) == same for name in scores}
+    return {name: torch.where(group[name], score, 0) for name, score in scores.items()}
 
 
 def _lesser_rank(evidence: Evidence, one: Scores, other: Scores) -> Scores:
@@ -126,7 +127,7 @@ WEIGHTS: dict[str, Criterion] = {
     "random": Criterion(random, stage="init"),
     **ZHOU,
     **{
-        f"{name}_{group}_sign": Criterion(partial(_by_sign, criterion.score, group == "same"))
+        f"{name}_{group}_sign": Criterion(partial(_by_sign, criterion.score, name.startswith("small"), group == "same"))
         for name, criterion in ZHOU.items()
         for group in ("same", "different")
     },
