@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -23,6 +26,7 @@ from torch import nn
 
 import ticketlab as tl
 from ticketlab import masks as mask_ops
+from ticketlab.data import batch_indices
 from ticketlab.state import State
 
 RECIPE = tl.Recipe(steps=30, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)
@@ -273,7 +277,7 @@ def test_a_directory_of_another_config_is_refused_and_left_alone(tmp_path):
     stored = json.loads(path.read_text())
     stored["config"]["prune_fraction"] = 0.5
     path.write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match=r"its config.json is of another: prune_fraction 0.5 instead of 0.2"):
+    with pytest.raises(ValueError, match=r"config.json must be what was stored: its content has the identity"):
         levels(replace(CONFIG, levels=0), store=tmp_path)
     assert json.loads(path.read_text()) == stored
 
@@ -327,7 +331,7 @@ def test_configs_that_make_no_sense_are_refused(change, match):
 @pytest.mark.parametrize(
     ("change", "options", "match"),
     [
-        ({"levels": 40}, {}, r"every layer must keep a live weight.*level 17 of 40. Use at most 16 levels"),
+        ({"levels": 40}, {}, r"every level must prune a weight: none of 2 would go at level \d+ of 40. Use at most"),
         (
             {"levels": 40, "scope": "layer"},
             {},
@@ -336,7 +340,7 @@ def test_configs_that_make_no_sense_are_refused(change, match):
         (
             {"levels": 4, "scope": "layer", "prune_fraction": 0.9},
             {},
-            r"0 would be left for 'fc1.weight' at level 2 of 4. Use at most 1",
+            r"a live weight must be left: .*'fc1.weight'.* lose all at level 2 of 4. Use at most 1",
         ),
         ({"model": "lenet"}, {"model": None}, "unknown model 'lenet'"),
         ({"task": "mnits"}, {"task": None}, "Did you mean 'mnist'"),
@@ -349,17 +353,280 @@ def test_studies_that_cannot_end_are_refused_before_they_begin(change, options, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_layer_that_pruning_empties_stops_the_run_and_keeps_what_is_stored(tmp_path):
-    def lopsided():
-        net = small_mlp()
+def lopsided(factor):
+    net = small_mlp()
+    with torch.no_grad():
+        net.output.weight.mul_(factor)
+    return net
+
+
+def test_a_level_that_cuts_the_network_in_two_stops_the_run_and_keeps_what_is_stored(tmp_path):
+    config = replace(CONFIG, levels=6, rewind_step=0, recipe=replace(RECIPE, learning_rate=1e-12))
+    with pytest.raises(ValueError, match=r"a live path .*: \d+ weights leave none, and empty are \['output.weight'\]"):
+        levels(config, model=lambda: lopsided(1e-9), store=tmp_path)
+    assert len(tl.load_run(next(tmp_path.iterdir()))) == 1
+
+
+class Branched(nn.Module):
+    """A residual branch that may empty while the network still classifies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.branch, self.o = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
         with torch.no_grad():
-            net.output.weight.mul_(1e-9)
+            self.branch.weight.mul_(1e-6)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.o(h + torch.relu(self.branch(h)))
+
+
+def test_a_branch_may_empty_as_long_as_a_live_path_is_left_and_it_is_said():
+    config = replace(CONFIG, levels=1, prune_fraction=0.5, rewind_step=0, recipe=replace(RECIPE, learning_rate=1e-12))
+    with pytest.warns(RuntimeWarning, match=r"level 1 leaves 1 of 3 layers without a live weight, \['branch.weight'\]"):
+        level = levels(config, model=Branched)[1]
+    ticket = level.subset(treatment="ticket")
+    assert not ticket.masks["branch.weight"].any()
+    assert ticket.metrics["test_error"].notna().all()
+    assert (ticket.metrics["effective_density"] <= ticket.metrics["density"]).all()
+
+
+# ------------------------------------------------------------------------------ what a network does is what it is
+
+
+class Detached(nn.Module):
+    """As ReLU, but nothing is learned below."""
+
+    def forward(self, x):
+        return torch.relu(x).detach()
+
+    def __repr__(self):
+        return "ReLU()"
+
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "slope": lambda: nn.LeakyReLU(0.1),
+    "other slope": lambda: nn.LeakyReLU(0.2),
+    "detached": Detached,
+    "none": nn.Identity,
+}
+
+
+def test_networks_that_differ_in_what_they_do_have_a_directory_each(tmp_path):
+    folders = set()
+    for act in ACTIVATIONS.values():
+        model = lambda act=act: nn.Sequential(nn.Linear(6, 8), act(), nn.Linear(8, 3))  # noqa: E731
+        folders.add(tl.run_folder(CONFIG, tmp_path, model=model, task=blobs()))
+        assert tl.run_folder(CONFIG, tmp_path, model=model, task=blobs()) in folders
+    assert len(folders) == len(ACTIVATIONS)
+
+    def frozen():
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        net[0].requires_grad_(False)
         return net
 
-    config = replace(CONFIG, levels=6, rewind_step=0, recipe=replace(RECIPE, learning_rate=1e-12))
-    with pytest.raises(ValueError, match=r"every layer a live weight: \['output.weight'\] would be empty"):
-        levels(config, model=lopsided, store=tmp_path)
-    assert len(tl.load_run(next(tmp_path.iterdir()))) == 1
+    assert tl.run_folder(CONFIG, tmp_path, model=frozen, task=blobs()) not in folders
+
+
+def test_a_criterion_or_treatment_of_ones_own_is_run_and_names_the_run(tmp_path):
+    def mine(evidence):
+        return {n: -w.abs() for n, w in evidence.final.items()}
+
+    def other(evidence):
+        return {n: w.abs() for n, w in evidence.final.items()}
+
+    def doubled(origin):
+        twice = State({n: 2 * p for n, p in origin.rewound.params.items()}, {})
+        return tl.Start(twice, origin.masks, origin.order_seed)
+
+    config = replace(CONFIG, levels=1, criterion="mine")
+    level = levels(config, criteria={"mine": mine}, treatments={"doubled": doubled})[1]
+    known = levels(replace(config, criterion="small_final"))[1]
+    masks, expected = level.subset(treatment="ticket").masks, known.subset(treatment="ticket").masks
+    assert all(torch.equal(mask, expected[name]) for name, mask in masks.items())
+    ticket, twice = (level.select(treatment=t, init_seed=3).theta_start for t in ("ticket", "doubled"))
+    assert torch.equal(2 * ticket["fc1.weight"], twice["fc1.weight"])
+    names = {tl.Study(config, model=small_mlp, task=blobs(), criteria={"mine": f}).identity for f in (mine, other)}
+    assert len(names) == 2
+    with pytest.raises(ValueError, match="unknown criterion 'mine'"):
+        levels(config)
+    with pytest.raises(ValueError, match=r"must be named by config\.criterion"):
+        levels(CONFIG, criteria={"mine": mine})
+    with pytest.raises(ValueError, match="need names of their own"):
+        levels(CONFIG, treatments={"reinit": doubled})
+
+
+# ------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_a_factory_that_ignores_the_seed_is_refused_and_weights_may_be_given():
+    net = tl.initialise(small_mlp, 0)
+    for factory in (lambda: net, lambda: copy.deepcopy(net)):
+        with pytest.raises(ValueError, match="two seeds must give two networks"):
+            levels(model=factory)
+        with pytest.raises(ValueError, match=r"'reinit'\] the ticket itself"):
+            levels(replace(CONFIG, init_seeds=(3,)), model=factory)
+    generator = np.random.default_rng()
+
+    def drawn():
+        made = small_mlp()
+        made.output.weight.data = torch.from_numpy(generator.standard_normal((3, 5)))
+        return made
+
+    with pytest.raises(ValueError, match="two calls with one seed gave different weights"):
+        levels(model=drawn)
+    given = levels(replace(CONFIG, levels=1, rewind_step=0), start=tl.state(net))
+    assert all((p == tl.state(net).params[n]).all() for n, p in given[0].theta_start.items())
+    ticket, fresh = (given[1].subset(treatment=t).theta_start["fc1.weight"] for t in ("ticket", "reinit"))
+    assert torch.equal(ticket[0] * ticket[1], ticket[0] ** 2 * (ticket[1] != 0)) and not torch.equal(ticket, fresh)
+    with pytest.raises(ValueError, match="start must be one network's state"):
+        levels(start=tl.State({}, {}))
+
+
+def test_initialisers_that_draw_from_numpy_or_random_are_seeded():
+    def drawn():
+        net = small_mlp()
+        net.output.weight.data = torch.from_numpy(np.random.randn(3, 5) * random.random())
+        return net
+
+    states = [tl.state(tl.initialise(drawn, seed)).params["output.weight"] for seed in (0, 0, 1)]
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    with pytest.raises(ValueError, match="must be a factory"):
+        levels(model=tl.initialise(small_mlp, 0))
+
+
+# ------------------------------------------------------------------------------------------------- divergence
+
+
+def test_a_line_that_diverged_stays_diverged_in_every_table():
+    task = blobs()
+    poisoned = task.train.x.clone()
+    seen = {s: torch.cat([batch_indices(len(task.train), 16, s, t) for t in range(30)]).tolist() for s in (3, 4)}
+    first = next(i for i in seen[4][: 8 * 16] if i not in seen[3][: 8 * 16])
+    poisoned[first] = float("nan")
+    bad = replace(task, name="poisoned", train=tl.Split(poisoned, task.train.y))
+    config = replace(CONFIG, levels=2, rewind_step=0, recipe=replace(RECIPE, steps=8, eval_every=4))
+    for change in ({}, {"criterion": "snip"}, {"retraining": "lr_rewind"}, {"rewind_step": 6}):
+        with pytest.warns(RuntimeWarning, match="is not finite"):
+            found = levels(replace(config, **change), task=bad)
+        for level in found:
+            lost, well = (level.metrics[level.metrics["init_seed"] == seed] for seed in (4, 3))
+            assert lost["diverged_step"].notna().all() and lost["test_error"].isna().all()
+            assert well["diverged_step"].isna().all() and well["test_error"].notna().all()
+            assert level.metrics["kept"].nunique() == 1
+
+
+def test_a_study_of_which_every_replica_diverges_ends_and_can_be_read(tmp_path):
+    config = replace(CONFIG, levels=2, rewind_step=0, recipe=replace(RECIPE, learning_rate=1e300))
+    with pytest.warns(RuntimeWarning, match="is not finite"):
+        made = levels(config, store=tmp_path)
+    read = list(tl.load_run(next(tmp_path.iterdir())))
+    assert len(made) == len(read) == 3
+    assert all(level.metrics["test_error"].isna().all() and level.curves.empty for level in read)
+
+
+# -------------------------------------------------------------------------------------------------- the store
+
+
+def test_levels_that_are_swapped_copied_or_of_another_run_are_refused(tmp_path):
+    levels(replace(CONFIG, levels=2), store=tmp_path / "a")
+    levels(replace(CONFIG, levels=2, init_seeds=(8, 9)), store=tmp_path / "b")
+    one, other = (next((tmp_path / name).iterdir()) for name in "ab")
+    for source in (one / "level_02", other / "level_01"):
+        shutil.move(one / "level_01", tmp_path / "aside")
+        shutil.copytree(source, one / "level_01")
+        with pytest.raises(ValueError, match=r"level_01 holds level \d of run \w+, not level 1 of"):
+            list(tl.load_run(one))
+        with pytest.raises(ValueError, match="level_01 holds level"):
+            levels(replace(CONFIG, levels=2), store=tmp_path / "a")
+        shutil.rmtree(one / "level_01")
+        shutil.move(tmp_path / "aside", one / "level_01")
+    assert len(list(tl.load_run(one))) == 3
+
+
+def test_a_level_without_its_manifest_stands_aside_and_is_trained_again(tmp_path):
+    whole = levels(replace(CONFIG, levels=1), store=tmp_path)
+    folder = next(tmp_path.iterdir())
+    (folder / "level_01" / "manifest.json").unlink()
+    assert_same(levels(replace(CONFIG, levels=1), store=tmp_path)[1], whole[1])
+    assert (folder / "level_01.without_manifest" / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"split_seed": 0', '"split_seed": 5'),
+        ('"steps": 30', '"steps": 90'),
+        ('"scope"', '"scopf"'),
+        ('"task": "', '"task": "0'),
+    ],
+)
+def test_a_config_that_is_not_what_was_stored_is_refused(tmp_path, old, new):
+    levels(replace(CONFIG, levels=0), store=tmp_path)
+    path = next(tmp_path.iterdir()) / "config.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match="must be what was stored"):
+        tl.load_run(path.parent)
+
+
+def test_a_config_of_a_later_version_or_no_config_at_all_is_refused_by_name(tmp_path):
+    for text, match in (
+        ('{"config": {"new": 1, "recipe": {}}, "fingerprint": {}}', "fields of this version"),
+        ("[" * 100_000, "must be valid JSON"),
+        ("[]", "must describe a study"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=match):
+            tl.load_run(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for store in (tmp_path / "file", tmp_path / ("d" * 300)):
+        with pytest.raises(ValueError, match="must be a place to write to"):
+            levels(store=store)
+
+
+def test_an_estimate_counts_trainings_and_steps():
+    study = tl.Study(CONFIG, model=small_mlp, task=blobs())
+    estimate = study.estimate()
+    assert estimate.trainings == 2 + 3 * 2 * 2
+    assert estimate.steps == 2 * 30 + 3 * 2 * 2 * 25
+    assert estimate.hours > 0 and estimate.disk_bytes > 0 and estimate.memory_bytes > 0
+
+
+# -------------------------------------------------------------------------------------------------- the noun
+
+
+def test_selections_compose_and_subsets_keep_the_axis():
+    level = levels(replace(CONFIG, levels=1))[1]
+    direct = level.select(treatment="reinit", init_seed=4)
+    chained = level.select(init_seed=4).select(treatment="reinit")
+    assert all(torch.equal(p, chained.theta_end[n]) for n, p in direct.theta_end.items())
+    assert direct.select(treatment="reinit") is direct
+    subset = level.subset(treatment="reinit").subset(init_seed=4)
+    assert subset.theta_end["fc1.weight"].shape == (1, 8, 6)
+    assert torch.equal(subset.theta_end["fc1.weight"][0], direct.theta_end["fc1.weight"])
+    assert subset.metrics["replica"].tolist() == [0] and set(subset.curves["replica"]) == {0}
+    with pytest.raises(ValueError, match="no replica of level 1 has treatment='ticket'"):
+        direct.select(treatment="ticket")
+    with pytest.raises(ValueError, match="one network without a replica axis"):
+        direct.subset(init_seed=4)
+
+
+def test_a_module_holds_the_ticket():
+    level, task = levels(replace(CONFIG, levels=1))[1], blobs()
+    net = level.module(0)
+    one = level.select(treatment="ticket", init_seed=3)
+    assert not net.training
+    assert all(torch.equal((p != 0), one.masks[n]) for n, p in net.named_parameters() if n in one.masks)
+    error = (net(task.test.x).argmax(1) != task.test.y).double().mean()
+    assert float(error) == level.metrics["test_error"].iloc[0]
+    with pytest.raises(ValueError, match=r"replica must lie in 0\.\.3: got 4"):
+        level.module(4)
+    assert repr(level).startswith("Level 1: density 0.79")
 
 
 def test_select_says_what_there_is():

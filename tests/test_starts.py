@@ -18,7 +18,8 @@ from test_treatments import equal, origin
 import ticketlab as tl
 from ticketlab import masks as mask_ops
 from ticketlab.engine import values
-from ticketlab.engine.treatments import FROZEN, RETRAINING, TREATMENTS
+from ticketlab.engine.treatments import RETRAINING
+from ticketlab.engine.treatments import TREATMENTS as RECORDS
 from ticketlab.state import state
 
 SIGNS_KEPT = ("reinit_keep_sign", "reshuffle_keep_sign", "signed_constant")
@@ -75,6 +76,10 @@ def test_values_are_a_multiset_per_sign_when_signs_are_kept(seed, size, zeros):
         group = sign & mask
         assert torch.equal(weight[group].sort().values, new[group].sort().values)
     assert torch.equal(weight[~mask], new[~mask])
+
+
+TREATMENTS = {name: record.start for name, record in RECORDS.items()}
+FROZEN = tuple(name for name, record in RECORDS.items() if record.frozen)
 
 
 def test_reinit_and_its_signed_twin_share_magnitudes_biases_and_statistics():

@@ -11,7 +11,8 @@ from cases import build, half_masks, small_conv_bn
 from torch import nn
 
 from ticketlab import masks as mask_ops
-from ticketlab.engine.treatments import FROZEN, TREATMENTS, Origin
+from ticketlab.engine.treatments import TREATMENTS as RECORDS
+from ticketlab.engine.treatments import Origin
 from ticketlab.functional import masked
 from ticketlab.seeds import derived_seed
 from ticketlab.state import State, state
@@ -19,6 +20,8 @@ from ticketlab.state import State, state
 VALUES = ("reinit_keep_sign", "reshuffle", "reshuffle_keep_sign", "random_sign", "signed_constant", "random_constant")
 TRAINED = ("lr_rewind", "fine_tune")
 SAME_WEIGHTS = ("ticket", "sibling", "random_mask", "layerwise_shuffle", "dense_restart", "frozen_init")
+TREATMENTS = {name: record.start for name, record in RECORDS.items()}
+FROZEN = tuple(name for name, record in RECORDS.items() if record.frozen)
 SAME_MASK = ("ticket", "sibling", "reinit", *VALUES, *TRAINED, *FROZEN)
 SAME_ORDER = ("ticket", "reinit", "random_mask", "layerwise_shuffle", *VALUES, *TRAINED, *FROZEN)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.treatments import RETRAINING
+from ticketlab.engine.treatments import RETRAINING, TREATMENTS
 from ticketlab.errors import Refused, nearest
 
 Scope = Literal["global", "layer"]
@@ -75,8 +77,16 @@ class ImpConfig:
             names = tuple(known) if isinstance(known, dict) else get_args(known)
             if given not in names:
                 raise Refused(nearest(kind, given, names))
+        names = [("criterion", self.criterion, tuple(CRITERIA))]
+        names += [("treatment", treatment, tuple(TREATMENTS)) for treatment in self.treatments]
+        for kind, given, known in names:  # others may be a user's own: a study knows
+            if given not in known and get_close_matches(given, known, n=1, cutoff=0.85):
+                raise Refused(nearest(kind, given, known))
         if "ticket" not in self.treatments or len(set(self.treatments)) < len(self.treatments):
             raise Refused(f"treatments must contain 'ticket' and no name twice: got {self.treatments}.")
+        frozen = [name for name in self.treatments if name in TREATMENTS and TREATMENTS[name].frozen]
+        if frozen and recipe.weight_decay:
+            raise Refused(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
         if self.score_examples < 1:
             raise Refused(f"score_examples must be at least 1: got {self.score_examples}.")
         if self.levels < 0:

@@ -45,6 +45,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     path = Path(folder)
     stored = runs.read_config(path)["config"]
     n_levels = runs.n_stored(path)
+    config = from_json(stored | {"levels": max(0, n_levels - 1)})
     if n_levels == 0:
         raise Refused(f"{path} must hold at least level 0: it has none. Resume the run with analyses.imp.")
-    return Run(path, from_json(stored | {"levels": n_levels - 1}), n_levels, device)
+    return Run(path, config, n_levels, device)

@@ -76,6 +76,16 @@ def identity(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run is stored there.
+
+    Raises:
+        Refused: A place that cannot be.
+    """
+    with _refused(folder):
+        return (folder / CONFIG).exists()
+
+
 def n_stored(folder: Path) -> int:
     """How many levels are stored, counted from 0 up to the first that is missing."""
     level = 0

@@ -160,7 +160,7 @@ class Study:
                 training: a level that cuts the network in two, scores that are all zero; what is stored stays.
         """
         folder = None if store is None else self.folder(store)
-        if folder is not None and (folder / runs.CONFIG).exists():
+        if folder is not None and runs.is_run(folder):
             self._compare(runs.read_config(folder), folder)
         return levels(self, folder)
 
@@ -204,9 +204,7 @@ class Study:
             given = {**self.given.params, **self.given.buffers}
             wrong = [n for n in {**own, **given} if n not in own or n not in given or own[n].shape != given[n].shape]
             if wrong:
-                raise Refused(
-                    f"start must be one network's state, of the model: {wrong[:5]} are not. Take tl.state."
-                )
+                raise Refused(f"start must be one network's state, of the model: {wrong[:5]} are not. Take tl.state.")
             with torch.no_grad():
                 for name, tensor in own.items():
                     tensor.copy_(given[name])
@@ -219,9 +217,6 @@ class Study:
         if config.recipe.batch_size > len(self.task.train):
             n = len(self.task.train)
             raise Refused(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
-        frozen = [name for name, treatment in self.treatments.items() if treatment.frozen]
-        if frozen and config.recipe.weight_decay:
-            raise Refused(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
         self._check_seeds()
         with torch.no_grad(), torch.random.fork_rng(devices=[]), lent(self.model, None, None):
             x, y = self.task.train.x[:2], self.task.train.y[:2]
