@@ -78,10 +78,11 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shrink(monkeypatch):
-    """Says that a named set is this small."""
+    """Says that a named set is this small, and by what it is known."""
 
-    def shrink(name: str, n_train: int, n_test: int) -> None:
-        small = datasets.SOURCES[name]._replace(n_train=n_train, n_test=n_test, validation_size=5)
+    def shrink(name: str, n_train: int, n_test: int, facts: datasets.Facts | None = None, **others: object) -> None:
+        sizes = {"n_train": n_train, "n_test": n_test, "validation_size": 5}
+        small = datasets.SOURCES[name]._replace(**sizes, facts=facts, **others)
         monkeypatch.setitem(datasets.SOURCES, name, small)
 
     return shrink
@@ -155,11 +156,12 @@ def test_idx_sets_from_files(name, folder, root, shrink):
 
 def test_wrong_size_of_a_named_set(root):
     write_mnist(root / "mnist")
-    with pytest.raises(ValueError, match=r"mnist must have .*\(60000, 1, 28, 28\).*: got \[\(30, 1, 28, 28\)"):
+    with pytest.raises(ValueError, match=r"must hold an array of shape \(60000, 28, 28\): got \(30, 28, 28\)"):
         load("mnist")
 
 
-def test_labels_out_of_range(root):
+def test_labels_out_of_range(root, shrink):
+    shrink("mnist", 30, 12)
     write_mnist(root / "mnist", **{idx.IDX_FILES[3]: np.arange(12)})
     with pytest.raises(ValueError, match=r"labels of mnist must be in 0\.\.9: got 11 in .*mnist"):
         load("mnist")
@@ -195,13 +197,17 @@ ZIPPED = gzip.compress(GOOD)
 @pytest.mark.parametrize(
     ("file", "content", "match"),
     [
-        ("a", b"", "must begin with the header of an IDX file .*: got '' in 0 bytes"),
-        ("a", b"\0\0\x0d\3" + GOOD[4:], "got '00 00 0d 03'"),
-        ("a", GOOD[:9], "in 9 bytes"),
+        ("a", b"", "must begin with the header of an IDX file .*: got ''"),
+        ("a", b"\0\0\x0d\3" + GOOD[4:], "got '00 00 0d 03 00"),
+        ("a", GOOD[:9], "got '00 00 08 03 00 00 00 03 00'"),
         ("a", b"<html>not found</html>", "must begin with the header"),
-        ("a", GOOD[:-1], r"a must have 64 bytes, by its header of sizes \[3, 4, 4\]: got 63"),
-        ("a", GOOD + b"\0", "got 65"),
-        ("a", b"\0\0\x08\4" + b"\xff" * 16, "must have 340282"),  # a header whose product overflows 64 bits
+        ("a", GOOD[:-1], r"a must hold 48 bytes of values, by its header of sizes \(3, 4, 4\): got 47"),
+        ("a", GOOD + b"\0", "got more"),
+        (
+            "a",
+            b"\0\0\x08\4" + b"\xff" * 16,
+            r"must hold 340282\d*.*got 20 in all, which cannot hold them",
+        ),
         ("a.gz", ZIPPED[:-9], r"a\.gz must be a readable, complete gzip file: got EOFError"),
         ("a.gz", ZIPPED[:30] + b"\0\0\0" + ZIPPED[33:], r"a\.gz must be a readable, complete gzip file"),
         ("a.gz", GOOD, r"a\.gz must be .* gzip file: got BadGzipFile"),
@@ -211,6 +217,166 @@ def test_damaged_idx(file, content, match, tmp_path):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=match):
         idx.read_idx(tmp_path / file)
+
+
+@pytest.mark.parametrize("sizes", [b"\0\0\0\4" * 2, b"\0\xff\0\0" * 2])
+def test_no_more_is_unpacked_than_promised(sizes, tmp_path):
+    """A gzip file of 64 kB that unpacks to 64 MB, whatever its header says."""
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x08\2" + sizes + bytes(2**26)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"a\.gz must hold \d+ bytes of values.*: got (more|\d+ in all)"):
+            idx.read_idx(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_set_of_another_size_is_refused_by_its_header(tmp_path):
+    """Before its gigabytes are unpacked: the file holds what it promises."""
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x08\1" + (2**26).to_bytes(4, "big") + bytes(2**26)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"must hold an array of shape \(30,\): got \(67108864,\) in its header"):
+            idx.read_idx(path, (30,))
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+    assert idx.read_idx(path).shape == (2**26,)
+
+
+# -------------------------------------------------------------------------------------- which set is it
+
+
+def facts_of(arrays, **others) -> datasets.Facts:
+    """The facts of a grey set, computed one image after another."""
+    counts, halves = [], []
+    for x, y in ((arrays[0], arrays[1]), (arrays[2], arrays[3])):
+        h, w = x.shape[1] // 2, x.shape[2] // 2
+        of_class = [x[y == c] for c in range(10)]
+        rows = [[np.mean([i[:h].mean() for i in part]), np.mean([i[:, :w].mean() for i in part])] for part in of_class]
+        counts.append(tuple(int((y == c).sum()) for c in range(10)))
+        halves.append(" ".join(f"{1000 * v / 255:.1f}" for row in rows for v in row))
+    return datasets.Facts(counts=tuple(counts), halves=tuple(halves), **others)
+
+
+def pair_digest(x, y) -> str:
+    examples = [bytes([label]) + image.tobytes() for image, label in zip(x, y, strict=True)]
+    return f"{sum(int(hashlib.md5(one).hexdigest(), 16) for one in examples) % 2**128:032x}"
+
+
+X, Y, X_TEST, Y_TEST = MNIST_ARRAYS
+BY_MD5 = {"md5": tuple(hashlib.md5(as_idx(a)).hexdigest() for a in MNIST_ARRAYS)}
+BY_PAIRS = {"pairs": (pair_digest(X, Y), pair_digest(X_TEST, Y_TEST))}
+
+
+@pytest.fixture
+def known(shrink):
+    """Says that the tiny MNIST is what is known of the set."""
+
+    def known(**exact: tuple[str, ...]) -> None:
+        shrink("mnist", 30, 12, facts_of(MNIST_ARRAYS, **exact), mean=(float(X.mean() / 255),))
+
+    return known
+
+
+def with_pixel(x: np.ndarray) -> np.ndarray:
+    changed = x.copy()
+    changed[-1, 3, 4] ^= 1
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({0: images(31, 28, 28)[:30]}, "the mean training images of its classes"),  # another set
+        ({0: 255 - X, 2: 255 - X_TEST}, "the mean training images of its classes; the mean test images of its"),
+        ({0: X.transpose(0, 2, 1)}, "the mean training images of its classes"),  # on their side
+        ({1: np.roll(Y, 1)}, "the mean training images of its classes"),  # labels in another order
+        ({1: (Y + 3) % 10}, "the mean training images of its classes"),  # or of another numbering
+        ({3: np.roll(Y_TEST, 10)}, "the number of test|the mean test images of its classes"),
+        ({1: np.where(np.arange(30) == 0, 1, Y)}, r"the number of training examples per class, \[2, 4, 3,"),
+    ],
+)
+def test_other_content_under_the_right_names(changed, match, root, known):
+    folder = write_mnist(root / "mnist")
+    known()
+    assert len(load("mnist").train) == 25
+    write_mnist(folder, **{idx.IDX_FILES[i]: array for i, array in changed.items()})
+    with pytest.raises(ValueError, match=f"mnist must hold mnist, but differs from it in {match}"):
+        load("mnist")
+
+
+@pytest.mark.parametrize(
+    ("exact", "i", "match"),
+    [
+        (BY_MD5, 0, "training images"),
+        (BY_MD5, 2, "test images"),
+        (BY_PAIRS, 0, "the training set"),
+        (BY_PAIRS, 2, "the test set"),
+    ],
+)
+def test_a_single_pixel_of_a_file(exact, i, match, root, known):
+    folder = write_mnist(root / "mnist")
+    known(**exact)
+    assert len(load("mnist").train) == 25
+    write_mnist(folder, **{idx.IDX_FILES[i]: with_pixel(MNIST_ARRAYS[i])})
+    with pytest.raises(ValueError, match=rf"differs from it in {match}\. It is another set, or damaged"):
+        load("mnist")
+
+
+def test_the_order_of_examples_counts_where_it_is_known(root, known):
+    write_mnist(root / "mnist", **{idx.IDX_FILES[i]: MNIST_ARRAYS[i][::-1] for i in (0, 1)})
+    known(**BY_PAIRS)
+    assert len(load("mnist").train) == 25
+    known(**BY_MD5)
+    with pytest.raises(ValueError, match="differs from it in training images; training labels"):
+        load("mnist")
+
+
+def test_training_and_test_set_swapped(root, shrink):
+    """Of equal sizes; the real ones differ in theirs."""
+    half = (X[:12], Y[:12], X_TEST, Y_TEST)
+    shrink("mnist", 12, 12, facts_of(half), mean=(float(X[:12].mean() / 255),))
+    write_mnist(root / "mnist", **dict(zip(idx.IDX_FILES, half, strict=True)))
+    assert len(load("mnist").test) == 12
+    write_mnist(root / "mnist", **dict(zip(idx.IDX_FILES, half[2:] + half[:2], strict=True)))
+    with pytest.raises(ValueError, match="the mean training images of its classes; the mean test images"):
+        load("mnist")
+
+
+def test_channels_in_another_order(root, shrink):
+    """Where only the channel means are known, as of CIFAR-100."""
+    folder = root / "cifar10" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    pixels = np.repeat([50, 100, 150], 1024).astype(np.uint8)
+    records = np.concatenate([np.arange(20)[:, None] % 10, np.tile(pixels, (20, 1))], 1).astype(np.uint8)
+    for i, file in enumerate(idx.CIFAR10_FILES):
+        (folder / file).write_bytes(records[:10].tobytes() if i == 5 else records[2 * i : 2 * i + 2].tobytes())
+    shrink("cifar10", 10, 10, datasets.Facts(), mean=(150 / 255, 100 / 255, 50 / 255))
+    with pytest.raises(ValueError, match=r"differs from it in the mean training pixel, \[0\.1961, 0\.3922, 0\.5882\]"):
+        load("cifar10")
+    shrink("cifar10", 10, 10, datasets.Facts(), mean=(50 / 255, 100 / 255, 150 / 255))
+    assert load("cifar10").input_shape == (3, 32, 32)
+
+
+def test_copies_from_openml_are_known_by_statistics_alone(root, known, monkeypatch):
+    known(**BY_MD5)
+    pixels, labels = np.concatenate([with_pixel(X), X_TEST]).reshape(42, 784), np.concatenate([Y, Y_TEST])
+    serve(monkeypatch, pixels, labels)
+    assert len(load("mnist").train) == 25
+    serve(monkeypatch, pixels, np.roll(labels, 10))  # the same numbers of each class, but not theirs
+    with pytest.raises(ValueError, match=r"OpenML's mnist_784 must hold mnist, but differs from it in the "):
+        load("mnist")
+
+
+def test_other_digits_of_scikit_learn(monkeypatch):
+    x, y = sklearn.datasets.load_digits(return_X_y=True)
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda **_: (x, np.roll(y, 1)))
+    with pytest.raises(ValueError, match="scikit-learn's digits must be"):
+        load("digits")
 
 
 def test_cifar10_from_files(root, shrink):
@@ -226,13 +392,14 @@ def test_cifar10_from_files(root, shrink):
         torch.testing.assert_close(task.train.x[2, c], (plane / 255 - mean) / std)
 
 
-def test_damaged_cifar10(root):
+def test_damaged_cifar10(root, shrink):
+    shrink("cifar10", 20, 4)
     folder = root / "cifar10" / "cifar-10-batches-bin"
     write_cifar10(folder, largest_label=10)
     with pytest.raises(ValueError, match=r"labels of cifar10 must be in 0\.\.9: got 10"):
         load("cifar10")
     (folder / "data_batch_4.bin").write_bytes(b"\0" * 3072)
-    with pytest.raises(ValueError, match=r"data_batch_4\.bin must be records of 3073 bytes.*: got 3072 bytes"):
+    with pytest.raises(ValueError, match=r"data_batch_4\.bin must hold 12292 bytes .* 4 records of 3073: got 3072"):
         load("cifar10")
     (folder / "test_batch.bin").unlink()
     with pytest.raises(ValueError, match=r"missing test_batch\.bin"):
@@ -241,7 +408,9 @@ def test_damaged_cifar10(root):
 
 def test_cifar10_of_another_size(root):
     write_cifar10(root / "cifar10" / "cifar-10-batches-bin")
-    with pytest.raises(ValueError, match=r"cifar10 must have .*\(50000, 3, 32, 32\).* got \[\(20, 3, 32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"data_batch_1\.bin must hold 30730000 bytes .* 10000 records of 3073: got 12292"
+    ):
         load("cifar10")
 
 
@@ -420,7 +589,11 @@ def test_through_scikit_learn(label, tmp_path, shrink, monkeypatch):
 # ------------------------------------------------------------------------------------------ real files
 
 
-@pytest.mark.skipif(not Path(DATA, "mnist").is_dir() or not DATA, reason="needs TICKETLAB_DATA with mnist")
+def has(folder: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not DATA or not Path(DATA, folder).is_dir(), reason=f"needs TICKETLAB_DATA with {folder}")
+
+
+@has("mnist")
 def test_real_mnist():
     task = load("mnist")
     assert (len(task.train), len(task.validation), len(task.test)) == (55000, 5000, 10000)
@@ -430,9 +603,39 @@ def test_real_mnist():
     assert torch.bincount(task.test.y).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
-@pytest.mark.skipif(not Path(DATA, "fashion-mnist").is_dir() or not DATA, reason="needs TICKETLAB_DATA with it")
+@has("fashion-mnist")
 def test_real_fashion_mnist():
     task = load("fashion_mnist")
     assert torch.bincount(torch.cat([task.train.y, task.validation.y])).tolist() == [6000] * 10
     assert abs(task.train.x.mean()) < 2e-3
     assert abs(task.train.x.std() - 1) < 2e-3
+
+
+@has("cifar10/cifar-10-batches-bin")
+def test_real_cifar10():
+    assert len(load("cifar10").train) == 45000
+
+
+@has("fashion-mnist")
+def test_one_real_set_in_the_folder_of_another(root):
+    (root / "mnist").symlink_to(Path(DATA, "fashion-mnist"))
+    with pytest.raises(
+        ValueError, match=r"must hold mnist, but differs .* number of training examples per class, \[6000, "
+    ):
+        load("mnist")
+
+
+@has("mnist")
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({0: 2, 1: 3, 2: 0, 3: 1}, r"train-images.* shape \(60000, 28, 28\): got \(10000, 28, 28\)"),
+        ({1: 3, 3: 1}, r"train-labels.* shape \(60000,\): got \(10000,\)"),
+    ],
+)
+def test_real_training_and_test_files_swapped(other, match, root):
+    (root / "mnist").mkdir()
+    for i, file in enumerate(idx.IDX_FILES):
+        (root / "mnist" / f"{file}.gz").symlink_to(Path(DATA, "mnist", f"{idx.IDX_FILES[other.get(i, i)]}.gz"))
+    with pytest.raises(ValueError, match=match):
+        load("mnist")

@@ -393,7 +393,10 @@ def usable_device(device: torch.device | str) -> torch.device:
         Refused: A name that torch does not know, or a device that this machine or build of torch does not have.
     """
     try:
-        return torch.empty(0, device=device).device
+        place = torch.empty(0, device=device).device
+        if place.type == "meta":
+            raise NotImplementedError("it holds no data")
+        return place
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         have = "cpu, cuda" if torch.cuda.is_available() else "cpu"
         reason = str(error).strip().partition("\n")[0]

@@ -141,21 +141,21 @@ def _check(raw: Raw, name: str, origin: str, from_files: bool) -> None:
         which = ("training", "test")[i]
         halves, counts, mean = _halves(x, y, source), np.bincount(y, minlength=source.n_classes), x.mean((0, 2, 3))
         if counts.tolist() != list(facts.counts[i] if facts.counts else [len(y) // source.n_classes] * len(counts)):
-            differing.append(f"{which} examples per class {counts.tolist()}")
+            differing.append(f"the number of {which} examples per class, {counts.tolist()}")
         elif facts.halves and np.abs(halves - np.array(facts.halves[i].split(), float) / 1000).max() > _TOLERANCE:
-            differing.append(f"{which} images in their classes")
+            differing.append(f"the mean {which} images of its classes")
         elif i == 0 and np.abs(mean / source.largest - source.mean).max() > _TOLERANCE:
-            differing.append(f"mean training pixels {(mean / source.largest).round(3).tolist()}, not {source.mean}")
+            differing.append(f"the mean training pixel, {(mean / source.largest).round(4).tolist()}")
     if from_files and not differing:
         names = ("training images", "training labels", "test images", "test labels")
         arrays = (a[:, 0] if a.ndim == 4 else a for a in raw)
         differing = [n for n, a, md5 in zip(names, arrays, facts.md5, strict=False) if _md5(a) != md5]
-        pairs = zip(("training set", "test set"), parts, facts.pairs, strict=False)
+        pairs = zip(("the training set", "the test set"), parts, facts.pairs, strict=False)
         differing += [n for n, (x, y), digest in pairs if _unordered_md5(x, y) != digest]
     if differing:
         raise Refused(
-            f"{origin} must hold {name}, and its content is another set's or damaged: {'; '.join(differing)} differ. "
-            "Download the original anew, or pass a set of your own to Task.from_tensors."
+            f"{origin} must hold {name}, but differs from it in {'; '.join(differing)}. It is another set, or damaged: "
+            "download the original anew, or pass a set of your own to Task.from_tensors."
         )
 
 

@@ -152,8 +152,11 @@ def check_integers(labels: Tensor, what: str) -> None:
     """Raise unless labels are a tensor of integers, bool apart."""
     if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        one_hot = isinstance(labels, Tensor) and is_one_hot(labels)
-        remedy = "Pass y.argmax(1) in place of one-hot rows" if one_hot else "Convert them with .long()"
+        remedy = "Convert them with .long(); values need the loss 'squared_error'"
+        if isinstance(labels, Tensor) and is_one_hot(labels):
+            remedy = "Pass y.argmax(1) in place of one-hot rows"
+        elif isinstance(labels, Tensor) and labels.isnan().any():
+            remedy = "Leave out the examples whose label is NaN, and convert with .long()"
         raise Refused(f"{what} must be integer class labels, a tensor [n] or [n, t]: got {kind}. {remedy}.")
 
 
