@@ -176,7 +176,7 @@ def _learned(problem: Problem) -> Iterator[pd.DataFrame]:
             *(problem.model, frozen, problem.task, recipe, [seed for _, seed in kinds]),
             method=method,
             density=density,
-            description=f"{method}, {density:g}",
+            progress=f"{method}, {density:g}",
         )
         table = evaluations(problem.model, learned, problem.task.test, draws=config.draws)
         names = pd.DataFrame(kinds, columns=["values", "init_seed"]).assign(method=method, target_density=density)

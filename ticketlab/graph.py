@@ -38,7 +38,7 @@ def output_layers(model: nn.Module, x: Tensor) -> tuple[str, ...]:
     with lent(model, None, None), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         leaf = probe(x)
         leaf = leaf.requires_grad_() if leaf.is_floating_point() else leaf
-        y = model(leaf)
+        y = model(leaf.clone())  # which it may write into
         names = {id(p): n for n, p in model.named_parameters()}
         matrices = {n for n, p in model.named_parameters() if p.ndim > 1}
         found = _nearest_matrices(y.grad_fn, names, matrices) if isinstance(y, Tensor) and y.grad_fn else ()
@@ -70,14 +70,39 @@ def _nearest_matrices(root: Any, names: Mapping[int, str], matrices: set[str]) -
 def _matrices_alone(leaves: frozenset[int], names: Mapping[int, str], matrices: set[str]) -> set[str]:
     """The matrices of a branch of the graph that is computed from the parameters of one module alone."""
     known = [names[leaf] for leaf in leaves if leaf in names]
-    of_one_module = len(known) == len(leaves) and len({_owner(name) for name in known}) == 1
+    of_one_module = len(known) == len(leaves) and len({owner(name) for name in known}) == 1
     return matrices.intersection(known) if of_one_module else set()
 
 
-def _owner(name: str) -> str:
+def owner(name: str) -> str:
     """The module that a parameter belongs to, also where a parametrization holds it."""
     module, parametrized, _ = name.partition(".parametrizations.")
     return module if parametrized else name.rpartition(".")[0]
+
+
+def input_layers(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the named matrices that meet inputs which no other of them has touched; usually one.
+
+    Args:
+        model: Any module.
+        x: Inputs [n, ...]; a few of them are used.
+        names: Matrices, such as the prunable ones. What comes before them (an embedding, a norm) does not count.
+    """
+    with lent(model, None, None), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        leaf = probe(x)
+        y = model((leaf.requires_grad_() if leaf.is_floating_point() else leaf).clone())
+        own = {id(p): n for n, p in model.named_parameters()}
+        below = leaves_below(y.grad_fn) if isinstance(y, Tensor) and y.grad_fn else {}
+    found = set[str]()
+    for node in below:
+        children = [below[child] for child, _ in node.next_functions if child is not None]
+        used = set[str]().union(*(_matrices_alone(leaves, own, set(names)) for leaves in children))
+        # What the matrices meet here: leaves of other modules, and the inputs.
+        met = {own.get(leaf, "") for leaves in children for leaf in leaves}
+        met = {name for name in met if not name or owner(name) not in {owner(n) for n in used}}
+        if met and not met.intersection(names):
+            found |= used
+    return tuple(n for n in own.values() if n in found)
 
 
 def leaves_below(root: Any) -> dict[Any, frozenset[int]]:

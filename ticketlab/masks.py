@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -91,7 +91,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
     names: tuple[str, ...] = _PROJECTIONS if isinstance(module, nn.MultiheadAttention) else ("weight",)
     if not isinstance(module, (*_WEIGHTED, nn.MultiheadAttention)) and type(module).__name__ != "Conv1D":
         return []
-    found = []
+    found: list[Any] = []
     for name in names:
         if parametrize.is_parametrized(module, name):
             found += _under_parametrization(module, name)
@@ -101,12 +101,12 @@ def _weights(module: nn.Module) -> list[Tensor]:
             found.append(module._parameters[f"{name}_v"])
         elif f"{name}_orig" in module._parameters:  # its spectral norm
             found.append(module._parameters[f"{name}_orig"])
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _under_parametrization(module: nn.Module, name: str) -> list[Tensor]:
     """The original tensor of the weight's shape, if a zero in it is a zero in the weight."""
-    listed = module.parametrizations[name]  # type: ignore[index]
+    listed: Any = module.parametrizations[name]  # type: ignore[index]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         weight = getattr(module, name)
         same = [p for p in listed.parameters(recurse=False) if p.shape == weight.shape]

@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from ticketlab.functional import evaluating
+from ticketlab import graph
 from ticketlab.masks import prunable
+from ticketlab.network import network
+from ticketlab.state import state
 
 
-@torch.no_grad()
-def positions(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """How often one example uses each prunable weight: 1 in a linear layer, height * width in a convolution.
+def positions(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -> dict[str, float]:
+    """How often one example uses each weight: 1 in a linear layer, height * width in a convolution.
 
-    Counted by a forward pass of ``x[:1]`` through a copy of the model. A layer called twice, or a weight tied in
-    two layers, counts both; a weight used other than by calling its module is not seen, and attention counts all
-    its projections at the length of the query.
+    Counted in the matrix products and convolutions of a forward pass of ``x[:1]``, see ``graph.uses``.
+
+    Args:
+        model: Any module, whose weights are cast to the dtype of ``x`` for it; not changed.
+        x: Inputs [n, ...]; one is used.
+        names: Weights to count; the prunable ones when None.
+
+    Warns:
+        UserWarning: Weights that no product shows, such as those of a parametrization: they count 0.
     """
-    probe = copy.deepcopy(model).to(x.device, x.dtype if x.is_floating_point() else None)
-    names = {id(p): n for n, p in probe.named_parameters()}
-    uses = dict.fromkeys(prunable(model), 0)
-    for module in probe.modules():
-        weights = [module.out_proj.weight] if isinstance(module, nn.MultiheadAttention) else []
-        for weight in (*weights, *module.parameters(recurse=False)):
-            if names.get(id(weight)) in uses:
-                module.register_forward_hook(partial(_count, uses, names[id(weight)]))
-    with evaluating(probe):
-        probe(x[:1])
+    own, names = state(model), prunable(model) if names is None else names
+    dtype = x.dtype if x.is_floating_point() else next(iter(own.params.values())).dtype
+    with network(model, own.to(x.device, dtype), x[:1], finite=False).lent():
+        uses = graph.uses(model, x[:1], names)
+    unseen = [name for name, count in uses.items() if not count]
+    if unseen:
+        warnings.warn(
+            f"multiply-adds leave out {len(unseen)} of {len(uses)} weights, which no matrix product or convolution "
+            f"shows: {unseen[:4]}. They are not used in evaluation, or computed anew before they are.",
+            UserWarning,
+            stacklevel=2,
+        )
     return uses
 
 
-def _count(uses: dict[str, int], name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-    if getattr(module, "transposed", False):  # each input position meets every weight
-        uses[name] += inputs[0].numel() // int(module.in_channels)  # type: ignore[arg-type]
-        return
-    out = output[0] if isinstance(output, tuple) else output
-    channels = getattr(module, "out_features", None) or getattr(module, "out_channels", None) or out.shape[-1]
-    uses[name] += out.numel() // int(channels)
-
-
-def forward_macs(uses: Mapping[str, int], kept: Mapping[str, int]) -> int:
+def forward_macs(uses: Mapping[str, float], kept: Mapping[str, int]) -> int:
     """Multiply-adds of a forward pass on one example with ``kept[name]`` live weights in each layer."""
-    return sum(uses[name] * kept[name] for name in kept)
+    return round(sum(uses[name] * kept[name] for name in kept))
 
 
 def training_macs(forward: int, batch_size: int, steps: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ticketlab import masks as mask_ops
 from ticketlab.errors import Refused, nearest
 from ticketlab.seeds import stream
 
@@ -38,7 +39,7 @@ class DropGrow:
     drop_fraction: float = 0.3
     """alpha, the share of a layer's live weights that goes at first."""
     seed: int = 0
-    """Of random growth."""
+    """Seed of random growth."""
 
     def __post_init__(self) -> None:
         if self.growth not in get_args(Growth):
@@ -67,11 +68,11 @@ class DropGrow:
         """The mask of layer ``name`` after an update; ``gradient`` is that of all weights, dead ones too."""
         live = int(mask.sum())
         n_drop = math.floor(live * self.drop_fraction_at(step, steps))
-        stays = _top(weight.abs(), mask, live - n_drop)
+        stays = mask_ops.top(weight.abs(), mask, live - n_drop)
         if self.growth == "gradient":
-            return stays | _top(gradient.abs(), ~stays, n_drop)
+            return stays | mask_ops.top(gradient.abs(), ~stays, n_drop)
         score = torch.rand(mask.shape, generator=stream(f"grow {name}", self.seed, step), dtype=torch.float64)
-        return stays | _top(score.to(mask.device), ~stays, n_drop)
+        return stays | mask_ops.top(score.to(mask.device), ~stays, n_drop)
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ class Gradual:
     """No update after this share of training."""
 
     def __post_init__(self) -> None:
-        if not self.kept or min(self.kept.values()) < 1:
-            raise Refused(f"every layer must keep a live weight: got {dict(self.kept)}. Take layer_counts(...).")
+        if min(self.kept.values(), default=0) < 0 or not any(self.kept.values()):
+            raise Refused(
+                f"kept must be counts, of which some weight is left: got {dict(self.kept)}. Take layer_counts."
+            )
         _check_schedule(self.every, self.until)
 
     def update_steps(self, steps: int) -> range:
@@ -115,14 +118,16 @@ class Gradual:
         steps: int,
     ) -> Bool[Tensor, "*weight"]:
         """The mask of layer ``name`` after an update, nested in the one before; ``gradient`` is not looked at."""
-        return _top(weight.abs(), mask, self.kept_at(name, mask.numel(), step, steps))
+        return mask_ops.top(weight.abs(), mask, self.kept_at(name, mask.numel(), step, steps))
 
 
 Dynamics = DropGrow | Gradual
 
 
 def validate(dynamics: Dynamics, masks: Mapping[str, Tensor], steps: int) -> None:
-    """Raise a ValueError unless ``dynamics`` can move the masks of one network in a training of ``steps`` steps."""
+    """Refuse ``dynamics`` that cannot move the masks of one network in a training of ``steps`` steps."""
+    if not masks:
+        raise Refused("a mask that moves must be there: got none. Pass masks, such as dynamic.sparse_masks(...).")
     if not dynamics.update_steps(steps):
         raise Refused(
             f"there must be an update before {dynamics.until} of {steps} steps: got one every {dynamics.every} steps. "
@@ -149,12 +154,3 @@ def _check_schedule(every: int, until: float) -> None:
 def _updates(every: int, until: float, steps: int) -> range:
     last = min(math.floor(until * steps + 1e-9), steps - 1)
     return range(every, last + 1, every)
-
-
-def _top(score: Tensor, among: Tensor, n: int) -> Tensor:
-    """The n of highest score among those True; of equal scores the one with the lower index."""
-    candidates = among.flatten().nonzero()[:, 0]
-    order = torch.sort(score.flatten()[candidates], descending=True, stable=True).indices[:n]
-    chosen = torch.zeros(among.numel(), dtype=torch.bool, device=among.device)
-    chosen[candidates[order]] = True
-    return chosen.view_as(among)

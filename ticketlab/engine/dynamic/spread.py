@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ticketlab import graph
 from ticketlab import masks as mask_ops
 from ticketlab.errors import Refused, nearest
 from ticketlab.state import Masks
@@ -16,7 +17,14 @@ from ticketlab.state import Masks
 Spread = Literal["uniform", "first_dense", "erdos_renyi", "erdos_renyi_kernel"]
 
 
-def layer_counts(model: nn.Module, density: float, spread: Spread = "erdos_renyi_kernel") -> dict[str, int]:
+def layer_counts(
+    model: nn.Module,
+    density: float,
+    spread: Spread = "erdos_renyi_kernel",
+    *,
+    prunable: Sequence[str] | None = None,
+    x: Tensor | None = None,
+) -> dict[str, int]:
     r"""How many weights each layer keeps at a density of the whole network, to the weight.
 
     .. math:: n_l = N_l \min(1, \epsilon r_l), \quad \sum_l n_l = \mathrm{round}(density \cdot \sum_l N_l)
@@ -27,21 +35,26 @@ def layer_counts(model: nn.Module, density: float, spread: Spread = "erdos_renyi
     for again. Fractions go to the layers with the largest remainders, of equal ones to the first.
 
     Args:
-        model: Its prunable weights.
+        model: Any module.
         density: kept / prunable, in (0, 1].
         spread: The rule above.
+        prunable: Weights that may be pruned, by name, as in ``masks.prunable``; the model's own when None.
+        x: Inputs, from which the first layer is found; needed by ``first_dense`` unless the model is a chain of
+            ``nn.Sequential``, whose order of registration is that of the forward pass.
 
     Raises:
-        Refused: A density outside (0, 1], or one that leaves a layer empty or cannot pay for a dense first layer.
+        Refused: A density outside (0, 1], one that leaves a layer empty or cannot pay for a dense first layer, or a
+            network without one first layer.
     """
     if spread not in get_args(Spread):
         raise Refused(nearest("spread", spread, get_args(Spread)))
     if not 0 < density <= 1:
         raise Refused(f"density must lie in (0, 1]: got {density}.")
-    shapes = {name: mask.shape for name, mask in mask_ops.ones(model).items()}
+    shapes = {name: mask.shape for name, mask in mask_ops.ones(model, prunable).items()}
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     budget = math.floor(density * sum(sizes.values()) + 0.5)
-    exact = _solve({name: _raw(shape, spread) for name, shape in shapes.items()}, sizes, budget, spread)
+    first = _first_layer(model, tuple(sizes), x) if spread == "first_dense" else None
+    exact = _solve({name: _raw(shape, spread) for name, shape in shapes.items()}, sizes, budget, first)
     counts = {name: math.floor(share + 1e-9) for name, share in exact.items()}
     remainders = sorted(counts, key=lambda name: counts[name] - exact[name])  # a stable sort: ties to the first layer
     for name in remainders[: budget - sum(counts.values())]:
@@ -61,17 +74,32 @@ def _raw(shape: torch.Size, spread: Spread) -> float:
     return sum(shape) / shape.numel() if spread == "erdos_renyi_kernel" else 1.0
 
 
-def _solve(raw: Mapping[str, float], sizes: Mapping[str, int], budget: int, spread: Spread) -> dict[str, float]:
+def _first_layer(model: nn.Module, names: tuple[str, ...], x: Tensor | None) -> str:
+    if x is not None:
+        found = graph.input_layers(model, x, names)
+        if len(found) != 1:
+            raise Refused(
+                f"the spread 'first_dense' needs one layer that meets the inputs: found {list(found)}. Take another."
+            )
+        return found[0]
+    if not all(isinstance(m, nn.Sequential) for m in model.modules() if next(m.children(), None) is not None):
+        raise Refused(
+            "the first layer is found from a forward pass, for the order of registration does not tell it: pass some "
+            "inputs as x=, or take another spread."
+        )
+    return names[0]
+
+
+def _solve(raw: Mapping[str, float], sizes: Mapping[str, int], budget: int, first: str | None) -> dict[str, float]:
     """Real counts that sum to the budget: epsilon * raw * size, or the size of a layer made dense."""
-    dense = {next(iter(sizes))} if spread == "first_dense" else set()
+    dense = set() if first is None else {first}
     while True:
         left = budget - sum(sizes[name] for name in dense)
         rest = [name for name in sizes if name not in dense]
         if left < 0 or (left == 0 and rest):
-            first = next(iter(sizes))
             raise Refused(
-                f"the budget must pay for a dense first layer and more: got {budget} for {sizes[first]} weights of "
-                f"{first!r}. Keep more, or take another spread."
+                f"the budget must pay for a dense first layer and more: got {budget} for {sizes[first or rest[0]]} "
+                f"weights of {first!r}. Keep more, or take another spread."
             )
         epsilon = left / sum(raw[name] * sizes[name] for name in rest) if rest else 0.0
         over = {name for name in rest if epsilon * raw[name] > 1}
@@ -80,17 +108,25 @@ def _solve(raw: Mapping[str, float], sizes: Mapping[str, int], budget: int, spre
         dense |= over  # epsilon rises when they leave the sum, so all of them would be over again
 
 
-def sparse_masks(model: nn.Module, kept: Mapping[str, int], seed: int) -> Masks:
+def sparse_masks(
+    model: nn.Module, kept: Mapping[str, int], seed: int, *, prunable: Sequence[str] | None = None
+) -> Masks:
     """Masks with exactly ``kept[name]`` live weights in each layer, at positions drawn uniformly.
 
+    Args:
+        model: Any module.
+        kept: A count for each prunable layer, from `layer_counts` or of another mask; some may be 0, not all.
+        seed: Seed of the positions.
+        prunable: Weights that may be pruned, by name; the model's own when None.
+
     Raises:
-        Refused: Other layers than the model's, or a count outside 1..size.
+        Refused: Other layers than the prunable ones, or a count outside 0..size.
     """
-    full = mask_ops.ones(model)
+    full = mask_ops.ones(model, prunable)
     if set(kept) != set(full):
         raise Refused(f"kept must name every prunable layer: got {sorted(kept)} for {sorted(full)}.")
-    wrong = {name: count for name, count in kept.items() if not 1 <= count <= full[name].numel()}
-    if wrong:
-        raise Refused(f"each layer must keep 1 to all of its weights: got {wrong}. Take layer_counts(...).")
+    wrong = {name: count for name, count in kept.items() if not 0 <= count <= full[name].numel()}
+    if wrong or not any(kept.values()):
+        raise Refused(f"each layer must keep 0 to all of its weights, some layer one: got {wrong or dict(kept)}.")
     first = {name: (torch.arange(m.numel()) < kept[name]).view_as(m) for name, m in full.items()}
     return {name: m.to(full[name].device) for name, m in mask_ops.layerwise_shuffle(first, seed).items()}
