@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from scipy import integrate
 from torch import nn
 
-import ticketlab as tl
 from ticketlab import signal
 from ticketlab.models import build
+from ticketlab.seeds import initialise
 from ticketlab.signal.activations import NAMED, elementwise
 from ticketlab.signal.quadrature import mean, mean_of_pair
+from ticketlab.state import stack, state
 
 NUMPY = {"tanh": np.tanh, "relu": lambda u: np.maximum(u, 0), "silu": lambda u: u / (1 + np.exp(-u))}
 
@@ -253,19 +254,19 @@ def test_phase_diagram_says_every_phase():
 
 
 def test_a_random_mask_scales_the_measured_sigma_w2():
-    model = tl.initialise(lambda: build("conv_2", (1, 8, 8), 10), 0)
-    params = tl.state(model).params
+    model = initialise(lambda: build("conv_2", (1, 8, 8), 10), 0)
+    params = state(model).params
     dense = signal.effective_sigma_w2(model, params)
     generator = torch.Generator().manual_seed(0)
     masks = {n: torch.rand(params[n].shape, generator=generator) < 0.3 for n in dense}
-    thin = signal.effective_sigma_w2(model, params, masks)
+    thin = signal.effective_sigma_w2(model, params, masks=masks)
     for name in ("fc1.weight", "conv2.weight"):
         w = params[name].double()
         fan_in, fan_out = w[0].numel(), len(w) * w[0, 0].numel() if w.ndim > 2 else len(w)
         assert float(dense[name]) == pytest.approx(2 * fan_in / (fan_in + fan_out), rel=0.03)  # Glorot
         assert float(dense[name]) == pytest.approx(fan_in * float(w.square().mean()), rel=1e-12)
         assert float(thin[name]) == pytest.approx(signal.masked_sigma_w2(float(dense[name]), 0.3), rel=0.05)
-    both = signal.effective_sigma_w2(model, tl.functional.stack([params, params]), masks)
+    both = signal.effective_sigma_w2(model, stack([params, params]), masks=masks)
     torch.testing.assert_close(both["fc1.weight"], thin["fc1.weight"].expand(2), rtol=1e-12, atol=0)
 
 

@@ -1,13 +1,12 @@
 """Linear connectivity: loss and error along the segment between two networks, and its barriers.
 
-Leans on ``functional.evaluate``. Takes any ``nn.Module``, single or stacked parameters, and changes neither.
+Leans on `Network`. Takes any ``nn.Module``, single or stacked networks, and changes neither.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,12 +14,13 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab.data import Task
 from ticketlab.errors import Refused
-from ticketlab.functional import Execution, evaluate, fitted, masked, resolve
-from ticketlab.state import Buffers, Params, State, select, stack_states
+from ticketlab.losses import LOSSES
+from ticketlab.network import Execution, Network, close, network, output_shape, reads
+from ticketlab.state import Buffers, State, stack
 
 Baseline = Literal["mean", "linear", "max"]
 Metric = Literal["loss_nats", "error"]
@@ -40,7 +40,7 @@ class Path:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Tidy: one row a replica, split and alpha, with ``loss_nats`` and ``error``."""
+        """Tidy: one row per replica, split and alpha, with ``loss_nats`` and ``error``."""
         rows = []
         for split in dict.fromkeys(split for split, _ in self.curves):
             loss, error = (self.curves[split, m].reshape(len(self.alphas), -1) for m in _METRICS)
@@ -79,7 +79,7 @@ def barrier(curve: Float[np.ndarray, "alpha *replica"], baseline: Baseline = "me
         baseline: ``mean``, ``linear`` or ``max`` of the endpoints.
 
     Returns:
-        Height in the metric's own unit, one a replica: at least 0 for ``linear`` and ``max``, and for ``mean``
+        Height in the metric's own unit, one per replica: at least 0 for ``linear`` and ``max``, and for ``mean``
         at least half the difference of the ends.
 
     Raises:
@@ -115,39 +115,41 @@ def rise(curve: Float[np.ndarray, "alpha *replica"]) -> Float[np.ndarray, "*repl
 
 def linear_path(
     model: nn.Module,
-    params_a: Params,
-    params_b: Params,
+    state_a: State | Mapping[str, Tensor],
+    state_b: State | Mapping[str, Tensor],
     task: Task,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    buffers: Buffers | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
     n_alphas: int = 31,
     batchnorm: Literal["recalibrate", "keep"] = "recalibrate",
     splits: Sequence[SplitName] = ("train", "test"),
     execution: Execution = "auto",
 ) -> Path:
-    r"""Loss and error at :math:`(1-\alpha)\theta_a + \alpha\theta_b`, both ends included.
+    r"""Loss and error at :math:`(1-\alpha)\theta_a + \alpha\theta_b`, both ends included and exact.
+
+    Floating buffers lie on the segment too, between those of the two ends; other buffers, which nothing lies between,
+    must agree as far as outputs depend on them.
 
     Args:
         model: Any module in float weights; not changed.
-        params_a: Parameters at alpha = 0, or a stack of R.
-        params_b: Parameters at alpha = 1, of the same shapes.
-        task: Data on the device of the parameters; cut it with ``task.limit`` where the whole is too much.
+        state_a: The network at alpha = 0, or a stack of R. Parameters alone will do where the forward pass reads no
+            buffers but statistics of batch norm that are estimated anew.
+        state_b: That at alpha = 1, of the same shapes.
+        task: Data on the device and in the dtype of the parameters; cut it with ``task.limit`` where it is too much.
         masks: True = kept; applied to every point.
-        buffers: The model's own when None; stacked with stacked parameters.
+        buffers: For both ends, in place of their own; as for parameters alone, they must not matter.
         n_alphas: Evenly spaced points, at least 3.
-        batchnorm: ``recalibrate`` estimates running statistics anew at every alpha from the training split,
-            the ends included, as Frankle et al. (2020) do; ``keep`` uses ``buffers`` throughout, which makes
-            barriers of its own. Without batch norm the two agree.
+        batchnorm: ``recalibrate`` estimates running statistics of batch norm anew at every alpha from the training
+            split, the ends included, as Frankle et al. (2020) do; ``keep`` takes them as other floating buffers, which
+            makes barriers of its own. Without batch norm the two agree.
         splits: Which data to evaluate.
         execution: How networks are stacked.
 
     Raises:
-        Refused: Fewer than 3 alphas, an unknown split or option, or parameters of other shapes.
+        Refused: Ends or a task that do not fit the model or each other, buffers that are not known or differ where
+            nothing lies between them, fewer than 3 alphas, an unknown split or option.
     """
-    replicas, a = fitted(model, params_a, masks, buffers)
-    if fitted(model, params_b, masks, buffers)[0] != replicas:
-        raise Refused("params_a and params_b must both be single or stacks of one length: one of them is not.")
     if n_alphas < 3:
         raise Refused(f"a path needs at least 3 alphas, both ends included: got {n_alphas}.")
     if batchnorm not in ("recalibrate", "keep"):
@@ -155,41 +157,94 @@ def linear_path(
     splits = tuple(dict.fromkeys(splits))
     if not splits or not set(splits) <= {"train", "validation", "test"}:
         raise Refused(f"splits must be some of train, validation, test: got {list(splits)}.")
-    b = State(masked(params_b, masks), a.buffers)
-    if replicas is None:
-        a, b = stack_states([a]), stack_states([b])
+    norms = _norms(model) if batchnorm == "recalibrate" else {}
+    a, b = _ends(model, (state_a, state_b), task.train.x, masks, buffers, _statistics(norms))
+    loss = LOSSES[task.loss]
+    for split in splits:
+        data = getattr(task, split)
+        loss.check(data.y, len(data), output_shape(a, data.x))
     alphas = np.linspace(0, 1, n_alphas)
     curves: dict[tuple[SplitName, Metric], list[np.ndarray]] = {(s, m): [] for s in splits for m in _METRICS}
-    for block in np.array_split(alphas, -(-n_alphas // max(1, _STACK // (replicas or 1)))):
-        params = _interpolate(a.params, b.params, block)
-        state = {n: b.repeat(len(block), *[1] * (b.ndim - 1)) for n, b in a.buffers.items()}
-        if batchnorm == "recalibrate":
-            state = recalibrate(model, params, state, task.train.x, execution=execution)
+    for block in np.array_split(alphas, -(-n_alphas // max(1, _STACK // (a.replicas or 1)))):
+        net = _between(a, b, block)
+        if norms:
+            net = replace(net, buffers=recalibrate(model, State(net.params, net.buffers), task.train.x))
         for split in splits:
             data = getattr(task, split)
-            found = evaluate(model, params, data.x, data.y, buffers=state, execution=execution)
+            found = net.evaluate(data.x, data.y, loss, execution=execution)
             for metric, values in zip(_METRICS, found, strict=True):
                 curves[split, metric].append(values.view(len(block), -1).cpu().numpy())
     whole = {key: np.concatenate(blocks) for key, blocks in curves.items()}  # [alpha, replica]
-    return Path(alphas, {key: curve[:, 0] if replicas is None else curve for key, curve in whole.items()})
+    return Path(alphas, {key: curve[:, 0] if a.replicas is None else curve for key, curve in whole.items()})
 
 
-def _interpolate(a: Params, b: Params, alphas: np.ndarray) -> Params:
-    """Stacked networks at each alpha: [alpha * replica, ...]; ``lerp`` is exact at both ends."""
-    return {name: torch.cat([torch.lerp(a[name], b[name], float(alpha)) for alpha in alphas]) for name in a}
+def _ends(
+    model: nn.Module,
+    states: tuple[State | Mapping[str, Tensor], State | Mapping[str, Tensor]],
+    x: Tensor,
+    masks: Mapping[str, Tensor] | None,
+    buffers: Mapping[str, Tensor] | None,
+    replaced: set[str],
+) -> tuple[Network, Network]:
+    """Both ends at m * theta, diverged ones too; refused where what lies between them is not known."""
+    a, b = (network(model, s, x, masks=masks, buffers=buffers, finite=False, replaced=replaced) for s in states)
+    if a.replicas != b.replicas:
+        raise Refused("state_a and state_b must both be single or stacks of one length: one of them is not.")
+    known = {n for n, held in a.buffers.items() if held.is_floating_point()} - replaced
+    if buffers is not None and known and reads(a, x, known):
+        raise Refused(
+            "the model's forward pass reads buffers that are not estimated anew, and each end has its own: pass "
+            "States, such as level.start and level.end, in place of parameters and buffers=..."
+        )
+    other = {n: b.buffers[n] for n, held in a.buffers.items() if not held.is_floating_point()}
+    differ = [n for n, held in other.items() if not torch.equal(held, a.buffers[n])]
+    if differ and not close(replace(a, buffers=a.buffers | other)(x[:2]), a(x[:2])):
+        raise Refused(
+            f"buffers that are no floating numbers must agree where outputs depend on them, for nothing lies between: "
+            f"{differ} differ. Give both ends the same."
+        )
+    return a, b
+
+
+def _between(a: Network, b: Network, alphas: np.ndarray) -> Network:
+    """Stacked networks at each alpha, [alpha * replica, ...]; a and b themselves at the ends."""
+
+    def at(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+        if alpha in (0, 1) or not first.is_floating_point():
+            return second if alpha == 1 else first
+        # Where both are equal, so is what lies between: infinite entries of attention masks, for one.
+        return torch.where(first == second, first, torch.lerp(first, second, alpha))
+
+    def stacked(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        join = torch.stack if a.replicas is None else torch.cat
+        return {name: join([at(first[name], second[name], float(alpha)) for alpha in alphas]) for name in first}
+
+    replicas = len(alphas) * (a.replicas or 1)
+    parts = stacked(a.params, b.params), stacked(a.buffers, b.buffers)
+    writes = a.writes_input or b.writes_input
+    return replace(a, params=parts[0], buffers=parts[1], masks=None, replicas=replicas, writes_input=writes)
+
+
+def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Batch norms that keep running statistics, by name."""
+    norms = ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm))
+    return {name: m for name, m in norms if m.track_running_stats and m.running_mean is not None}
+
+
+def _statistics(norms: Mapping[str, _BatchNorm]) -> set[str]:
+    return {f"{name}.{own}".lstrip(".") for name, norm in norms.items() for own, _ in norm.named_buffers()}
 
 
 @torch.no_grad()
 def recalibrate(
     model: nn.Module,
-    params: Params,
-    buffers: Buffers,
+    state: State | Mapping[str, Tensor],
     x: Tensor,
     *,
+    masks: Mapping[str, Tensor] | None = None,
     batch_size: int = 500,
-    execution: Execution = "auto",
 ) -> Buffers:
-    """Running statistics of every batch norm estimated anew for a stack of networks.
+    """Buffers with the running statistics of every batch norm estimated anew.
 
     The average over equal batches of their means and of their unbiased variances, as batch norm itself
     accumulates them with ``momentum=None``; what was there is forgotten. Only batch norms run in training
@@ -197,39 +252,36 @@ def recalibrate(
 
     Args:
         model: Not changed.
-        params: Stacked parameters.
-        buffers: Stacked buffers; not changed.
+        state: One network or a stack; of parameters alone, other buffers are the model's own.
         x: Inputs [n, ...] of the training split.
-        batch_size: Examples a batch; what is left over at the end is not used.
-        execution: How networks are stacked.
+        masks: True = kept; stacked or not.
+        batch_size: Examples in a batch; what is left over at the end is not used.
     """
-    net = copy.deepcopy(model).eval()
-    norms = {
-        name: module
-        for name, module in net.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    }
-    if not norms:
-        return buffers
-    calls: dict[nn.Module, int] = dict.fromkeys(norms.values(), 0)
-
-    def average(module: Any, inputs: object) -> None:
-        calls[module] += 1
-        module.momentum = 1 / calls[module]  # the mean over the calls so far
-
-    for module in norms.values():
-        module.train()
-        module.register_forward_pre_hook(average)
-    fresh = {n: torch.zeros_like(b) if n.rpartition(".")[0] in norms else b for n, b in buffers.items()}
-    tensors = {**params, **fresh}
+    names = _statistics(_norms(model))
+    net = network(model, state, x, masks=masks, finite=False, replaced=names)
+    if not names:
+        return net.buffers
     whole = len(x) // batch_size * batch_size or len(x)
-    batches = x[:whole].split(batch_size)
-    if resolve(execution, model, x.device) == "vmap":
-        for batch in batches:
-            vmap(lambda one, xs: functional_call(net, one, (xs,)), in_dims=(0, None))(tensors, batch)
-        return fresh
-    for r in range(len(next(iter(params.values())))):
-        calls.update(dict.fromkeys(calls, 0))
-        for batch in batches:
-            functional_call(net, select(tensors, r), (batch,))
-    return fresh
+    forgotten = {n: torch.zeros_like(b) if n in names else b for n, b in net.buffers.items()}
+    found = []
+    for one in replace(net, buffers=forgotten).each():
+        with one.lent():
+            _count_calls(model)
+            for batch in x[:whole].split(batch_size):
+                one.forward(batch)
+            anew = {n: b.clone() for n, b in model.named_buffers() if n in names}
+        found.append(one.buffers | anew)
+    return found[0] if net.replicas is None else stack(found)
+
+
+def _count_calls(model: nn.Module) -> None:
+    """Batch norms of a lent module in training mode, each taking the mean over its calls so far."""
+    calls: dict[nn.Module, int] = {}
+
+    def average(module: Any, _inputs: object) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        module.momentum = 1 / calls[module]
+
+    for norm in _norms(model).values():
+        norm.training = True
+        norm.register_forward_pre_hook(average)  # taken off with all else that the block leaves on the module

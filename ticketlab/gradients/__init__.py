@@ -1,11 +1,11 @@
 """First gradients: how large, how reliable and how well directed they are in a ticket and in its controls.
 
-Three gradients of the mean cross-entropy go by that name and are kept apart:
+Three gradients of the mean loss go by that name and are kept apart:
 
 - the **ticket's gradient**, at m * theta in live coordinates: what SGD on the masked network follows.
   :func:`gradient` gives it, zero where a weight is pruned;
 - the **dense network's gradient**, at theta, of which the live coordinates are compared with the ticket's:
-  ``functional.masked(gradient(model, theta, x, y), masks)``;
+  ``masks.masked(gradient(model, theta, x, y), masks)``;
 - the gradient at m * theta in **all** coordinates, pruned weights too: ``coordinates="all"``. RigL grows by it.
 
 Weights that are kept and every trainable parameter that has no mask are live, as in the restricted NTK.

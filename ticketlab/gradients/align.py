@@ -10,13 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused
-from ticketlab.gradients.gradient import gradient_at
-from ticketlab.gradients.point import Point, check_data, point
+from ticketlab.gradients.point import checked, flat, over_replicas, slope
+from ticketlab.losses import CROSS_ENTROPY, Loss
+from ticketlab.network import Network, network
+from ticketlab.state import State
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Size and direction of the ticket's gradient; float64, one a replica."""
+    """Size and direction of the ticket's gradient; float64, one per replica."""
 
     norm: Float[Tensor, "*replica"]
     """||g|| over live coordinates; its square is the gradient flow of Evci et al. 2022 (arXiv:2010.03533)."""
@@ -32,15 +34,16 @@ class Alignment:
 
 def alignment(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
-    y: Int[Tensor, " n"],
+    y: Tensor,
     *,
     masks: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
-    dense_params: Mapping[str, Tensor] | None = None,
+    loss: Loss = CROSS_ENTROPY,
+    dense_params: State | Mapping[str, Tensor] | None = None,
     dense_buffers: Mapping[str, Tensor] | None = None,
-    params_end: Mapping[str, Tensor] | None = None,
+    params_end: State | Mapping[str, Tensor] | None = None,
     batch_size: int = 500,
 ) -> Alignment:
     r"""Norm of the ticket's gradient and its cosines with the dense gradient and with the displacement.
@@ -54,34 +57,40 @@ def alignment(
     Args:
         dense_params: theta without the mask; what the parameters stored with a ticket are not, for pruned
             weights are zero there. With the replica axis of ``params_end``.
-        dense_buffers: As ``buffers``, at ``dense_params``; those of the ticket when None.
-        params_end: theta_T, with the replica axis of ``params``, or of the masks where they alone have one.
+        dense_buffers: As ``buffers``, at ``dense_params``; those of a `State` or else of the ticket when None.
+        params_end: theta_T, with the replica axis of ``state``, or of the masks where they alone have one.
             The others as in :func:`ticketlab.gradients.gradient`.
 
     Raises:
         Refused: As for the gradient, or parameters of other shapes.
     """
-    at = point(model, params, masks, buffers)
-    check_data(at, x, y, batch_size)
-    g = at.flat(gradient_at(at, x, y, batch_size))
-    norm, n_live = g.norm(dim=-1), at.n_live()
-    with_dense = with_displacement = torch.full_like(norm, torch.nan)
+    net = checked(model, state, x, y, masks=masks, buffers=buffers, loss=loss, batch_size=batch_size)
+    dense, end = net, net
     if dense_params is not None:
-        dense = _beside(at, "dense_params", dense_params, buffers if dense_buffers is None else dense_buffers)
-        with_dense = _cosine(g, at.flat(gradient_at(dense, x, y, batch_size)))
+        ticket, theta = (s.buffers if isinstance(s, State) else None for s in (state, dense_params))
+        held = next((b for b in (dense_buffers, theta, buffers, ticket) if b is not None), None)
+        dense = _beside(net, "dense_params", network(model, dense_params, x, buffers=held))
     if params_end is not None:
-        end = _beside(at, "params_end", params_end, buffers)
-        with_displacement = _cosine(-g, at.flat(end.weights) - at.flat(at.weights))
-    return Alignment(norm, n_live, norm / n_live.double().sqrt(), with_dense, with_displacement)
+        end = _beside(net, "params_end", network(model, params_end))
+    found = []
+    for one, whole, last in zip(net.each(), dense.each(), end.each(), strict=True):
+        g = flat(one, slope(one, x, y, loss, batch_size))
+        norm, n_live = g.norm(), torch.stack([live.sum() for live in one.live.values()]).sum()
+        with_dense = with_displacement = torch.full_like(norm, torch.nan)
+        if dense_params is not None:
+            with_dense = _cosine(g, flat(one, slope(whole, x, y, loss, batch_size)))
+        if params_end is not None:
+            with_displacement = _cosine(-g, flat(one, last.params) - flat(one, one.params))
+        found.append(Alignment(norm, n_live, norm / n_live.double().sqrt(), with_dense, with_displacement))
+    return over_replicas(net, found)
 
 
-def _beside(at: Point, name: str, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None) -> Point:
-    """Other unmasked parameters of the same replicas."""
-    other = point(at.model, params, None, buffers)
-    if other.replicas != at.replicas:
-        raise Refused(f"{name} must have the replica axis of params and masks, {at.replicas}: got {other.replicas}.")
+def _beside(net: Network, name: str, other: Network) -> Network:
+    """Other parameters of the same replicas, without a mask."""
+    if other.replicas != net.replicas:
+        raise Refused(f"{name} must have the replica axis of params and masks, {net.replicas}: got {other.replicas}.")
     return other
 
 
-def _cosine(a: Float[Tensor, "*replica d"], b: Float[Tensor, "*replica d"]) -> Float[Tensor, "*replica"]:
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+def _cosine(a: Float[Tensor, " d"], b: Float[Tensor, " d"]) -> Float[Tensor, ""]:
+    return (a * b).sum() / (a.norm() * b.norm())

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused
-from ticketlab.gradients.gradient import gradient_at
-from ticketlab.gradients.point import check_data, point
+from ticketlab.gradients.point import checked, flat, over_replicas, slope
+from ticketlab.losses import CROSS_ENTROPY, Loss
+from ticketlab.network import Network
+from ticketlab.state import State
 
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """Of B gradients of mini-batches of b examples, in live coordinates; float64, one a replica."""
+    """Of B gradients of mini-batches of b examples, in live coordinates; float64, one per replica."""
 
     n_batches: int
     batch_size: int
@@ -34,13 +36,14 @@ class BatchStatistics:
 
 def batch_statistics(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
-    y: Int[Tensor, " n"],
+    y: Tensor,
     *,
     batch_size: int,
     masks: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
+    loss: Loss = CROSS_ENTROPY,
 ) -> BatchStatistics:
     r"""Signal-to-noise ratio of the ticket's gradient across mini-batches.
 
@@ -59,24 +62,27 @@ def batch_statistics(
     Raises:
         Refused: As for the gradient, or fewer than two batches.
     """
-    at = point(model, params, masks, buffers)
-    check_data(at, x, y, batch_size)
-    n_batches = len(x) // batch_size
-    if n_batches < 2:
+    net = checked(model, state, x, y, masks=masks, buffers=buffers, loss=loss, batch_size=batch_size)
+    if len(x) < 2 * batch_size:
         raise Refused(
             f"noise is measured between at least two whole batches: got {len(x)} examples for batches of {batch_size}. "
             "Pass more examples or a smaller batch_size."
         )
+    return over_replicas(net, [_of_network(one, x, y, loss, batch_size) for one in net.each()])
+
+
+def _of_network(net: Network, x: Tensor, y: Tensor, loss: Loss, batch_size: int) -> BatchStatistics:
+    n_batches = len(x) // batch_size
     mean = directions = scatter = torch.zeros((), dtype=torch.float64, device=x.device)
     for b in range(n_batches):
         batch = slice(b * batch_size, (b + 1) * batch_size)
-        g = at.flat(gradient_at(at, x[batch], y[batch], batch_size))
+        g = flat(net, slope(net, x[batch], y[batch], loss, batch_size))
         # Welford's update: no difference of large sums, and never below zero.
         gap = g - mean
         mean = mean + gap / (b + 1)
-        scatter = scatter + gap.square().sum(-1) * b / (b + 1)
-        directions = directions + g / g.norm(dim=-1, keepdim=True)
+        scatter = scatter + gap.square().sum() * b / (b + 1)
+        directions = directions + g / g.norm()
     noise = scatter / (n_batches - 1)
-    signal = mean.square().sum(-1) - noise / n_batches
-    cosine = (directions.square().sum(-1) - n_batches) / (n_batches * (n_batches - 1))
+    signal = mean.square().sum() - noise / n_batches
+    cosine = (directions.square().sum() - n_batches) / (n_batches * (n_batches - 1))
     return BatchStatistics(n_batches, batch_size, signal, noise, signal / noise, batch_size * noise / signal, cosine)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from ticketlab.derivatives import hessian_product
 from ticketlab.errors import Refused
-from ticketlab.gradients.gradient import curvature_along, gradient_at, live_part
-from ticketlab.gradients.point import check_data, point
+from ticketlab.gradients.point import checked, flat, live_part, over_replicas, slope
+from ticketlab.losses import CROSS_ENTROPY, Loss
+from ticketlab.network import Network
+from ticketlab.state import State
 
 
 @dataclass(frozen=True)
 class Step:
-    """Decrease of the mean cross-entropy by one step, in nats; float64, one a replica."""
+    """Decrease of the mean loss by one step, in nats for the cross-entropy; float64, one per replica."""
 
     loss_nats: Float[Tensor, "*replica"]
     """Before the step."""
@@ -30,13 +33,14 @@ class Step:
 
 def one_step(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
-    y: Int[Tensor, " n"],
+    y: Tensor,
     *,
     learning_rate: float,
     masks: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
+    loss: Loss = CROSS_ENTROPY,
     batch_size: int = 500,
 ) -> Step:
     r"""Predicted and realised decrease of the loss by one step of gradient descent in live coordinates.
@@ -55,11 +59,15 @@ def one_step(
     """
     if not 0 < learning_rate < math.inf:
         raise Refused(f"learning_rate must be positive and finite: got {learning_rate}.")
-    at = point(model, params, masks, buffers)
-    check_data(at, x, y, batch_size)
-    g = live_part(at, gradient_at(at, x, y, batch_size))
-    first = learning_rate * at.flat(g).square().sum(-1)
-    second = first - learning_rate**2 / 2 * curvature_along(at, g, x, y, batch_size)
-    after = {name: at.weights[name] - learning_rate * g[name] if name in g else w for name, w in at.weights.items()}
-    before, behind = (at.mean_loss(weights, x, y, batch_size) for weights in (at.weights, after))
+    net = checked(model, state, x, y, masks=masks, buffers=buffers, loss=loss, batch_size=batch_size)
+    return over_replicas(net, [_of_network(one, x, y, loss, learning_rate, batch_size) for one in net.each()])
+
+
+def _of_network(net: Network, x: Tensor, y: Tensor, loss: Loss, learning_rate: float, batch_size: int) -> Step:
+    g = live_part(net, slope(net, x, y, loss, batch_size))
+    first = learning_rate * flat(net, g).square().sum()
+    curvature = (flat(net, hessian_product(net, x, y, loss, g, batch_size)) * flat(net, g)).sum()
+    second = first - learning_rate**2 / 2 * curvature
+    after = replace(net, params=net.params | {name: net.params[name] - learning_rate * g[name] for name in g})
+    before, behind = (at.evaluate(x, y, loss, batch_size)[0] for at in (net, after))
     return Step(before, first, second, before - behind)

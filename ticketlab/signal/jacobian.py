@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import vjp, vmap
 
+from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused
-from ticketlab.signal.section import Section, hooked, sections
+from ticketlab.network import close
+from ticketlab.signal.section import At, Section, hooked, sections, weights_of_outputs
+from ticketlab.state import State, check_finite
 
+ACTIVE = 2**23  # bytes of the largest activation in a block, so that it stays near the cache
 _BLOCK = 2**22  # bytes that the rows or columns of one block of inputs may take; larger ones cost page faults
-_ACTIVE = 2**23  # bytes of the largest activation in a block, so that it stays near the cache
 _DIRECTIONS = 64  # coordinates differentiated in at once, where they are the fewer
 
 
 @dataclass(frozen=True)
 class Isometry:
-    """How far Jacobians are from stretching every direction alike, one number an input."""
+    """How far Jacobians are from stretching every direction alike, one number per input."""
 
     mean_squared: Float[Tensor, "*replica n"]
     """Mean of s^2 over the min(in, out) singular values."""
@@ -38,10 +39,10 @@ class Isometry:
 
 def jacobian_singular_values(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
-    masks: Mapping[str, Tensor] | None = None,
     *,
+    masks: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     source: str | None = None,
     target: str | None = None,
@@ -52,26 +53,25 @@ def jacobian_singular_values(
 
     (Pennington et al. 2017). Inputs do not act on one another, so one backward pass of the whole batch gives one
     row of each input's Jacobian, and one product with J a column: whichever side is smaller is taken, in blocks
-    of inputs. The values come from the triangular factor of J, without squaring it. The network is in evaluation
-    mode; dropout is off.
+    of inputs. The values come from the triangular factor of J, without squaring it.
 
     Args:
         model: Lends its forward pass; not changed.
-        params: Its parameters, or a stack of them.
-        x: Inputs, shared by all replicas, in the dtype of the parameters.
+        state: One network or a stack, as for :func:`ticketlab.network.network`.
+        x: Inputs, shared by all replicas; tokens too, where ``source`` is what embeds them.
         masks: True = kept; stacked or not.
-        buffers: The model's own when None; otherwise with the replica axis of ``params``.
+        buffers: In place of those in ``state``; stacked or not.
         source: Module whose output is differentiated in; the input when None.
         target: Module whose output is differentiated; the network's output when None.
 
     Returns:
-        Descending, in the dtype of ``params``.
+        Descending, in the dtype of the outputs; half precision is factorised in float32.
 
     Raises:
-        Refused: Arguments that do not fit the model, batch norm in training mode, inputs that act on one another,
-            modules that are unknown or run more than once.
+        Refused: Arguments that do not fit the model, inputs that act on one another, modules that are unknown, run
+            more than once or return something else than a tensor [n, ...], values that are not finite.
     """
-    found, stacked = sections(model, params, x, masks, buffers, source, target)
+    found, stacked = sections(model, state, x, masks, buffers, source, target)
     values = torch.stack([_singular_values(section, x) for section in found])
     return values if stacked else values[0]
 
@@ -97,51 +97,94 @@ def isometry(singular_values: Float[Tensor, "*replica n k"]) -> Isometry:
 
 
 def _singular_values(section: Section, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        u = section.entering(x[:1])
-        n_in, n_out = u[0].numel(), section(u, x[:1]).shape[1]
-    by_rows = n_out <= n_in
-    held = x.element_size() * n_in * n_out
-    active = widest(section, x)
-    size = max(1, min(_BLOCK // held, _ACTIVE // (active if by_rows else active * _DIRECTIONS)))
-    matrices = partial(_rows, at_once=n_out * active * min(size, len(x)) <= _ACTIVE) if by_rows else _columns
-    return torch.cat([_of_matrices(matrices(section, block)) for block in x.split(size)])
+    with torch.enable_grad(), section.net.lent():
+        u, y = section.at(x[:1])
+        n_in, n_out = u.numel(), y.numel()
+        by_rows = n_out <= n_in
+        active = widest(section, x)
+        held = y.element_size() * n_in * n_out
+        size = max(1, min(_BLOCK // held, ACTIVE // (active if by_rows else active * _DIRECTIONS)))
+        in_cache = n_out * active * min(size, len(x)) <= ACTIVE
+        fast = _columns if not by_rows else _rows if in_cache else None
+        trusted: dict[int, bool] = {}
+        return torch.cat([_of_matrices(_jacobians(section, block, fast, trusted)) for block in x.split(size)])
 
 
 def widest(section: Section, x: Tensor) -> int:
     """Bytes of the largest activation of one input."""
-    sizes = [x[0].numel()]
+    sizes = [x[0].numel() * x.element_size()]
 
     def note(_name: str, output: object) -> None:
-        sizes.extend([output.numel()] if isinstance(output, Tensor) else [])
+        sizes.extend([output.numel() * output.element_size()] if isinstance(output, Tensor) else [])
 
-    with torch.no_grad(), hooked(section.model, [n for n, _ in section.model.named_modules()], note):
-        section(section.entering(x[:1]), x[:1])
-    return x.element_size() * max(sizes)
+    with torch.no_grad(), hooked(section.net.model, [n for n, _ in section.net.model.named_modules()], note):
+        section.at(x[:1])
+    return max(sizes)
 
 
-def _rows(section: Section, x: Tensor, at_once: bool) -> Float[Tensor, "n in out"]:
-    """J' of each input, one backward pass of the batch an output; vectorised over outputs where that is in cache."""
-    with torch.enable_grad():
-        u = section.entering(x).requires_grad_()
-        y = section(u, x)
-        if at_once:
-            ones = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None].expand(-1, len(y), -1)
-            (rows,) = torch.autograd.grad(y, u, ones, is_grads_batched=True)
-        else:
-            rows = torch.stack([torch.autograd.grad(column.sum(), u, retain_graph=True)[0] for column in y.unbind(1)])
+def _jacobians(
+    section: Section, x: Tensor, fast: Callable[[At], Tensor] | None, trusted: dict[int, bool]
+) -> Float[Tensor, "n long short"]:
+    """J' of each input, or J where that is taller, vectorised by ``fast`` where that gives what plain autograd does.
+
+    ``trusted`` says so of every length of a block: what is wrong with a rule may depend on shapes, not on values.
+    """
+    at, found = section.at(x), None
+    if fast is not None and trusted.get(len(x), True):
+        try:
+            found = fast(at)
+            if len(x) not in trusted:
+                trusted[len(x)] = _confirmed(found, section, x)
+        except Exception:  # whatever an operation without a rule raises
+            trusted[len(x)] = False
+    if found is None or not trusted[len(x)]:
+        found = rows(at)
+        found = found.mT if fast is _columns else found
+    check_finite("derivatives", found)
+    return found
+
+
+def _confirmed(found: Float[Tensor, "n long short"], section: Section, x: Tensor) -> bool:
+    """Whether the first and the last input's Jacobians, weighed together, are what plain autograd gives."""
+    ends = [0, len(x) - 1]
+    u, y = section.at(x[ends])
+    weights = weights_of_outputs(y)
+    plain = pullback((y @ weights).sum(), [u])[0].flatten(1)
+    by_rows = found.shape[1:] == (plain.shape[1], y.shape[1])
+    return close((found[ends] if by_rows else found[ends].mT) @ weights, plain)
+
+
+def _rows(at: At) -> Float[Tensor, "n in out"]:
+    """The same, vectorised over outputs."""
+    ones = torch.eye(at.y.shape[1], dtype=at.y.dtype, device=at.y.device)[:, None].expand(-1, len(at.y), -1)
+    (rows,) = torch.autograd.grad(at.y, at.u, ones, is_grads_batched=True, retain_graph=True)
     return rows.flatten(2).permute(1, 2, 0)
 
 
-def _columns(section: Section, x: Tensor) -> Float[Tensor, "n out in"]:
+def rows(at: At) -> Float[Tensor, "n in out"]:
+    """J' of each input by plain autograd, one backward pass of the batch per output."""
+    found = [pullback(column.sum(), [at.u], retain_graph=True)[0] for column in at.y.unbind(1)]
+    return torch.stack(found).flatten(2).permute(1, 2, 0)
+
+
+def _columns(at: At) -> Float[Tensor, "n out in"]:
     """J of each input, one product with J for each coordinate that enters, vectorised."""
-    u = section.entering(x)
-    y, pull = section.linearised(u, x)
-    push = vjp(lambda w: pull(w)[0], torch.zeros_like(y))[1]  # J v as the derivative of w -> J' w, linear in w
-    basis = torch.eye(u[0].numel(), dtype=u.dtype, device=u.device).reshape(-1, 1, *u.shape[1:])
-    return vmap(lambda v: push(v.expand_as(u))[0], chunk_size=_DIRECTIONS)(basis).permute(1, 2, 0)
+    dual, pulled = transposed(at)
+    basis = torch.eye(at.u[0].numel(), dtype=at.u.dtype, device=at.u.device).reshape(-1, 1, *at.u.shape[1:])
+    chunks = [
+        torch.autograd.grad(pulled, dual, some.expand(-1, *at.u.shape), is_grads_batched=True, retain_graph=True)[0]
+        for some in basis.split(_DIRECTIONS)
+    ]
+    return torch.cat(chunks).permute(1, 2, 0)
+
+
+def transposed(at: At) -> tuple[Tensor, Tensor]:
+    """w, and J' w with a graph: it is linear in w, so that its derivative along v is J v."""
+    dual = torch.zeros_like(at.y).requires_grad_()
+    return dual, pullback(at.y, [at.u], dual, create_graph=True)[0]
 
 
 def _of_matrices(tall: Float[Tensor, "n long short"]) -> Float[Tensor, "n short"]:
     """A tall matrix and its triangular factor have the same singular values, and the factor is small."""
-    return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r")[1])
+    wide = tall.float() if tall.dtype.itemsize < 4 else tall  # no factorisation is in half precision
+    return torch.linalg.svdvals(torch.linalg.qr(wide, mode="r")[1]).to(tall.dtype)

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from ticketlab.errors import Refused, nearest
-from ticketlab.functional import evaluating
-from ticketlab.gradients.point import check_classes, check_labels
+from ticketlab.derivatives import pullback
+from ticketlab.errors import Refused
+from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.masks import prunable
-from ticketlab.signal.section import check_output, hooked, networks
+from ticketlab.network import Network, network, output_shape
+from ticketlab.signal.section import check_names, check_outputs, hooked
 from ticketlab.state import State
 
 
 def layer_statistics(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
-    y: Int[Tensor, " n"] | None = None,
-    masks: Mapping[str, Tensor] | None = None,
+    y: Tensor | None = None,
     *,
-    layers: Sequence[str] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
+    layers: Sequence[str] | None = None,
+    loss: Loss = CROSS_ENTROPY,
 ) -> pd.DataFrame:
     r"""Activation mean, variance and correlation, and gradient norm, at the output of every layer.
 
@@ -37,77 +38,81 @@ def layer_statistics(
     - ``second_moment``, the mean of h^2: what mean-field theory calls q;
     - ``correlation``, the mean over pairs of inputs of h_a . h_b / (|h_a| |h_b|), uncentred: the theory's c. With
       two inputs it is theirs; NaN with one, or where an input's h is all zero;
-    - ``gradient_norm``, with labels: the root mean square over inputs of |d loss_a / d h_a|, the loss of each
-      input its own cross-entropy in nats.
+    - ``gradient_norm``, with targets: the root mean square over inputs of |d loss_a / d h_a|, the loss of each
+      input its own, in nats for the cross-entropy.
 
     Args:
         model: Lends its forward pass; not changed.
-        params: Its parameters, or a stack of them.
-        x: Inputs, shared by all replicas.
-        y: Labels in 0..classes - 1, for ``gradient_norm``.
+        state: One network or a stack, as for :func:`ticketlab.network.network`.
+        x: Inputs, floating or tokens, shared by all replicas.
+        y: Targets of the loss, for ``gradient_norm``.
         masks: True = kept; stacked or not.
+        buffers: In place of those in ``state``; stacked or not.
         layers: Names of modules. When None, those that hold prunable weights, tied ones included, and return one
             tensor: attention, which returns a tuple, has no row, nor have parts of it that do not run as modules.
-        buffers: The model's own when None; otherwise with the replica axis of ``params``.
+        loss: Of the task.
 
     Returns:
-        One row a replica (column ``replica``, for a stack alone) and layer, in order (``depth`` from 1); a model
+        One row per replica (column ``replica``, for a stack alone) and layer, in order (``depth`` from 1); a model
         that is itself a layer has the name "".
 
     Raises:
-        Refused: Arguments that do not fit the model, an unknown layer, one that does not run exactly once, batch
-            norm in training mode, labels that do not go with the inputs or the outputs.
+        Refused: Arguments that do not fit the model, an unknown layer, one that does not run exactly once or does not
+            return a tensor [n, ...], targets that do not go with the inputs or the outputs.
     """
-    states, stacked = networks(model, params, x, masks, buffers)
-    known = [name for name, _ in model.named_modules()]
-    for name in layers or ():
-        if name not in known:
-            raise Refused(nearest("layer", name, [n for n in known if n] or ['""']))
+    net = network(model, state, x, masks=masks, buffers=buffers)
+    check_names(model, layers or (), "layer")
     if y is not None:
-        check_labels(x, y)
+        loss.check(y, len(x), output_shape(net, x))
     rows = []
-    for replica, state in enumerate(states):
-        for depth, (name, row) in enumerate(_of_network(model, state, x, y, layers).items(), start=1):
-            rows.append(({"replica": replica} if stacked else {}) | {"layer": name, "depth": depth} | row)
+    for replica, one in enumerate(net.each()):
+        with one.lent():
+            names = _named(one, x, layers)
+            found = _of_network(one, x, y, names, loss)
+        for depth, (name, row) in enumerate(found.items(), start=1):
+            rows.append(({} if net.replicas is None else {"replica": replica}) | {"layer": name, "depth": depth} | row)
     return pd.DataFrame(rows)
 
 
-def _of_network(
-    model: nn.Module, state: State, x: Tensor, y: Tensor | None, layers: Sequence[str] | None
-) -> dict[str, dict[str, float]]:
-    outputs: dict[str, list[Tensor]] = {name: [] for name in (_weighted(model) if layers is None else layers)}
+@torch.no_grad()
+def _named(net: Network, x: Tensor, layers: Sequence[str] | None) -> list[str]:
+    """The layers to report, each seen to return one entry per input whatever the number of inputs."""
+    for some in (x[[0, -1]], x[[0, -1, 0]]):
+        seen: dict[str, list[object]] = {name: [] for name in (_weighted(net.model) if layers is None else layers)}
+        with hooked(net.model, seen, lambda name, output: seen[name].append(output)):  # noqa: B023
+            net.forward(some)
+        if layers is None:
+            seen = {name: found for name, found in seen.items() if found and isinstance(found[0], Tensor)}
+            if not seen:
+                raise Refused("no module with prunable weights returns one tensor: pass the names of others as layers.")
+        check_outputs("layer", seen, len(some))
+    return list(seen)
 
-    def note(name: str, output: Tensor) -> Tensor | None:
-        outputs[name].append(output)
-        # An in-place activation that follows must not write into it.
-        return output.clone() if isinstance(output, Tensor) else None
 
-    with torch.set_grad_enabled(y is not None), evaluating(model), hooked(model, outputs, note):
-        entering = x.detach().clone().requires_grad_(y is not None)
-        logits = functional_call(model, {**state.params, **state.buffers}, (entering,))
-    if layers is None:
-        outputs = {name: found for name, found in outputs.items() if found and isinstance(found[0], Tensor)}
-        if not outputs:
-            raise Refused("no module with prunable weights returns one tensor: pass the names of others as layers.")
-    for name, found in outputs.items():
-        if len(found) != 1:
-            raise Refused(f"layer {name!r} must run once in a forward pass: it runs {len(found)} times.")
-        check_output("layer", name, found[0], len(x))
-    rows = {name: _statistics(found[0].detach()) for name, found in outputs.items()}
+def _of_network(net: Network, x: Tensor, y: Tensor | None, names: Sequence[str], loss: Loss) -> dict[str, dict]:
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str, output: Tensor) -> Tensor:
+        if y is not None and not output.requires_grad:  # nothing with a gradient comes before it
+            output = output.detach().requires_grad_()
+        outputs[name] = output
+        return output.clone()  # an in-place activation that follows must not write into it
+
+    with torch.set_grad_enabled(y is not None), hooked(net.model, names, note):
+        values = net.forward(x)
+    rows = {name: _statistics(outputs[name].detach()) for name in names}
     if y is not None:
-        if logits.ndim != 2:
-            raise Refused(f"gradient_norm needs a model that returns logits [n, classes]: got {logits.shape}.")
-        check_classes(y, logits.shape[1])
-        loss = F.cross_entropy(logits, y.long(), reduction="sum")
-        grads = torch.autograd.grad(loss, [found[0] for found in outputs.values()])
-        for name, grad in zip(outputs, grads, strict=True):
-            rows[name]["gradient_norm"] = float(grad.reshape(len(x), -1).double().square().sum(1).mean().sqrt())
+        slopes = pullback(loss.each(values, y).loss.sum(), [outputs[name] for name in names])
+        for name, slope in zip(names, slopes, strict=True):
+            rows[name]["gradient_norm"] = float(slope.reshape(len(x), -1).double().square().sum(1).mean().sqrt())
     return rows
 
 
 def _weighted(model: nn.Module) -> list[str]:
     """The modules that hold a prunable weight, of their own or tied to another's."""
-    weights = {id(model.get_parameter(name)) for name in prunable(model)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # how much of a model is prunable is no matter here
+        weights = {id(model.get_parameter(name)) for name in prunable(model)}
     return [name for name, m in model.named_modules() if weights & {id(p) for p in m.parameters(recurse=False)}]
 
 

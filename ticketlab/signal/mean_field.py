@@ -54,7 +54,7 @@ def q_map(activation: Activation, q: float, sigma_w2: float, sigma_b2: float) ->
         Refused: An unknown or unsuitable activation, a negative or infinite variance or q.
     """
     phi = elementwise(activation)
-    _check(sigma_w2=sigma_w2, sigma_b2=sigma_b2, q=q)
+    check_variances(sigma_w2=sigma_w2, sigma_b2=sigma_b2, q=q)
     return sigma_w2 * mean(phi, lambda u: phi(u) ** 2, q) + sigma_b2
 
 
@@ -76,7 +76,7 @@ def c_map(activation: Activation, c: float, q: float, sigma_w2: float, sigma_b2:
         Refused: Values out of these ranges, or a layer whose outputs are all zero.
     """
     phi = elementwise(activation)
-    _check(sigma_w2=sigma_w2, sigma_b2=sigma_b2, q=q)
+    check_variances(sigma_w2=sigma_w2, sigma_b2=sigma_b2, q=q)
     if not -1 <= c <= 1 or q == 0:
         raise Refused(f"c must lie in [-1, 1] and q be positive, or there is no correlation: got {c} and {q}.")
     after = q_map(phi, q, sigma_w2, sigma_b2)
@@ -95,7 +95,7 @@ def chi(activation: Activation, q: float, sigma_w2: float, c: float = 1.0) -> fl
         Refused: As for ``c_map``.
     """
     phi = elementwise(activation)
-    _check(sigma_w2=sigma_w2, q=q)
+    check_variances(sigma_w2=sigma_w2, q=q)
     if not -1 <= c <= 1:
         raise Refused(f"c must lie in [-1, 1]: got {c}.")
     q = max(q, _SHORT)
@@ -126,7 +126,7 @@ def mean_field(activation: Activation, sigma_w2: float, sigma_b2: float, *, q_st
             elementwise.
     """
     phi = elementwise(activation)
-    _check(sigma_w2=sigma_w2, sigma_b2=sigma_b2)
+    check_variances(sigma_w2=sigma_w2, sigma_b2=sigma_b2)
     q = _q_star(phi, sigma_w2, sigma_b2, q_start)
     slope_q = q_slope(phi, q, sigma_w2)
     if q == 0:
@@ -193,7 +193,7 @@ def _q_star(phi: Elementwise, sigma_w2: float, sigma_b2: float, q_start: float |
     if beyond > 0:
         ends.append(math.inf)
     if q_start is not None:
-        _check(q_start=q_start)
+        check_variances(q_start=q_start)
         ends = [_end(crossings, ends, growth(q_start) if q_start else 0.0, q_start)]
     onwards = "lengths grow without bound"
     if phi.reach < math.inf:
@@ -252,7 +252,7 @@ def _depth(slope: float) -> float:
     return -1 / math.log(slope) if slope > 0 else 0.0
 
 
-def _check(**values: float) -> None:
+def check_variances(**values: float) -> None:
     for name, value in values.items():
         if not (isinstance(value, int | float | np.floating) and math.isfinite(value) and value >= 0):
             raise Refused(f"{name} must be finite and at least 0 (it is a variance): got {value!r}.")

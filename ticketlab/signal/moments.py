@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,18 @@ import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.func import vjp
 
+from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused
+from ticketlab.network import close
 from ticketlab.seeds import stream
-from ticketlab.signal.jacobian import _ACTIVE, widest
-from ticketlab.signal.section import Section, sections
+from ticketlab.signal.jacobian import ACTIVE, rows, transposed, widest
+from ticketlab.signal.section import At, Section, sections, weights_of_outputs
+from ticketlab.state import State, check_finite
+
+_MATRIX = 2**30  # bytes that a Jacobian may take where it has to be held after all
+
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,10 @@ class Moments:
 
 def jacobian_moments(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
-    masks: Mapping[str, Tensor] | None = None,
     *,
+    masks: Mapping[str, Tensor] | None = None,
     n_moments: int = 2,
     n_probes: int = 16,
     seed: int = 0,
@@ -56,45 +62,49 @@ def jacobian_moments(
     .. math:: \frac{1}{out} \mathrm{tr}(J J^\top)^k = \frac{1}{out} E_v\, v^\top (J J^\top)^k v
 
     with Rademacher v of its own for each input and probe (Hutchinson 1990). Order k takes k products with J or J',
-    each one pass over the whole batch; J is never held. Products with J differentiate u -> J' u, which is linear in
-    u and needs no forward-mode rule.
+    each one pass over the whole batch; J is not held. Products with J differentiate u -> J' u, which is linear in
+    u and needs no forward-mode rule; where the model has no second derivative, or a wrong one, J is held after all.
 
     Args:
         model: Lends its forward pass; not changed.
-        params: Its parameters, or a stack of them.
-        x: Inputs, shared by all replicas, in the dtype of the parameters.
+        state: One network or a stack, as for :func:`ticketlab.network.network`.
+        x: Inputs, shared by all replicas.
         masks: True = kept; stacked or not.
         n_moments: Orders 1 to this.
         n_probes: At least 2, or there is no standard error.
         seed: Of the probes; replicas share them.
-        buffers: The model's own when None; otherwise with the replica axis of ``params``.
+        buffers: In place of those in ``state``; stacked or not.
         source: As for ``jacobian_singular_values``.
         target: As for ``jacobian_singular_values``.
 
     Raises:
-        Refused: As for ``jacobian_singular_values``; fewer than 1 moment or 2 probes.
+        Refused: As for ``jacobian_singular_values``; fewer than 1 moment or 2 probes; a model without a second
+            derivative whose Jacobians are too large to hold.
     """
     if n_moments < 1 or n_probes < 2:
         raise Refused(f"n_moments must be at least 1 and n_probes at least 2: got {n_moments} and {n_probes}.")
-    found, stacked = sections(model, params, x, masks, buffers, source, target)
-    size = max(1, _ACTIVE // widest(found[0], x))
+    found, stacked = sections(model, state, x, masks, buffers, source, target)
     per_replica = []
     for section in found:
         generator = stream("jacobian moments", seed)
-        per_replica.append(
-            torch.cat([_samples(section, block, n_moments, n_probes, generator) for block in x.split(size)], 1)
-        )
+        with torch.enable_grad(), section.net.lent():
+            linear = n_moments == 1 or _is_adjoint(section, x)
+            size = ACTIVE // widest(section, x)
+            blocks = x.split(max(1, size if linear else min(size, _MATRIX // _held(section.at(x[:1])))))
+            parts = [_samples(section, block, n_moments, n_probes, generator, linear) for block in blocks]
+            per_replica.append(torch.cat(parts, 1))
     samples = torch.stack(per_replica) if stacked else per_replica[0]  # [*replica, probe, n, order]
+    check_finite("moments", samples)
     errors = samples.std(-3) / n_probes**0.5
     return Moments(samples.mean(-3), errors)
 
 
 def largest_singular_values(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
-    masks: Mapping[str, Tensor] | None = None,
     *,
+    masks: Mapping[str, Tensor] | None = None,
     n_values: int = 1,
     seed: int = 0,
     buffers: Mapping[str, Tensor] | None = None,
@@ -103,52 +113,95 @@ def largest_singular_values(
 ) -> Float[Tensor, "*replica n n_values"]:
     """The edge of the spectrum at every input, descending: Lanczos on J J' or J' J, whichever is smaller (ARPACK).
 
-    J is never held. For sections wide on both sides; ``n_values`` must be less than min(in, out).
+    J is not held. For sections wide on both sides; ``n_values`` must be less than min(in, out).
 
     Raises:
-        Refused: As for ``jacobian_singular_values``, or an ``n_values`` out of range.
+        Refused: As for ``jacobian_moments``, or an ``n_values`` out of range.
     """
-    found, stacked = sections(model, params, x, masks, buffers, source, target)
-    rows = []
+    found, stacked = sections(model, state, x, masks, buffers, source, target)
+    values = []
     for section in found:
         generator = stream("largest singular values", seed)
-        rows.append(torch.stack([_largest(section, one, n_values, generator) for one in x.split(1)]))
-    values = torch.stack(rows).to(x.dtype)
-    return values if stacked else values[0]
+        with torch.enable_grad(), section.net.lent():
+            linear = _is_adjoint(section, x)
+            values.append(torch.stack([_largest(section, one, n_values, generator, linear) for one in x.split(1)]))
+    both = torch.stack(values).to(section.net.dtype)
+    return both if stacked else both[0]
+
+
+def _is_adjoint(section: Section, x: Tensor) -> bool:
+    """Whether products with J that differentiate those with J' are right: w . J J' w = |J' w|^2, at two inputs."""
+    at = section.at(x[[0, -1]])
+    w = weights_of_outputs(at.y).expand_as(at.y)
+    try:
+        pull, push = _products(at, linear=True)
+        pulled = pull(w)
+        return close((push(pulled) * w).sum(1), pulled.flatten(1).square().sum(1))
+    except Refused:  # an operation without a second derivative
+        return False
+
+
+def _products(at: At, linear: bool) -> tuple[Product, Product]:
+    """w -> J' w and v -> J v; not ``linear``: from J itself, of whose derivative nothing is asked."""
+    if linear:
+        dual, pulled = transposed(at)
+        return (
+            lambda w: pullback(at.y, [at.u], w, retain_graph=True)[0],
+            lambda v: pullback(pulled, [dual], v, retain_graph=True)[0],
+        )
+    if _held(at) > _MATRIX:
+        raise Refused(
+            "the model must have a second derivative where a Jacobian is too large to hold "
+            f"({_held(at) / 2**30:.1f} GiB). "
+            "Use activations that have one (SiLU in place of Hardswish), or name a smaller section."
+        )
+    matrices = rows(at)  # [n, in, out]
+    return (
+        lambda w: torch.einsum("nio,no->ni", matrices, w).view_as(at.u),
+        lambda v: torch.einsum("nio,ni->no", matrices, v.flatten(1)),
+    )
+
+
+def _held(at: At) -> int:
+    """Bytes of all Jacobians."""
+    return at.u.element_size() * at.u.numel() * at.y.shape[1]
 
 
 def _samples(
-    section: Section, x: Tensor, n_moments: int, n_probes: int, generator: torch.Generator
+    section: Section, x: Tensor, n_moments: int, n_probes: int, generator: torch.Generator, linear: bool
 ) -> Float[Tensor, "probe n order"]:
     """v' (J J')^k v / out, where odd orders are |J' w|^2 and even ones |J w|^2 for the vector w so far."""
-    u = section.entering(x)
-    y, pull = section.linearised(u, x)
-    push = vjp(lambda w: pull(w)[0], torch.zeros_like(y))[1] if n_moments > 1 else None
+    at = section.at(x)
+    if n_moments == 1:
+        pull, push = (lambda w: pullback(at.y, [at.u], w, retain_graph=True)[0]), None
+    else:
+        pull, push = _products(at, linear)
     probes = []
     for _ in range(n_probes):
-        signs = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1
+        signs = torch.randint(0, 2, at.y.shape, generator=generator).to(at.y) * 2 - 1
         vector, squares = signs, []
         for order in range(n_moments):
-            vector = pull(vector)[0] if order % 2 == 0 else push(vector)[0]  # type: ignore[misc]
-            squares.append(vector.flatten(1).double().square().sum(1) / y.shape[1])
+            vector = pull(vector) if order % 2 == 0 else push(vector)  # type: ignore[misc]
+            squares.append(vector.flatten(1).double().square().sum(1) / at.y.shape[1])
         probes.append(torch.stack(squares, 1))
     return torch.stack(probes)
 
 
-def _largest(section: Section, x: Tensor, n_values: int, generator: torch.Generator) -> Float[Tensor, " n_values"]:
-    u = section.entering(x)
-    y, pull = section.linearised(u, x)
-    push = vjp(lambda w: pull(w)[0], torch.zeros_like(y))[1]
-    n_in, n_out = u.numel(), y.numel()
+def _largest(
+    section: Section, x: Tensor, n_values: int, generator: torch.Generator, linear: bool
+) -> Float[Tensor, " n_values"]:
+    at = section.at(x)
+    n_in, n_out = at.u.numel(), at.y.numel()
     side = min(n_in, n_out)
     if not 1 <= n_values < side:
         raise Refused(f"n_values must lie in 1..{side - 1}, below min(in, out): got {n_values}.")
+    pull, push = _products(at, linear)
+    check_finite("derivatives", pull(torch.ones_like(at.y)))
 
     def product(vector: np.ndarray) -> np.ndarray:
-        w = torch.from_numpy(np.ascontiguousarray(vector)).to(y)
-        if n_out <= n_in:
-            return push(pull(w.view_as(y))[0])[0].double().cpu().numpy().ravel()
-        return pull(push(w.view_as(u))[0])[0].double().cpu().numpy().ravel()
+        w = torch.from_numpy(np.ascontiguousarray(vector)).to(at.y)
+        found = push(pull(w.view_as(at.y))) if n_out <= n_in else pull(push(w.view_as(at.u)))
+        return found.double().cpu().numpy().ravel()
 
     operator = LinearOperator((side, side), matvec=product, dtype=np.float64)
     start = torch.randn(side, generator=generator, dtype=torch.float64).numpy()

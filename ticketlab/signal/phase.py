@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ticketlab.errors import Refused
-from ticketlab.functional import fitted
-from ticketlab.masks import prunable, validate
+from ticketlab.masks import prunable
+from ticketlab.network import network
 from ticketlab.signal.activations import Activation, elementwise
-from ticketlab.signal.mean_field import _check, chi, fixed_points, is_stable, mean_field, resolved
+from ticketlab.signal.mean_field import check_variances, chi, fixed_points, is_stable, mean_field, resolved
 from ticketlab.signal.quadrature import mean
+from ticketlab.state import State
 
 
 def critical_sigma_w2(activation: Activation, sigma_b2: float) -> float:
@@ -33,7 +36,7 @@ def critical_sigma_w2(activation: Activation, sigma_b2: float) -> float:
             that ``mean_field`` refuses.
     """
     phi = elementwise(activation)
-    _check(sigma_b2=sigma_b2)
+    check_variances(sigma_b2=sigma_b2)
 
     def gap(q: float) -> float:
         return 1 - (mean(phi, lambda u: phi(u) ** 2, q) / chi(phi, q, 1.0) + sigma_b2) / q
@@ -57,7 +60,7 @@ def critical_sigma_w2(activation: Activation, sigma_b2: float) -> float:
 
 
 def phase_diagram(activation: Activation, sigma_w2: Sequence[float], sigma_b2: Sequence[float]) -> pd.DataFrame:
-    """``mean_field`` over a grid: one row a pair, with the columns of ``MeanField`` and ``phase``.
+    """``mean_field`` over a grid: one row per pair, with the columns of ``MeanField`` and ``phase``.
 
     ``phase`` is ordered, critical or chaotic by chi_1, or ``none`` where there is no single fixed point: then the
     numbers are NaN and ``note`` says why.
@@ -66,7 +69,7 @@ def phase_diagram(activation: Activation, sigma_w2: Sequence[float], sigma_b2: S
     rows = []
     for w2 in sigma_w2:
         for b2 in sigma_b2:
-            _check(sigma_w2=w2, sigma_b2=b2)
+            check_variances(sigma_w2=w2, sigma_b2=b2)
             row: dict[str, object] = {"activation": phi.name, "sigma_w2": w2, "sigma_b2": b2}
             try:
                 found = mean_field(phi, w2, b2)
@@ -86,14 +89,14 @@ def masked_sigma_w2(sigma_w2: float, density: float) -> float:
     Raises:
         Refused: A density outside [0, 1], or a negative variance.
     """
-    _check(sigma_w2=sigma_w2)
+    check_variances(sigma_w2=sigma_w2)
     if not 0 <= density <= 1:
         raise Refused(f"density must lie in [0, 1]: got {density}.")
     return density * sigma_w2
 
 
 def effective_sigma_w2(
-    model: nn.Module, params: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
+    model: nn.Module, state: State | Mapping[str, Tensor], *, masks: Mapping[str, Tensor] | None = None
 ) -> dict[str, Float[Tensor, "*replica"]]:
     r"""sigma_w^2 as each prunable layer has it: fan_in times the mean square over *all* positions, zeros included.
 
@@ -102,20 +105,34 @@ def effective_sigma_w2(
     with n_out the units (channels) of the layer. For an unpruned draw it estimates sigma_w^2, for one under a
     Bernoulli(p) mask p sigma_w^2; for a mask that prefers large weights it is what those weights really carry.
 
+    Args:
+        model: Lends its layers; not changed.
+        state: One network or a stack, as for :func:`ticketlab.network.network`.
+        masks: True = kept; stacked or not. Matrices that they name are layers too.
+
     Returns:
-        By the name of the weight, float64: a scalar, or one value a replica for stacked parameters or masks.
+        By the name of the weight, float64: a scalar, or one value per replica for stacked parameters or masks.
 
     Raises:
-        Refused: Parameters or masks that do not fit the model.
+        Refused: Parameters or masks that do not fit the model; a weight that is computed from parameters.
     """
-    if masks is not None:
-        validate(model, masks)
-    _, state = fitted(model, params, masks)
-    modules = dict(model.named_modules())
-    found = {}
-    for name in prunable(model):
-        weight = state.params[name].detach().double()
-        shape = model.get_parameter(name).shape
-        units = getattr(modules[name.rpartition(".")[0]], "out_channels", shape[0])
-        found[name] = weight.square().flatten(weight.ndim - len(shape)).sum(-1) / units
-    return found
+    net = network(model, state, masks=masks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # how much of a model is prunable is no matter here
+        wanted = {*prunable(model), *(masks or {})}
+    own = dict(model.named_parameters())
+    return {n: _sigma_w2(model, n, net.params[n].double(), own[n].ndim) for n in own if n in wanted}
+
+
+def _sigma_w2(model: nn.Module, name: str, weight: Tensor, ndim: int) -> Float[Tensor, "*replica"]:
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, ParametrizationList) or own.endswith(("_v", "_orig")):
+        raise Refused(
+            f"sigma_w^2 is that of the weights themselves: {name!r} is what a weight is computed from (weight norm, "
+            "spectral norm). Take the parametrisation off with torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    shape = weight.shape[weight.ndim - ndim :]
+    transposed = type(module).__name__ == "Conv1D"  # Hugging Face's, [in, out]
+    units = getattr(module, "out_channels", shape[1] if transposed else shape[0])
+    return weight.square().flatten(weight.ndim - ndim).sum(-1) / units

@@ -1,56 +1,60 @@
 """A stretch of a network between two named modules, as a function of what enters it.
 
 Jacobians here are those of a section: from the input, or what module ``source`` returns, to the output, or what
-module ``target`` returns. The user's modules carry a hook while a section runs, and none afterwards.
+module ``target`` returns. A section runs while its network is lent; hooks say and replace what passes its ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ticketlab import masks as mask_ops
+from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused, nearest
-from ticketlab.functional import evaluating, fitted, refuse_batch_statistics
-from ticketlab.gradients.point import check_finite
+from ticketlab.network import Network, close, network
 from ticketlab.seeds import stream
-from ticketlab.state import State, select
+from ticketlab.state import State, check_finite
+
+
+class At(NamedTuple):
+    """A section at some inputs, with the graph that leads from one to the other."""
+
+    u: Float[Tensor, "n *shape"]
+    """What enters: a leaf."""
+    y: Float[Tensor, "n out"]
+    """What comes out, one row per input."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """One network between two places."""
+    """One network between two places; it runs inside ``net.lent()``."""
 
-    model: nn.Module
-    tensors: dict[str, Tensor]
+    net: Network
     source: str | None
     target: str | None
+    channels_last: bool = False
+    """Whether images enter in the layout in which convolutions run a quarter faster."""
 
-    def entering(self, x: Tensor) -> Tensor:
-        """What the section is a function of, at these inputs."""
+    def at(self, x: Tensor) -> At:
         if self.source is None:
-            return _channels_last(x.detach().clone())
-        return self._run(x, None)[1].detach()
+            u = _channels_last(x.clone()) if self.channels_last else x.clone()
+        else:
+            u = self._run(x, None)[1]
+        u = u.detach().requires_grad_()
+        y = self._run(u if self.source is None else x, u)[0].reshape(len(x), -1)
+        check_finite(f"values of {self.target or 'the output'}", y)  # a rectifier's derivative at NaN is finite
+        return At(u, y)
 
-    def __call__(self, u: Float[Tensor, "n *shape"], x: Tensor) -> Float[Tensor, "n out"]:
-        """The section's value where u enters it, one row an input."""
-        y = self._run(u if self.source is None else x, u)[0]
-        if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
-            given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise Refused(f"a Jacobian needs one tensor whose first axis is the {len(x)} inputs: got {given}.")
-        return y.reshape(len(x), -1)
-
-    def linearised(self, u: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-        """The section's value at u, and the product of J' with a vector."""
-        y, *pull = vjp(lambda entering: self(entering, x), u)
-        return y, pull[0]
+    def laid_out(self) -> Section:
+        """The same, with images and kernels in channels-last."""
+        kernels = {name: _channels_last(p) for name, p in self.net.params.items()}
+        return replace(self, net=replace(self.net, params=kernels), channels_last=True)
 
     def _run(self, x: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
         """(value at the target, value at the source), with u put in the place of the latter if given."""
@@ -64,31 +68,31 @@ class Section:
             seen[name].append(output.clone() if isinstance(output, Tensor) else output)
             return None
 
-        with evaluating(self.model), hooked(self.model, seen, note), sdpa_kernel(SDPBackend.MATH):
-            # Fused attentions have no second derivative; what this forward pass records is all that is differentiated.
-            y = functional_call(self.model, self.tensors, (x,))
-        for name, outputs in seen.items():
-            if len(outputs) != 1:
-                raise Refused(f"module {name!r} must run once in a forward pass: it runs {len(outputs)} times.")
-            check_output("module", name, outputs[0], len(x))
+        with hooked(self.net.model, seen, note):
+            y = self.net.forward(x)
+        check_outputs("module", seen, len(x))
         target = y if self.target is None else seen[self.target][0]
         return target, x if self.source is None else seen[self.source][0]
 
 
-def check_output(kind: str, name: str, output: object, n: int) -> None:
-    """Raise a ValueError unless what a named module returns is one tensor, an entry of its first axis an input."""
-    if not isinstance(output, Tensor) or output.ndim == 0 or len(output) != n:
-        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise Refused(
-            f"{kind} {name!r} must return one tensor whose first axis is the {n} inputs: it returns {given}. "
-            "Name one inside it or after it."
-        )
+def check_outputs(kind: str, seen: Mapping[str, Sequence[object]], n: int) -> None:
+    """Raise unless each named module ran once and returned one floating tensor, an entry of its first axis an input."""
+    for name, outputs in seen.items():
+        if len(outputs) != 1:
+            raise Refused(f"{kind} {name!r} must run once in a forward pass: it runs {len(outputs)} times.")
+        (y,) = outputs
+        if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != n or not y.is_floating_point():
+            given = f"{tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+            raise Refused(
+                f"{kind} {name!r} must return one tensor whose first axis is the {n} inputs: it returns {given}. "
+                "Name one inside it or after it."
+            )
 
 
 @contextmanager
 def hooked(model: nn.Module, names: Iterable[str], note: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     """``note(name, output)`` is called as each named module returns; what it returns replaces the output."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     handles = [
         modules[name].register_forward_hook(lambda _module, _inputs, output, name=name: note(name, output))
         for name in names
@@ -100,85 +104,95 @@ def hooked(model: nn.Module, names: Iterable[str], note: Callable[[str, Tensor],
             handle.remove()
 
 
+def check_names(model: nn.Module, names: Iterable[str | None], kind: str) -> None:
+    """Raise unless these are modules of the model; "" is the model itself."""
+    known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for name in names:
+        if name is not None and name not in known:
+            raise Refused(nearest(kind, name, [n for n in known if n] or ['""']))
+
+
 def sections(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Tensor,
     masks: Mapping[str, Tensor] | None,
     buffers: Mapping[str, Tensor] | None,
     source: str | None = None,
     target: str | None = None,
 ) -> tuple[list[Section], bool]:
-    """One section a replica, and whether there is a replica axis.
+    """One section per replica, and whether there is a replica axis.
 
     Raises:
-        Refused: Names, shapes or dtypes that do not fit; weights that are not finite; batch norm that depends on
-            the batch; inputs that otherwise act on one another's outputs.
+        Refused: As `network`; names of no module; a target that does not depend on the source; inputs that act on one
+            another between the two; values or derivatives that are not finite.
     """
-    states, stacked = networks(model, params, x, masks, buffers)
-    known = [name for name, _ in model.named_modules() if name]
-    for name in (source, target):
-        if name is not None and name not in known:
-            raise Refused(nearest("module", name, known))
-    found = [Section(model, {**state.params, **state.buffers}, source, target) for state in states]
-    _check_apart(found[0], x[:2])
-    return found, stacked
-
-
-def networks(
-    model: nn.Module,
-    params: Mapping[str, Tensor],
-    x: Tensor,
-    masks: Mapping[str, Tensor] | None,
-    buffers: Mapping[str, Tensor] | None,
-) -> tuple[list[State], bool]:
-    """Each replica's m * theta and buffers, detached, and whether there is a replica axis."""
-    refuse_batch_statistics(model, "signal statistics need")
-    if masks is not None:
-        mask_ops.validate(model, masks)
-    replicas, state = fitted(model, params, masks, buffers)
-    weight = next(iter(state.params.values()))
-    if x.ndim == 0 or len(x) == 0 or x.dtype != weight.dtype or x.device != weight.device:
+    net = network(model, state, x, masks=masks, buffers=buffers)
+    check_names(model, (source, target), "module")
+    if source is None and not x.is_floating_point():
+        embeddings = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
         raise Refused(
-            f"x must hold at least one input on its first axis, in {weight.dtype} on {weight.device} as params: "
-            f"got shape {tuple(x.shape)}, {x.dtype} on {x.device}."
+            f"x must be floating to be differentiated in: got {x.dtype}. Name source=, the module that embeds it"
+            + (f": one of {embeddings}." if embeddings else ".")
         )
-    check_finite(state.params)
-    # Statistics kept in float32 must not pull a float64 Jacobian down with them.
-    buffers = {n: b.to(weight.dtype) if b.is_floating_point() else b for n, b in state.buffers.items()}
-    plain = State({n: p.detach() for n, p in state.params.items()}, {n: b.detach() for n, b in buffers.items()})
-    each = [plain] if replicas is None else [State(*(select(part, r) for part in plain)) for r in range(replicas)]
-    laid_out = [State({n: _channels_last(p) for n, p in one.params.items()}, one.buffers) for one in each]
-    return laid_out, replicas is not None
+    found = [Section(one, source, target) for one in net.each()]
+    pair = x[[0, -1]]
+    first = _checked(found[0], pair)
+    if any(p.ndim == 4 for p in net.params.values()) and _agrees(found[0].laid_out(), pair, first):
+        found = [section.laid_out() for section in found]
+    return found, net.replicas is not None
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """Convolutions run a quarter faster in this layout; nothing else changes."""
     return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
-def _check_apart(section: Section, x: Tensor) -> None:
-    """One product gives a row of every input's Jacobian only if neither of two inputs acts on the other's output."""
-    with torch.enable_grad():
-        u = section.entering(x).requires_grad_()
-        y = section(u, x)
+def weights_of_outputs(y: Float[Tensor, "n out"]) -> Float[Tensor, " out"]:
+    """Outputs are weighed at random where a plain sum may be constant, as softmax's is."""
+    return torch.randn(y.shape[1], generator=stream("weights of outputs", 0)).to(y)
+
+
+def _slopes(section: Section, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """Values, and each one's derivative in what enters: [n, out], [n, n, *shape]."""
+    with torch.enable_grad(), section.net.lent():
+        u, y = section.at(pair)
         if not y.requires_grad:
-            raise Refused(
-                f"{section.target or 'the output'} must depend on {section.source or 'the input'}, differentiably: "
-                "it does not. Name a source that runs before the target."
-            )
-        # Weighed at random, for a plain sum may be constant, as softmax's is.
-        weights = torch.randn(y.shape[1], generator=stream("weights of outputs", 0)).to(y)
-        grads = torch.stack(
-            [torch.autograd.grad(one @ weights, u, retain_graph=True, materialize_grads=True)[0] for one in y]
-        )
-    if not (y.isfinite().all() and grads.isfinite().all()):
+            return y, u.new_zeros(len(y), *u.shape)
+        weights = weights_of_outputs(y)
+        slopes = [pullback(one @ weights, [u], retain_graph=True)[0] for one in y]
+    return y.detach(), torch.stack(slopes)
+
+
+def _checked(section: Section, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """The slopes at two inputs, refused where one product would not give a row of every input's Jacobian."""
+    if section.source is not None or section.target is not None:
+        with torch.no_grad(), section.net.lent():
+            section.at(pair[[0, 1, 0]])  # an axis of length 2 that is not that of the inputs would pass below
+    y, slopes = _slopes(section, pair)
+    value, origin = section.target or "the output", section.source or "the input"
+    check_finite(f"derivatives of {value}", slopes)
+    if slopes[0, 1].any() or slopes[1, 0].any():
         raise Refused(
-            "values and derivatives must be finite: those of "
-            f"{section.target or 'the output'} at the first inputs are not. Look at x and the buffers."
+            f"each input must pass through the network by itself: {value} at one depends on {origin} at another. "
+            "Replace what couples a batch."
         )
-    if len(x) > 1 and (grads[0, 1].any() or grads[1, 0].any()):
+    if not slopes.any() and not _reaches(section, pair):
         raise Refused(
-            "each input must pass through the network by itself: the output of one depends on another. "
-            "Replace what couples a batch, or put such modules in evaluation mode."
+            f"{value} must depend on {origin}, differentiably: it does not. Name a source that runs before the target."
         )
+    return y, slopes
+
+
+def _reaches(section: Section, pair: Tensor) -> bool:
+    """Whether a graph leads from what enters to the value, whose derivative may be zero all the same."""
+    with torch.enable_grad(), section.net.lent():
+        u, y = section.at(pair)
+        found = torch.autograd.grad(y.sum(), u, allow_unused=True) if y.requires_grad else [None]
+    return found[0] is not None
+
+
+def _agrees(section: Section, pair: Tensor, expected: tuple[Tensor, Tensor]) -> bool:
+    try:
+        return all(map(close, _slopes(section, pair), expected))
+    except Exception:  # a view that this layout does not allow, say
+        return False
