@@ -14,6 +14,7 @@ from scipy.stats import beta, binom
 
 from ticketlab import bounds
 from ticketlab.bounds import binomial
+from ticketlab.errors import Refused
 
 RATES = st.floats(0, 1)
 NATS = st.floats(0, 1e4)
@@ -298,5 +299,51 @@ def test_bounded_cross_entropy_maps_into_0_1_and_back():
     with pytest.raises(ValueError, match="logits must be finite"):
         bounds.bounded_cross_entropy(logits * math.inf, y)
     for labels in ([1, 3], [-1, 2]):
-        with pytest.raises(ValueError, match=r"labels must lie in 0..2, the columns of logits"):
+        with pytest.raises(ValueError, match=r"labels must be in 0..2 for 3 classes"):
             bounds.bounded_cross_entropy(logits, torch.tensor(labels))
+    few = bounds.bounded_cross_entropy(logits, y.to(torch.uint8), mixing=0.1)
+    assert few == loss
+    for wrong, complaint in ((y[:1], "labels must have shape"), (y.float(), "labels must be integer class labels")):
+        with pytest.raises(Refused, match=complaint):
+            bounds.bounded_cross_entropy(logits, wrong)
+    for wrong in (logits.numpy(), logits[None], logits[:0]):
+        with pytest.raises(Refused, match="logits must be finite"):
+            bounds.bounded_cross_entropy(wrong, y)
+
+
+NUMBERS = [
+    (lambda v: bounds.occam_kl(v, 10, 100), "the loss"),
+    (lambda v: bounds.binomial_tail(0.1, v, 100), "description_nats"),
+    (lambda v: bounds.occam_hoeffding(0.1, 10, v), "n "),
+    (lambda v: bounds.held_out(0.1, 100, v), "delta"),
+    (lambda v: bounds.held_out(0.1, 100, n_classes=v), "n_classes"),
+    (lambda v: bounds.pac_bayes_kl(0.1, v, 100), "kl_nats"),
+    (lambda v: bounds.pac_bayes_catoni(0.1, 1, 100, betas=v), "betas"),
+    (lambda v: bounds.mdl(0.1, v, 100, 100), "kept"),
+    (lambda v: bounds.mdl(0.1, 5, v, 100), "(total|kept)"),
+    (lambda v: bounds.kl_inverse(v, 1), "q"),
+    (lambda v: bounds.binary_kl(0.1, v), "p"),
+    (lambda v: bounds.subset_nats(v, 10), "kept"),
+    (lambda v: bounds.bounded_cross_entropy(torch.zeros(2, 2), torch.tensor([0, 1]), v), "mixing"),
+]
+
+
+@pytest.mark.parametrize(("call", "name"), NUMBERS, ids=[f"{i}" for i in range(len(NUMBERS))])
+@pytest.mark.parametrize("value", ["0.1", [None, 0.1], [[0.1], [0.1, 0.2]], 0.1j, torch.tensor(0.1j), math.nan])
+def test_what_is_no_number_is_refused_by_name(call, name, value):
+    with pytest.raises(Refused, match=rf"^{name}"):
+        call(value)
+
+
+def test_tensors_are_taken_as_arrays_are_and_shapes_must_fit():
+    errors, nats = torch.tensor([0.1, 0.2], dtype=torch.float64, requires_grad=True), np.array([10.0, 20.0])
+    for bound in CERTIFICATES:
+        expected = bound(np.array([0.1, 0.2]), nats, 1000).value
+        np.testing.assert_array_equal(bound(errors, torch.from_numpy(nats), torch.tensor(1000)).value, expected)
+        np.testing.assert_array_equal(bound(errors, nats[:, None], 1000).value.diagonal(), expected)
+        with pytest.raises(Refused, match="train_error, description_nats must be numbers or have shapes"):
+            bound(errors, np.ones(3), 1000)
+    with pytest.raises(Refused, match="q, p must be numbers or have shapes that broadcast"):
+        bounds.binary_kl([0.1, 0.2], [0.1, 0.2, 0.3])
+    with pytest.raises(Refused, match="kept, total, train_error, choice_nats must be"):
+        bounds.mdl([0.1, 0.2], [1, 2, 3], 10, 100)

@@ -15,6 +15,7 @@ import ticketlab as tl
 from tests.cases import build, half_masks, small_conv_bn, small_mlp
 from ticketlab import bounds
 from ticketlab.bounds import Decoder, Encoder
+from ticketlab.errors import Refused
 
 LN2 = math.log(2)
 SLACK_BITS = 10
@@ -249,6 +250,26 @@ def test_quantise_leaves_few_values_and_less_error_than_the_quantiles():
     assert torch.equal(bounds.quantise({"w": clusters}, {"w": torch.zeros(7, dtype=torch.bool)}, 2)["w"], 0 * clusters)
     with pytest.raises(ValueError, match=r"n_values must lie in 1..256"):
         bounds.quantise({"w": clusters}, {}, 0)
+    for params, masks, complaint in (
+        ({"w": clusters * math.nan}, {}, r"params\['w'\] must be finite: 7 of 7"),
+        ({"w": clusters}, {"w": clusters[:3] > 0}, "in the shape of its mask"),
+        ({"w": clusters}, {"v": clusters > 0}, r"not so \['v'\]"),
+        (clusters, {}, "params must be a dict of tensors: got Tensor"),
+    ):
+        with pytest.raises(Refused, match=complaint):
+            bounds.quantise(params, masks, 2)
+    with pytest.raises(Refused, match=r"n_values must lie in 1..256, an integer: got 2.5"):
+        bounds.quantise({"w": clusters}, {}, 2.5)
+
+
+def test_weights_that_are_no_numbers_have_no_length():
+    mask, lost = {"w": torch.ones(3, dtype=torch.bool)}, torch.tensor([1.0, math.nan, 2.0])
+    for values in ("coded", "signs", "seed"):
+        for call in (bounds.encode, bounds.description_length):
+            with pytest.raises(Refused, match=r"params\['w'\] must be finite: 1 of 3"):
+                call(mask, {"w": lost}, values)
+    buffers = {"w": torch.ones(3), "causal": torch.tensor([0.0, -math.inf])}  # as attention masks have
+    assert 8 * len(bounds.encode(mask, buffers, "coded")) >= bounds.description_length(mask, buffers, "coded").bits
 
 
 def test_what_is_no_network_is_refused():

@@ -51,8 +51,8 @@ from examples.certificate.network import Network, count_errors, decode, encode
 from examples.certificate.record import Code, Task, read_record, shown
 from examples.certificate.search import Training, search
 from ticketlab import bounds
+from ticketlab.datasets import SOURCES, read
 from ticketlab.errors import Refused
-from ticketlab.raw import SOURCES, read
 
 Certificate = dict[str, Any]
 TRAINING_SHA256 = {

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from examples.certificate.network import (
     without_idle_units,
 )
 from ticketlab import bounds
+from ticketlab.losses import mean_cross_entropy
 from ticketlab.seeds import stream
 
 WEIGHTS, BIAS, OUTPUT, _ = range(4)  # places in Network.arrays
@@ -223,5 +223,5 @@ def loss_gradient(network: Network, x: Tensor, y: Tensor) -> NDArray[np.float32]
     weights.requires_grad_()
     hidden = (weights @ x + HIDDEN_BIAS * bias[:, None]).relu()
     logits = output @ hidden + OUTPUT_BIAS * output_bias[:, None]
-    loss = F.cross_entropy((4 * logits / logits.detach().std().clamp(min=1)).T, y)
+    loss = mean_cross_entropy((4 * logits / logits.detach().std().clamp(min=1)).T, y)
     return torch.autograd.grad(loss, weights)[0].numpy()

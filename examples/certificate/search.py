@@ -27,6 +27,7 @@ from examples.certificate.network import (
 )
 from examples.certificate.polish import certified, polish
 from ticketlab.errors import Refused
+from ticketlab.losses import mean_cross_entropy, probabilities
 from ticketlab.seeds import stream
 
 FEATURE_SCALE, SCORE_SCALE = 32.0, 3.0  # of training alone: they make inputs and logits of order 1
@@ -145,8 +146,8 @@ def _logits(latent: list[nn.Parameter], x: Tensor) -> Tensor:
 def generalised_cross_entropy(logits: Tensor, y: Tensor, power: float) -> Tensor:
     """Mean of (1 - p_y^q) / q, which tends to -ln p_y as the power q does to 0 (Zhang & Sabuncu 2018)."""
     if power == 0:
-        return F.cross_entropy(logits, y)
-    own = logits.softmax(1).gather(1, y[:, None]).clamp(min=1e-6)
+        return mean_cross_entropy(logits, y)
+    own = probabilities(logits).gather(1, y[:, None]).clamp(min=1e-6)
     return (1 - own**power).mean() / power
 
 

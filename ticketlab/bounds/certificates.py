@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ticketlab.bounds.binomial import upper_inverse
-from ticketlab.bounds.kl import Value, kl_inverse, nats, plain, probability
+from ticketlab.bounds.kl import Value, kl_inverse, nats, numbers, plain, probability, scalar, together
 from ticketlab.errors import Refused
 
 _SAMPLE = "n i.i.d. examples; loss in [0, 1]"
@@ -83,13 +83,17 @@ def mdl(
     """
     if weights not in ("trained", "seed"):
         raise Refused(f"weights must be 'trained' or 'seed': got {weights!r}.")
-    k, d = np.asarray(kept, dtype=np.float64), np.asarray(total, dtype=np.float64)
+    k, d, error, choices = together(
+        kept=numbers("kept", kept),
+        total=numbers("total", total),
+        train_error=_loss(train_error),
+        choice_nats=nats("choice_nats", choice_nats),
+    )
     if not ((d >= 1) & (k >= 0) & (k <= d) & (k % 1 == 0) & (d % 1 == 0)).all():
         raise Refused(
             f"kept must be a count in 0..total: got {kept!r} of {total!r}. Take them from masks.kept and total."
         )
-    error, log_delta = _loss(train_error), _sample(n, delta)
-    choices = nats("choice_nats", choice_nats)
+    n, log_delta = _sample(n, delta)
     value = error + np.sqrt((k * np.log(d) + choices - log_delta) / (2 * n))
     if weights == "seed":
         covers = "masks of at least two weights over weights that a seed fixes before the sample is seen"
@@ -125,7 +129,7 @@ def occam_hoeffding(
     Raises:
         Refused: A number out of range.
     """
-    error, budget = _loss(train_error), nats("description_nats", description_nats) - _sample(n, delta)
+    error, budget, n = _paid(train_error, n, delta, description_nats=description_nats)
     value = error + np.sqrt(budget / (2 * n))
     return _bound("occam_hoeffding", error, value, n, delta, n_classes, True, covers, _CODE)
 
@@ -145,7 +149,7 @@ def occam_kl(
 
     Never above :func:`occam_hoeffding`, by Pinsker's inequality. Arguments as there.
     """
-    error, budget = _loss(train_error), nats("description_nats", description_nats) - _sample(n, delta)
+    error, budget, n = _paid(train_error, n, delta, description_nats=description_nats)
     value = kl_inverse(error, budget / n)
     return _bound("occam_kl", error, value, n, delta, n_classes, True, covers, _CODE)
 
@@ -169,7 +173,7 @@ def binomial_tail(
     Raises:
         Refused: A number out of range, or a training error that is no number of errors among n.
     """
-    error, budget = _loss(train_error), nats("description_nats", description_nats) - _sample(n, delta)
+    error, budget, n = _paid(train_error, n, delta, description_nats=description_nats)
     value = np.vectorize(upper_inverse, otypes=[float])(_errors(error, n), n, -budget)
     assumptions = _CODE.replace("loss in [0, 1]", "0/1 loss")
     return _bound("binomial_tail", error, value, n, delta, n_classes, True, covers, assumptions)
@@ -192,7 +196,7 @@ def pac_bayes_kl(
     Raises:
         Refused: A number out of range.
     """
-    error, budget = _pac_bayes(train_error, kl_nats, n, delta)
+    error, budget, n = _pac_bayes(train_error, kl_nats, n, delta)
     return _gibbs("pac_bayes_kl", error, kl_inverse(error, budget / n), n, delta, n_classes)
 
 
@@ -205,7 +209,7 @@ def pac_bayes_mcallester(
 
     Arguments as for :func:`pac_bayes_kl`.
     """
-    error, budget = _pac_bayes(train_error, kl_nats, n, delta)
+    error, budget, n = _pac_bayes(train_error, kl_nats, n, delta)
     return _gibbs("pac_bayes_mcallester", error, error + np.sqrt(budget / (2 * n)), n, delta, n_classes)
 
 
@@ -228,11 +232,11 @@ def pac_bayes_catoni(
     Raises:
         Refused: A number out of range, or no beta.
     """
-    if not betas or not all(0 < beta < math.inf for beta in betas):
+    grid = numbers("betas", betas)
+    if grid.ndim != 1 or not len(grid) or not ((grid > 0) & (grid < math.inf)).all():
         raise Refused(f"betas must be one or more positive numbers: got {betas}. Try (0.5, 1, 2, 4).")
-    error, kl = _loss(train_error), nats("kl_nats", kl_nats)
-    budget = (kl + math.log(len(betas)) - _sample(n, delta)) / n
-    value = np.min([np.expm1(-beta * error - budget) / math.expm1(-beta) for beta in betas], axis=0)
+    error, budget, n = _paid(train_error, n, delta, math.log(len(grid)), kl_nats=kl_nats)
+    value = np.min([np.expm1(-beta * error - budget / n) / math.expm1(-beta) for beta in grid], axis=0)
     return _gibbs("pac_bayes_catoni", error, value, n, delta, n_classes)
 
 
@@ -267,11 +271,6 @@ def held_out(
     return _bound("held_out", found.empirical, found.value, n_test, delta, n_classes, True, covers, assumptions)
 
 
-def _pac_bayes(train_error: ArrayLike, kl_nats: ArrayLike, n: int, delta: float) -> tuple[np.ndarray, np.ndarray]:
-    error, kl, log_delta = _loss(train_error), nats("kl_nats", kl_nats), _sample(n, delta)
-    return error, kl + math.log(2 * math.sqrt(n)) - log_delta
-
-
 def _gibbs(name: str, error: Value, value: Value, n: int, delta: float, n_classes: int | None) -> Bound:
     covers = "the Gibbs classifier that draws a hypothesis from Q at each input, for every Q at once"
     return _bound(
@@ -290,7 +289,7 @@ def _bound(
     covers: str,
     assumptions: str,
 ) -> Bound:
-    if n_classes is not None and n_classes < 2:
+    if n_classes is not None and not scalar("n_classes", n_classes) >= 2:
         raise Refused(f"n_classes must be at least 2: got {n_classes}.")
     chance = 1.0 if n_classes is None else 1 - 1 / n_classes
     value, error = np.broadcast_arrays(value, error)
@@ -300,8 +299,8 @@ def _bound(
         value=plain(value),
         empirical=plain(error),
         complexity=plain(value - error),
-        n=n,
-        delta=delta,
+        n=int(n),
+        delta=float(delta),
         vacuous=vacuous if vacuous.ndim else bool(vacuous),
         certificate=certificate,
         covers=covers,
@@ -309,24 +308,39 @@ def _bound(
     )
 
 
+def _paid(
+    train_error: ArrayLike, n: int, delta: float, more: float = 0.0, **priced: ArrayLike
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The loss, the nats that are named plus ``more`` plus ln 1/delta, and n: all checked."""
+    ((name, given),) = priced.items()
+    error, price = together(train_error=_loss(train_error), **{name: nats(name, given)})
+    n, log_delta = _sample(n, delta)
+    return error, price + more - log_delta, n
+
+
+def _pac_bayes(train_error: ArrayLike, kl_nats: ArrayLike, n: int, delta: float) -> tuple[np.ndarray, np.ndarray, int]:
+    n, _ = _sample(n, delta)
+    return _paid(train_error, n, delta, math.log(2 * math.sqrt(n)), kl_nats=kl_nats)
+
+
 def _loss(given: ArrayLike) -> np.ndarray:
     """As float64; the bounds know no loss but one in [0, 1]."""
     try:
         return probability("the loss", given)
-    except ValueError:
+    except Refused as error:
         raise Refused(
-            f"the loss must lie in [0, 1]: got {given!r}. Pass an error rate as a fraction. Cross-entropy is "
-            "unbounded: map it into [0, 1] with bounds.bounded_cross_entropy."
+            f"{error} Cross-entropy is unbounded: map it into [0, 1] with bounds.bounded_cross_entropy."
         ) from None
 
 
-def _sample(n: int, delta: float) -> float:
-    """ln delta, with n and delta checked."""
-    if np.ndim(n) or not (n >= 1 and n % 1 == 0):
+def _sample(n: int, delta: float) -> tuple[int, float]:
+    """n and ln delta, checked."""
+    size, rate = numbers("n", n), numbers("delta", delta)
+    if size.ndim or not (size >= 1 and size % 1 == 0):
         raise Refused(f"n must be a number of examples, at least 1: got {n}. Call it once for each sample size.")
-    if np.ndim(delta) or not 0 < delta < 1:
+    if rate.ndim or not 0 < rate < 1:
         raise Refused(f"delta must lie in (0, 1), the probability that the bound fails: got {delta}. Try 0.05.")
-    return math.log(delta)
+    return int(size), math.log(rate)
 
 
 def _errors(error: np.ndarray, n: int) -> np.ndarray:

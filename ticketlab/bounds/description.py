@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 from torch import Tensor
 
+from ticketlab.bounds.kl import scalar
 from ticketlab.errors import Refused
+from ticketlab.state import check_finite
 
 Values = Literal["seed", "signs", "coded"]
 LARGEST_CODEBOOK = 256
@@ -84,7 +87,8 @@ def description_length(
         Refused: Masks or tensors that do not fit one another, or alternatives that are no count of at least 1.
     """
     check_network(masks, params, values)
-    bad = {name: n for name, n in (choices or {}).items() if not (n >= 1 and n % 1 == 0)}
+    counts = dict(choices or {})
+    bad = {name: n for name, n in counts.items() if not (isinstance(n, Real) and n >= 1 and n % 1 == 0)}
     if bad:
         raise Refused(
             f"choices must count the alternatives, whole and at least 1 each: got {bad}. Leave out what was fixed."
@@ -95,7 +99,7 @@ def description_length(
         value_nats += sum(int(mask.sum()) for mask in masks.values()) * math.log(2)
     elif values == "coded" and params is not None:
         value_nats += sum(tensor_nats(live(t, masks.get(name))) for name, t in params.items())
-    choice_nats = sum(math.log(n) for n in (choices or {}).values())
+    choice_nats = sum(math.log(n) for n in counts.values())
     mask_nats = min(whole, by_layer) + math.log(2)
     return Description(mask_nats, value_nats, choice_nats, values, by_layer < whole, _COVERS[values])
 
@@ -106,7 +110,8 @@ def subset_nats(kept: int, total: int) -> float:
     Raises:
         Refused: A number kept that is no count in 0..total.
     """
-    if not (0 <= kept <= total and kept % 1 == 0 and total % 1 == 0):
+    k, d = scalar("kept", kept), scalar("total", total)
+    if not (0 <= k <= d and k % 1 == 0 and d % 1 == 0):
         raise Refused(
             f"kept must lie in 0..{total}, the number of weights, both counts: got {kept}. Count them with masks.kept."
         )
@@ -144,18 +149,30 @@ def live(tensor: Tensor, mask: Tensor | None) -> NDArray[np.float32]:
 
 
 def check_network(masks: Mapping[str, Tensor], params: Mapping[str, Tensor] | None, values: str) -> None:
-    """Raise a ValueError unless masks and tensors are those of one network in float32."""
+    """Refuse masks and tensors that are not those of one network in float32."""
     if values not in get_args(Values):
         raise Refused(f"values must be one of {get_args(Values)}: got {values!r}.")
-    if not masks or any(mask.dtype != torch.bool for mask in masks.values()):
-        raise Refused("masks must be one or more bool tensors, True = kept. Build them with masks.ones(model).")
-    if params is None:
-        if values != "seed":
-            raise Refused(f"params must be given for values={values!r}: got None. Pass the network's tensors.")
-        return
-    wrong = [n for n, mask in masks.items() if n not in params or params[n].shape != mask.shape]
-    if wrong:
-        raise Refused(f"params must hold every masked tensor in the shape of its mask: {wrong} are missing or differ.")
-    other = {n: str(t.dtype) for n, t in params.items() if t.dtype != torch.float32}
+    if params is None and values != "seed":
+        raise Refused(f"params must be given for values={values!r}: got None. Pass the network's tensors.")
+    check_masks(masks, params)
+    if not masks:
+        raise Refused("masks must be one or more bool tensors: got none. Build them with masks.ones(model).")
+    other = {n: str(t.dtype) for n, t in (params or {}).items() if t.dtype != torch.float32}
     if other and values == "coded":
         raise Refused(f"params must be float32 to be coded: got {other}. Convert them, and evaluate the converted.")
+
+
+def check_masks(masks: Mapping[str, Tensor], params: Mapping[str, Tensor] | None) -> None:
+    """Refuse masks that are none or do not fit the tensors, and tensors that are not finite; buffers may hold -inf."""
+    if not isinstance(masks, Mapping) or any(getattr(m, "dtype", 0) != torch.bool for m in masks.values()):
+        raise Refused("masks must be one or more bool tensors, a dict, True = kept. Build them with masks.ones(model).")
+    if params is None:
+        return
+    if not isinstance(params, Mapping) or not all(isinstance(t, Tensor) for t in params.values()):
+        raise Refused(f"params must be a dict of tensors: got {type(params).__name__}. Pass state.params.")
+    wrong = [
+        n for n, m in masks.items() if n not in params or (params[n].shape, params[n].device) != (m.shape, m.device)
+    ]
+    if wrong:
+        raise Refused(f"params must hold every masked tensor in the shape of its mask, on its device: not so {wrong}.")
+    check_finite("params", {n: t if n in masks else t.clamp(min=0) for n, t in params.items() if t.is_floating_point()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ticketlab.arrays import as_tensor
 from ticketlab.errors import Refused
 
 Value = float | NDArray[np.float64]
@@ -25,9 +26,9 @@ def binary_kl(q: ArrayLike, p: ArrayLike) -> Value:
         p: In [0, 1], broadcast against q.
 
     Raises:
-        Refused: A probability outside [0, 1].
+        Refused: A probability outside [0, 1], or shapes that do not broadcast.
     """
-    first, second = probability("q", q), probability("p", p)
+    first, second = together(q=probability("q", q), p=probability("p", p))
     return plain(_kl(first, second, second - first))
 
 
@@ -43,9 +44,9 @@ def kl_inverse(q: ArrayLike, c: ArrayLike) -> Value:
         c: Nats, at least 0, broadcast against q.
 
     Raises:
-        Refused: q outside [0, 1] or c negative.
+        Refused: q outside [0, 1], c negative, or shapes that do not broadcast.
     """
-    rate, budget = np.broadcast_arrays(probability("q", q), nats("c", c))
+    rate, budget = together(q=probability("q", q), c=nats("c", c))
     low, high = np.zeros(rate.shape), 1 - rate
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -73,9 +74,34 @@ def _term(a: NDArray[np.float64], b: NDArray[np.float64], t: NDArray[np.float64]
     return np.where(a == 0, t, np.where(near, a * series * small**2, exact))
 
 
+def numbers(name: str, given: ArrayLike) -> NDArray[np.float64]:
+    """As float64, tensors too; refused where they are no real numbers."""
+    value = as_tensor(given, name)
+    if value.is_complex():
+        raise Refused(f"{name} must be real: got {value.dtype}.")
+    return value.cpu().double().numpy()
+
+
+def scalar(name: str, given: float) -> float:
+    """A single number, refused where there is none or more."""
+    value = numbers(name, given)
+    if value.ndim:
+        raise Refused(f"{name} must be a single number: got shape {value.shape}. Call it once for each.")
+    return float(value)
+
+
+def together(**given: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Arrays broadcast against one another."""
+    try:
+        return list(np.broadcast_arrays(*given.values()))
+    except ValueError:
+        shapes = {name: value.shape for name, value in given.items()}
+        raise Refused(f"{', '.join(given)} must be numbers or have shapes that broadcast: got {shapes}.") from None
+
+
 def probability(name: str, given: ArrayLike) -> NDArray[np.float64]:
     """As float64, refused outside [0, 1]."""
-    value = np.asarray(given, dtype=np.float64)
+    value = numbers(name, given)
     if not ((value >= 0) & (value <= 1)).all():
         raise Refused(f"{name} must lie in [0, 1]: got {given!r}. Pass a fraction, not a percentage.")
     return value
@@ -83,7 +109,7 @@ def probability(name: str, given: ArrayLike) -> NDArray[np.float64]:
 
 def nats(name: str, given: ArrayLike) -> NDArray[np.float64]:
     """As float64, refused where negative or NaN."""
-    value = np.asarray(given, dtype=np.float64)
+    value = numbers(name, given)
     if not (value >= 0).all():
         raise Refused(f"{name} must be at least 0 nats: got {given!r}. Multiply bits by ln 2.")
     return value

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ticketlab.bounds.kl import Value
+from ticketlab.bounds.kl import Value, scalar
 from ticketlab.errors import Refused
+from ticketlab.losses import CROSS_ENTROPY, probabilities
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,15 @@ def bounded_cross_entropy(
     Raises:
         Refused: A mixing outside (0, 1], logits that are not finite, or shapes or labels that do not fit.
     """
-    if not 0 < mixing <= 1:
+    if not 0 < scalar("mixing", mixing) <= 1:
         raise Refused(f"mixing must lie in (0, 1]: got {mixing}. Try 0.01.")
-    if logits.ndim != 2 or y.shape != logits.shape[:1] or not len(y) or not logits.isfinite().all():
-        shapes = f"{tuple(logits.shape)} and {tuple(y.shape)}"
-        raise Refused(f"logits must be finite [n, classes], with a label each: got {shapes}.")
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not len(logits) or not logits.isfinite().all():
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise Refused(f"logits must be finite [n, classes]: got {given}. Pass the outputs of one network.")
+    CROSS_ENTROPY.check(y, len(logits), logits.shape[1:])
     classes = logits.shape[1]
-    if not ((y >= 0) & (y < classes)).all():
-        raise Refused(
-            f"labels must lie in 0..{classes - 1}, the columns of logits: got {int(y.min())}..{int(y.max())}."
-        )
-    right = logits.detach().double().softmax(1).gather(1, y[:, None])[:, 0]
+    p = probabilities(logits.detach().double())
+    right = p.gather(1, y.to(p.device, torch.int64)[:, None])[:, 0]
     low, high = -math.log(1 - mixing + mixing / classes), math.log(classes / mixing)
     mixed = -torch.log((1 - mixing) * right + mixing / classes).mean()
     share = (float(mixed) - low) / (high - low) if high > low else 0.0

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ticketlab.bounds.description import check_masks
 from ticketlab.errors import Refused
 from ticketlab.state import Params
 
@@ -25,10 +26,11 @@ def quantise(params: Mapping[str, Tensor], masks: Mapping[str, Tensor], n_values
         n_values: 1..256, the largest codebook that `encode` writes.
 
     Raises:
-        Refused: n_values out of range.
+        Refused: n_values out of range, masks that do not fit, weights that are not finite.
     """
-    if not 1 <= n_values <= 256:
-        raise Refused(f"n_values must lie in 1..256: got {n_values}. Take 2 to the number of bits a weight.")
+    if not isinstance(n_values, int) or not 1 <= n_values <= 256:
+        raise Refused(f"n_values must lie in 1..256, an integer: got {n_values!r}. Take 2 to the bits per weight.")
+    check_masks(masks, params)
     found: Params = {}
     for name, tensor in params.items():
         mask = masks.get(name, torch.ones_like(tensor, dtype=torch.bool))
