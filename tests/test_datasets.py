@@ -372,6 +372,14 @@ def test_copies_from_openml_are_known_by_statistics_alone(root, known, monkeypat
         load("mnist")
 
 
+@pytest.mark.parametrize("name", datasets.SOURCES)
+def test_what_is_known_is_of_the_right_size(name):
+    source = datasets.SOURCES[name]
+    facts = source.facts or datasets.Facts()
+    assert [sum(counts) for counts in facts.counts] in ([], [source.n_train, source.n_test])
+    assert {len(halves.split()) for halves in facts.halves} <= {source.n_classes * (source.shape[0] + 1)}
+
+
 def test_other_digits_of_scikit_learn(monkeypatch):
     x, y = sklearn.datasets.load_digits(return_X_y=True)
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda **_: (x, np.roll(y, 1)))

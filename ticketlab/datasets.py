@@ -135,28 +135,35 @@ def _check(raw: Raw, name: str, origin: str, from_files: bool) -> None:
         )
     if source.facts is None:
         return
-    facts, parts = source.facts, ((raw.x, raw.y), (raw.x_test, raw.y_test))
-    differing = []
-    for i, (x, y) in enumerate(parts):
-        which = ("training", "test")[i]
-        halves, counts, mean = _halves(x, y, source), np.bincount(y, minlength=source.n_classes), x.mean((0, 2, 3))
-        if counts.tolist() != list(facts.counts[i] if facts.counts else [len(y) // source.n_classes] * len(counts)):
-            differing.append(f"the number of {which} examples per class, {counts.tolist()}")
-        elif facts.halves and np.abs(halves - np.array(facts.halves[i].split(), float) / 1000).max() > _TOLERANCE:
-            differing.append(f"the mean {which} images of its classes")
-        elif i == 0 and np.abs(mean / source.largest - source.mean).max() > _TOLERANCE:
-            differing.append(f"the mean training pixel, {(mean / source.largest).round(4).tolist()}")
+    parts = ((raw.x, raw.y), (raw.x_test, raw.y_test))
+    differing = [d for part, xy in enumerate(parts) for d in _unlike(*xy, part, source, source.facts)]
     if from_files and not differing:
         names = ("training images", "training labels", "test images", "test labels")
-        arrays = (a[:, 0] if a.ndim == 4 else a for a in raw)
-        differing = [n for n, a, md5 in zip(names, arrays, facts.md5, strict=False) if _md5(a) != md5]
-        pairs = zip(("the training set", "the test set"), parts, facts.pairs, strict=False)
-        differing += [n for n, (x, y), digest in pairs if _unordered_md5(x, y) != digest]
+        contents = (raw.x[:, 0], raw.y, raw.x_test[:, 0], raw.y_test)
+        differing = [n for n, a, md5 in zip(names, contents, source.facts.md5, strict=False) if _md5(a) != md5]
+        pairs = zip(("the training set", "the test set"), parts, source.facts.pairs, strict=False)
+        differing += [n for n, xy, digest in pairs if _unordered_md5(*xy) != digest]
     if differing:
+        anew = "download the original anew" if from_files else "delete the cached 'openml' folder and try again"
         raise Refused(
             f"{origin} must hold {name}, but differs from it in {'; '.join(differing)}. It is another set, or damaged: "
-            "download the original anew, or pass a set of your own to Task.from_tensors."
+            f"{anew}, or pass a set of your own to Task.from_tensors."
         )
+
+
+def _unlike(x: np.ndarray, y: np.ndarray, part: int, source: Source, facts: Facts) -> list[str]:
+    """In what statistic the training set (part 0) or the test set (1) first differs from what is known of it."""
+    which = ("training", "test")[part]
+    counts = np.bincount(y, minlength=source.n_classes).tolist()
+    if counts != list(facts.counts[part] if facts.counts else [len(y) // source.n_classes] * source.n_classes):
+        return [f"the number of {which} examples per class, {counts}"]
+    known = np.array(facts.halves[part].split(), float) / 1000 if facts.halves else None
+    if known is not None and np.abs(_halves(x, y, source) - known).max() > _TOLERANCE:
+        return [f"the mean {which} images of its classes"]
+    mean = x.mean((0, 2, 3)) / source.largest
+    if part == 0 and np.abs(mean - source.mean).max() > _TOLERANCE:
+        return [f"the mean training pixel, {mean.round(4).tolist()}"]
+    return []
 
 
 def _halves(x: np.ndarray, y: np.ndarray, source: Source) -> np.ndarray:
