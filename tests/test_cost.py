@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import build, half_masks, small_conv_bn, small_mlp
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ticketlab import models
@@ -89,8 +90,63 @@ def test_positions_by_closed_form(factory, shape, expected):
 
 
 def test_tokens_are_inputs_too():
-    model = make(lambda: nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)))
+    model = make(lambda: nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6)))
     assert positions(model, torch.zeros(2, 3, dtype=torch.long)) == {"1.weight": 3}
+
+
+class Functional(nn.Module):
+    """Keys of another length than the queries, a weight multiplied by hand, one passed to a function, experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True)
+        self.raw, self.passed = nn.Parameter(torch.ones(8, 5)), nn.Linear(5, 5)
+        self.experts = nn.Parameter(torch.ones(2, 5, 3))
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x):
+        keys = x[:, :1].expand(-1, 7, -1)
+        y = self.attention(x, keys[..., :4], keys[..., :6])[0]
+        y = F.linear(y.mean(1) @ self.raw, self.passed.weight)
+        return y @ self.experts[0]
+
+
+def test_weights_used_through_functions_count_and_those_unseen_are_named():
+    """Queries of 5 tokens, keys and values of 7; of the experts one in two is used."""
+    model = make(Functional)
+    names = [n for n, p in model.named_parameters() if p.ndim > 1]
+    with pytest.warns(UserWarning, match=r"leave out 1 of 8 weights, .*\['unused.weight'\]"):
+        uses = positions(model, torch.zeros(2, 5, 8), names)
+    assert uses == {
+        "attention.q_proj_weight": 5,
+        "attention.k_proj_weight": 7,
+        "attention.v_proj_weight": 7,
+        "attention.out_proj.weight": 5,
+        "raw": 1,
+        "passed.weight": 1,
+        "experts": 0.5,
+        "unused.weight": 0,
+    }
+    assert forward_macs(uses, {"experts": 30, "raw": 40, "unused.weight": 9}) == 15 + 40
+
+
+def test_recurrent_weights_count_once_a_step():
+    uses = positions(make(lambda: Last(nn.LSTM(4, 6, batch_first=True))), torch.zeros(2, 9, 4))
+    assert uses == {"rnn.weight_ih_l0": 9, "rnn.weight_hh_l0": 9}
+
+
+class Last(nn.Module):
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x):
+        return self.rnn(x)[0][:, -1]
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="x must be what the model takes"):
+        positions(make(lambda: nn.Linear(5, 3)), torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize("name", ["linear", "conv", "conv_stride", "conv_groups", "conv_dilation", "conv_transposed"])

@@ -22,10 +22,10 @@ from ticketlab import masks as mask_ops
 from ticketlab.data import batch_indices
 from ticketlab.engine.dynamic import DropGrow, Gradual, layer_counts, sparse_masks, validate
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.training import train
+from ticketlab.engine.training import Start, train
 from ticketlab.models import mlp
 from ticketlab.seeds import initialise
-from ticketlab.state import stack, stack_states, state
+from ticketlab.state import state
 
 SGD = Recipe(steps=60, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=25)
 ADAM = Recipe(steps=60, batch_size=16, optimizer="adam", learning_rate=3e-3, eval_every=25)
@@ -58,9 +58,7 @@ def stacked(factory, replicas: int):
 def train_one(dynamics, recipe=SGD, masks: Mapping[str, Tensor] | None = None):
     model = build(small_mlp)
     masks = half_masks(model, 0) if masks is None else masks
-    return train(
-        model, stack_states([state(model)]), stack([masks]), blobs(), recipe, (3,), dynamics=(dynamics,), progress=False
-    )
+    return train(model, [Start(state(model), masks, 3, dynamics=dynamics)], blobs(), recipe, progress=False)
 
 
 # ---- the choice of connections ----
@@ -135,8 +133,9 @@ def test_gradual_counts_follow_the_cubic_schedule():
 @pytest.mark.parametrize("recipe", [SGD, ADAM], ids=["sgd", "adam"])
 def test_rigl_equals_a_plain_loop_over_one_network(recipe):
     models, masks = stacked(small_mlp, 3)
-    start, task = stack_states([state(m) for m in models]), blobs()
-    outcome = train(models[0], start, stack(masks), task, recipe, (3, 4, 5), dynamics=(RIGL, None, RIGL))
+    task, moves = blobs(), (RIGL, None, RIGL)
+    starts = [Start(state(m), masks[r], 3 + r, dynamics=moves[r]) for r, m in enumerate(models)]
+    outcome = train(models[0], starts, task, recipe)
     for r in (0, 2):
         alone, last = train_rigl_alone(models[r], masks[r], task, recipe, 3 + r, 7, 0.4, 0.75)
         torch.testing.assert_close(outcome.end.select(r).params, state(alone).params, rtol=1e-10, atol=1e-10)
@@ -151,12 +150,10 @@ def test_methods_in_one_stack_equal_each_by_itself():
     models, masks = stacked(small_conv_bn, 4)
     masks[2] = mask_ops.ones(models[2])
     dynamics = (RIGL, SET, Gradual(layer_counts(models[2], 0.3), every=7), None)
-    start = stack_states([state(m) for m in models])
-    whole = train(models[0], start, stack(masks), images(), ADAM, (0, 1, 2, 3), dynamics=dynamics)
-    for r, moves in enumerate(dynamics):
-        one = train(
-            models[r], start.select([r]), stack([masks[r]]), images(), ADAM, (r,), dynamics=(moves,), progress=False
-        )
+    starts = [Start(state(m), masks[r], r, dynamics=dynamics[r]) for r, m in enumerate(models)]
+    whole = train(models[0], starts, images(), ADAM)
+    for r, start in enumerate(starts):
+        one = train(models[r], [start], images(), ADAM, progress=False)
         assert all(torch.equal(whole.masks[n][r], m[0]) for n, m in one.masks.items())
         torch.testing.assert_close(whole.end.select([r]).params, one.end.params, rtol=1e-10, atol=1e-10)
 
@@ -183,8 +180,8 @@ def test_grown_connections_start_from_zero_in_weight_and_optimizer_state(recipe)
     """One step after growth they have moved by their first gradient alone; Adam's step counter is the tensor's."""
     recorded = Recorded(replace(RIGL, every=4, drop_fraction=0.9))
     model, task = build(small_mlp), blobs()
-    start, masks = stack_states([state(model)]), stack([half_masks(model, 0)])
-    outcome = train(model, start, masks, task, recipe, (3,), dynamics=(recorded,), snapshot_steps=(9, 10))
+    start = Start(state(model), half_masks(model, 0), 3, dynamics=recorded)
+    outcome = train(model, [start], task, recipe, snapshot_steps=(9, 10))
     before, after = (outcome.snapshots[k].select(0).params for k in (9, 10))
     index = batch_indices(len(task.train), recipe.batch_size, 3, 9)
     leaves = {name: p.clone().requires_grad_() for name, p in before.items()}
@@ -207,7 +204,7 @@ def test_grown_connections_start_from_zero_in_weight_and_optimizer_state(recipe)
 def test_a_diverged_replica_has_its_weights_under_its_own_mask(growth):
     recipe = replace(SGD, learning_rate=1e300, momentum=0.0, eval_every=15)
     moves = DropGrow(growth, every=10)
-    with pytest.warns(RuntimeWarning, match="replica 0 has a non-finite validation loss"):
+    with pytest.warns(RuntimeWarning, match="replica 0 is not finite at step 15"):
         outcome = train_one(moves, recipe)
     for name, mask in outcome.masks.items():
         assert not outcome.end.params[name][~mask].any()
@@ -315,8 +312,9 @@ def test_sparse_masks_have_the_counts_and_depend_on_the_seed_alone():
         (lambda: DropGrow(every=1, until=1.0), "every must be at least 2 steps"),
         (lambda: DropGrow(until=0.0), r"must lie in \(0, 1\]: got 0.0"),
         (lambda: DropGrow(until=1.5), r"must lie in \(0, 1\]: got 1.5"),
-        (lambda: Gradual({}), "must keep a live weight"),
-        (lambda: Gradual({"w": 0}), "must keep a live weight"),
+        (lambda: Gradual({}), "kept must be counts, some above 0"),
+        (lambda: Gradual({"w": 0}), "kept must be counts, some above 0"),
+        (lambda: Gradual({"w": -1, "v": 3}), "kept must be counts, some above 0"),
         (lambda: Gradual({"w": 1}, every=0), "every must be at least 2 steps"),
         (lambda: layer_counts(build(small_mlp), 0.0), r"density must lie in \(0, 1\]"),
         (lambda: layer_counts(build(small_mlp), 1.1), r"density must lie in \(0, 1\]"),
@@ -326,7 +324,11 @@ def test_sparse_masks_have_the_counts_and_depend_on_the_seed_alone():
         (lambda: sparse_masks(build(small_mlp), {"fc1.weight": 3}, 0), "must name every prunable layer"),
         (
             lambda: sparse_masks(build(small_mlp), {"fc1.weight": 49, "fc2.weight": 1, "output.weight": 0}, 0),
-            "1 to all of its weights",
+            r"0 to all of its weights, some layer one: got {'fc1.weight': 49}",
+        ),
+        (
+            lambda: sparse_masks(build(small_mlp), {"fc1.weight": 0, "fc2.weight": 0, "output.weight": 0}, 0),
+            "0 to all of its weights, some layer one",
         ),
     ],
 )
@@ -347,10 +349,10 @@ def test_dynamics_that_do_not_fit_a_training_are_refused():
         validate(Gradual(counts | {"fc1.weight": 49}), ones, 1000)
     with pytest.raises(ValueError, match="gradual pruning starts dense"):
         train_one(Gradual(counts, every=7))
-    start, masks = stack_states([state(model)]), stack([half_masks(model, 0)])
+    with pytest.raises(ValueError, match="a mask that moves must be there: got none"):
+        validate(RIGL, {}, 60)
+    start = Start(state(model), half_masks(model, 0), 0, dynamics=RIGL)
     with pytest.raises(ValueError, match="replica 0 is frozen"):
-        train(model, start, masks, blobs(), SGD, (0,), dynamics=(RIGL,), frozen=(True,))
+        train(model, [replace(start, frozen=True)], blobs(), SGD)
     with pytest.raises(ValueError, match="need the loop"):
-        train(model, start, masks, blobs(), SGD, (0,), dynamics=(RIGL,), execution="vmap")
-    with pytest.raises(ValueError, match="dynamics must have an entry for each of 1 replicas: got 2"):
-        train(model, start, masks, blobs(), SGD, (0,), dynamics=(RIGL, None))
+        train(model, [start], blobs(), SGD, execution="vmap")

@@ -93,9 +93,7 @@ class Gradual:
 
     def __post_init__(self) -> None:
         if min(self.kept.values(), default=0) < 0 or not any(self.kept.values()):
-            raise Refused(
-                f"kept must be counts, of which some weight is left: got {dict(self.kept)}. Take layer_counts."
-            )
+            raise Refused(f"kept must be counts, some above 0: got {dict(self.kept)}. Take layer_counts(...).")
         _check_schedule(self.every, self.until)
 
     def update_steps(self, steps: int) -> range:
