@@ -18,7 +18,7 @@ from figures import generalization_bounds as figure
 from figures.style import save
 from tests.cases import build, small_conv_bn
 from ticketlab import bounds
-from ticketlab.engine.treatments import FROZEN, RETRAINING, TREATMENTS
+from ticketlab.engine.treatments import TREATMENTS
 
 HYPOTHESES = ("trained", "quantised", "untrained", "random_signs")
 BOUNDS = ("mdl", "occam_hoeffding", "occam_kl", "binomial_tail", "held_out")
@@ -80,7 +80,7 @@ def test_trained_weights_are_fixed_by_no_seed(tmp_path, changes):
     trained = {"trained", "quantised"}
     expected = {"ticket": trained} if "retraining" in changes else {"ticket": set(HYPOTHESES)}
     assert found == expected | {name: trained for name in found if name != "ticket"}
-    assert all(name in TREATMENTS and name not in (*FROZEN, *RETRAINING) for name in analysis.SEED_FIXED)
+    assert {*analysis.SEED_FIXED} == {name for name, treatment in TREATMENTS.items() if treatment.seed_fixed}
 
 
 def test_levels_that_the_run_lacks_are_refused(tmp_path):
