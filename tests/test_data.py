@@ -397,7 +397,7 @@ def test_classes_are_kept_and_numbered_anew():
         expected = [(x, y - 3) for x, y in zip(before.x, before.y.tolist(), strict=True) if 3 <= y <= 5]
         assert after.y.tolist() == [y for _, y in expected]
         assert torch.equal(after.x, torch.stack([x for x, _ in expected]))
-    for first, last in ((3, 3), (5, 10), (-1, 4)):
+    for first, last in ((3, 3), (5, 10), (-1, 4), (0, 1.5)):
         with pytest.raises(ValueError, match=rf"must be FIRST-LAST in 0\.\.9, two at least: got {first}-{last}"):
             whole.of_classes(first, last)
 
@@ -435,8 +435,9 @@ def test_what_is_no_image_is_not_resized_or_turned_grey():
             task.resize(2, 2)
         with pytest.raises(ValueError, match="grey needs images"):
             task.grey()
-    with pytest.raises(ValueError, match="sides of at least 1"):
-        colourful().resize(0, 2)
+    for side in (0, 1.5, None):
+        with pytest.raises(ValueError, match="sides of at least 1"):
+            colourful().resize(side, 2)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "mps:7", "meta", 3.5])

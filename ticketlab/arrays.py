@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ticketlab import losses
 from ticketlab.errors import Refused
-
-FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+from ticketlab.losses import FLOATING
 
 
 def as_tensor(values: Any, what: str) -> Tensor:

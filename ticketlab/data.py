@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ticketlab import losses
-from ticketlab.arrays import FLOATING, as_inputs, as_targets, check_layout, n_outputs
+from ticketlab.arrays import as_inputs, as_targets, check_layout, n_outputs
 from ticketlab.batches import batch_indices, crop_flip, epoch_order
 from ticketlab.datasets import SOURCES, Augmentation, Source, read
 from ticketlab.errors import Refused, nearest
-from ticketlab.losses import LOSSES, Loss, LossName
+from ticketlab.losses import FLOATING, LOSSES, Loss, LossName
 from ticketlab.seeds import stream
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+:-]{0,99}")
@@ -92,7 +92,7 @@ class Task:
                 "the name of a task goes into the names of folders: it must be letters, digits and _ . + : - (100 at "
                 f"most, the first a letter, digit or _): got {str(self.name)[:120]!r}. Choose another."
             )
-        if self.loss not in LOSSES:
+        if self.loss not in tuple(LOSSES):
             raise Refused(nearest("loss", self.loss, list(LOSSES)))
         if self.augmentation not in get_args(Augmentation):
             known = get_args(Augmentation)
@@ -212,7 +212,7 @@ class Task:
         """
         if self.train.y.ndim != 1 or self.loss != "cross_entropy":
             raise Refused(f"classes are chosen by a label per example: {self.name} has {tuple(self.train.y.shape)}.")
-        if not 0 <= first < last < self.n_classes:
+        if not all(isinstance(c, Integral) for c in (first, last)) or not 0 <= first < last < self.n_classes:
             raise Refused(f"classes must be FIRST-LAST in 0..{self.n_classes - 1}, two at least: got {first}-{last}.")
 
         def keep(split: Split) -> Split:
@@ -228,14 +228,16 @@ class Task:
             Refused: Inputs that are not images, or a side below 1.
         """
         size = (height, width)
-        if len(self.input_shape) != 3 or min(size) < 1:
+        if len(self.input_shape) != 3 or not all(isinstance(side, Integral) and side >= 1 for side in size):
             raise Refused(f"resize needs images [c, h, w] and sides of at least 1: got {self.input_shape} and {size}.")
         if self.input_shape[1:] == size:
             return self
 
         def scale(x: Tensor) -> Tensor:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))  # halves have no kernel on a CPU
-            return F.interpolate(wide, size, mode="bilinear", antialias=True, align_corners=False).to(x.dtype)
+            return F.interpolate(
+                wide, (int(height), int(width)), mode="bilinear", antialias=True, align_corners=False
+            ).to(x.dtype)
 
         return self.map(lambda split: Split(scale(split.x), split.y), name=f"{self.name}_{height}x{width}")
 
@@ -260,7 +262,7 @@ class Task:
     def fingerprint(self) -> str:
         """16 hex digits (SHA-256) of all that makes the task what it is, the same on every device."""
         later = () if self.loss == "cross_entropy" else (self.loss,)  # stored runs know no loss
-        digest = hashlib.sha256(repr((self.name, self.n_classes, self.augmentation, *later)).encode())
+        digest = hashlib.sha256(repr((self.name, int(self.n_classes), self.augmentation, *later)).encode())
         for split in self.splits():
             for tensor in (split.x, split.y):
                 digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
@@ -306,7 +308,7 @@ class Task:
         """
         if (x_test is None) != (y_test is None):
             raise Refused("x_test and y_test must be given together: got one of them. Pass both or neither.")
-        if loss not in LOSSES:
+        if loss not in tuple(LOSSES):
             raise Refused(nearest("loss", loss, list(LOSSES)))
         inputs = as_inputs(x)
         rest = Split(inputs, as_targets(y, inputs, loss))

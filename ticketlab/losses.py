@@ -23,6 +23,7 @@ LossName = Literal["cross_entropy", "squared_error"]
 IGNORED = -100
 """Label of a token that does not count, as in PyTorch; for labels [n, t] alone."""
 
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -211,7 +212,7 @@ def check_values(targets: Tensor, what: str = "targets") -> None:
     Raises:
         Refused: No tensor, another dtype, none at all, NaN or infinity.
     """
-    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+    if not isinstance(targets, Tensor) or targets.dtype not in FLOATING:
         kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise Refused(f"{what} of the squared error must be a floating tensor: got {kind}. Convert them with .float().")
     if not targets.numel() or not targets.isfinite().all():
