@@ -16,7 +16,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **{
         f"ticketlab.{room}": 0
-        for room in ("errors", "seeds", "state", "functional", "masks", "permutation", "data", "raw", "models")
+        for room in (
+            *("errors", "seeds", "state", "network", "graph", "functional", "losses", "masks", "permutation", "models"),
+            *("data", "arrays", "batches", "datasets", "idx", "raw"),
+        )
     },
     "ticketlab.engine": 1,
     **{f"ticketlab.{room}": 2 for room in ("ntk", "connectivity", "signal", "gradients", "bounds", "overlap")},
