@@ -19,7 +19,7 @@ import tyro
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab.engine.training import _loop, _vmap
-from ticketlab.functional import resolve
+from ticketlab.network import resolve
 from ticketlab.state import stack, stack_states
 
 CASES = (("mlp_100_50", (1, 8, 8)), ("lenet_300_100", (1, 8, 8)), ("lenet_300_100", (1, 28, 28)), ("conv_2", (1, 8, 8)))

@@ -27,7 +27,7 @@ import tyro
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab.engine.training import _loop, _vmap
-from ticketlab.functional import resolve
+from ticketlab.network import resolve
 from ticketlab.models import mlp
 from ticketlab.state import Masks, State, stack, stack_states
 

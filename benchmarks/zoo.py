@@ -21,7 +21,7 @@ import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find
 from ticketlab.engine.treatments import TREATMENTS, Origin, Start
-from ticketlab.functional import resolve
+from ticketlab.network import resolve
 from ticketlab.state import Masks, State, stack, stack_states
 
 

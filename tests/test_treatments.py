@@ -13,7 +13,7 @@ from torch import nn
 from ticketlab import masks as mask_ops
 from ticketlab.engine.treatments import TREATMENTS as RECORDS
 from ticketlab.engine.treatments import Origin
-from ticketlab.functional import masked
+from ticketlab.masks import masked
 from ticketlab.seeds import derived_seed
 from ticketlab.state import State, state
 

@@ -30,7 +30,7 @@ from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.run import Run, load_run
 from ticketlab.engine.study import Estimate, Study, imp, model_and_task, run_folder
 from ticketlab.engine.training import Outcome, Start, train
-from ticketlab.functional import apply, evaluate
+from ticketlab.network import apply, evaluate
 from ticketlab.seeds import initialise
 from ticketlab.state import State, state
 
