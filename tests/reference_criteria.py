@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Named = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def network(model: nn.Module, masks: Named) -> nn.Module:
-    """A copy in evaluation mode, pruned weights at zero."""
-    net = copy.deepcopy(model).eval()
+def network(model: nn.Module | Callable[[], nn.Module], masks: Named) -> nn.Module:
+    """A copy in evaluation mode, pruned weights at zero; a fresh module where hooks or closures forbid a copy."""
+    net = (copy.deepcopy(model) if isinstance(model, nn.Module) else model()).eval()
     named = dict(net.named_parameters())
     with torch.no_grad():
         for name, mask in masks.items():
@@ -30,16 +33,18 @@ def collect(masks: Named, scores: list[Tensor]) -> Named:
     return {name: score.detach() for name, score in zip(masks, scores, strict=True)}
 
 
-def snip(model: nn.Module, masks: Named, x: Tensor, y: Tensor) -> Named:
+def snip(model: nn.Module, masks: Named, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Named:
     net = network(model, masks)
-    F.cross_entropy(net(x), y).backward()
+    loss(net(x), y).backward()
     return collect(masks, [(w.grad * w).abs() for w in weights(net, masks)])
 
 
-def grasp(model: nn.Module, masks: Named, x: Tensor, y: Tensor) -> Named:
+def grasp(
+    model: nn.Module, masks: Named, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy, temperature: float = 200
+) -> Named:
     net = network(model, masks)
     some = weights(net, masks)
-    gradient = torch.autograd.grad(F.cross_entropy(net(x) / 200, y), some, create_graph=True)
+    gradient = torch.autograd.grad(loss(net(x) / temperature, y), some, create_graph=True)
     sum((g * g.detach()).sum() for g in gradient).backward()
     return collect(masks, [w * w.grad for w in some])
 
@@ -53,40 +58,48 @@ def synflow(model: nn.Module, masks: Named, x: Tensor) -> Named:
     return collect(masks, [(w.grad * w).abs() for w in weights(net, masks)])
 
 
-def hessian_diagonal(model: nn.Module, masks: Named, x: Tensor, y: Tensor) -> Named:
+def hessian_diagonal(model: nn.Module, masks: Named, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Named:
     """One weight after another, differentiated twice."""
     net = network(model, masks)
     some = weights(net, masks)
-    gradient = torch.autograd.grad(F.cross_entropy(net(x), y), some, create_graph=True)
+    gradient = torch.autograd.grad(loss(net(x), y), some, create_graph=True)
     diagonal = [torch.zeros_like(w) for w in some]
     for w, g, h in zip(some, gradient, diagonal, strict=True):
-        for i in range(w.numel()):
-            h.view(-1)[i] = torch.autograd.grad(g.flatten()[i], w, retain_graph=True)[0].flatten()[i]
+        for i in range(w.numel() if g.requires_grad else 0):
+            second = torch.autograd.grad(g.flatten()[i], w, retain_graph=True, allow_unused=True)[0]
+            h.view(-1)[i] = 0 if second is None else second.flatten()[i]
     return collect(masks, diagonal)
 
 
-def gauss_newton_diagonal(model: nn.Module, masks: Named, x: Tensor) -> Named:
-    """J^T (diag(p) - p p^T) J, from the Jacobian of each example written out."""
+def gauss_newton_diagonal(
+    model: nn.Module, masks: Named, x: Tensor, y: Tensor | None = None, loss: Loss = F.cross_entropy
+) -> Named:
+    """J^T H J, from the Jacobian of each example and the Hessian of its loss in its outputs written out."""
     net = network(model, masks)
     some = weights(net, masks)
     diagonal = [torch.zeros_like(w) for w in some]
-    for one in x:
-        logits = net(one[None])[0]
-        p = logits.softmax(0).detach()
-        curvature = torch.diag(p) - torch.outer(p, p)
-        rows = [torch.autograd.grad(logit, some, retain_graph=True) for logit in logits]
+    labels = torch.zeros(len(x), dtype=torch.int64) if y is None else y  # cross-entropy: they play no part
+    for one, label in zip(x, labels, strict=True):
+        outputs = net(one[None])[0]
+        of_example = partial(_of_one, loss, label, outputs.shape)
+        curvature = torch.autograd.functional.hessian(of_example, outputs.detach().flatten())
+        rows = [torch.autograd.grad(output, some, retain_graph=True) for output in outputs.flatten()]
         for h, *jacobian in zip(diagonal, *rows, strict=True):
-            j = torch.stack(jacobian)  # [class, *weight]
+            j = torch.stack(jacobian)  # [output, *weight]
             h.add_(torch.einsum("c...,cd,d...->...", j, curvature, j), alpha=1 / len(x))
     return collect(masks, diagonal)
 
 
-def fisher_diagonal(model: nn.Module, masks: Named, x: Tensor, y: Tensor) -> Named:
+def _of_one(loss: Loss, label: Tensor, shape: torch.Size, flat: Tensor) -> Tensor:
+    return loss(flat.view(1, *shape), label[None])
+
+
+def fisher_diagonal(model: nn.Module, masks: Named, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Named:
     net = network(model, masks)
     some = weights(net, masks)
     diagonal = [torch.zeros_like(w) for w in some]
     for one, label in zip(x, y, strict=True):
-        for h, g in zip(diagonal, torch.autograd.grad(F.cross_entropy(net(one[None]), label[None]), some), strict=True):
+        for h, g in zip(diagonal, torch.autograd.grad(loss(net(one[None]), label[None]), some), strict=True):
             h.add_(g**2, alpha=1 / len(x))
     return collect(masks, diagonal)
 

@@ -154,9 +154,12 @@ def pullback(
     if not y.requires_grad:
         return tuple(torch.zeros_like(w) for w in inner)
     try:
-        return torch.autograd.grad(
-            y, inner, r, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+        found = torch.autograd.grad(
+            y, inner, r, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
         )
+        if any(g is None for g in found):
+            _refuse_hidden_backward(y)
+        return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, inner, strict=True))
     except (RuntimeError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         if not any(fault in why for fault in _FAULTS_OF_MODEL):
@@ -166,3 +169,16 @@ def pullback(
             "derivative (SiLU in place of Hardswish), checkpoint(..., use_reentrant=False), and no writes into tensors "
             "that a derivative needs."
         ) from error
+
+
+def _refuse_hidden_backward(y: Tensor) -> None:
+    """A reentrant checkpoint whose inputs depend on nothing that is asked for is passed over: zeros, and no error."""
+    stack, seen = [y.grad_fn], {y.grad_fn}
+    while stack:
+        node = stack.pop()
+        if node is not None and node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError("use_reentrant=True hides a backward pass in another")
+        for child, _ in node.next_functions if node is not None else ():
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)

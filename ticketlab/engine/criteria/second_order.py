@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ticketlab.derivatives import Cotangents, hessian_product, rows
+from ticketlab.derivatives import Cotangents, hessian_product, pullback, rows
 from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores
 from ticketlab.losses import IGNORED, Loss
 from ticketlab.network import close
@@ -56,8 +56,7 @@ def _columns(evidence: Evidence, x: Tensor, y: Tensor, columns: Tensor) -> Tenso
     with torch.enable_grad(), evidence.network.lent() as lent:
         inner, loss = [lent[n] for n in evidence.masks], evidence.loss
         try:
-            mean = loss.mean(evidence.network.forward(x), y)
-            slopes = torch.autograd.grad(mean, inner, create_graph=True, allow_unused=True, materialize_grads=True)
+            slopes = pullback(loss.mean(evidence.network.forward(x), y), inner, create_graph=True)
             slope = torch.cat([part.flatten() for part in slopes])
             units = F.one_hot(columns, len(slope)).to(slope.dtype)
             parts = torch.autograd.grad(slope, inner, units, is_grads_batched=True, allow_unused=True)
