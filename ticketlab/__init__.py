@@ -28,11 +28,15 @@ from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.level import Level
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.run import Run, load_run
+from ticketlab.engine.stacks import takes_stacks
 from ticketlab.engine.study import Estimate, Study, imp, model_and_task, run_folder
-from ticketlab.engine.training import Outcome, Start, train
+from ticketlab.engine.training import Outcome, Start
+from ticketlab.engine.training import train as train_starts
 from ticketlab.network import apply, evaluate
 from ticketlab.seeds import initialise
 from ticketlab.state import State, state
+
+train = takes_stacks(train_starts)
 
 __all__ = [
     "Estimate",
