@@ -24,23 +24,23 @@ def batchnorm_anew(model: nn.Module, x: Tensor, batch_size: int = 500) -> nn.Mod
     return net.eval()
 
 
-def network_between(
-    model: nn.Module, params_a: dict[str, Tensor], params_b: dict[str, Tensor], masks: dict[str, Tensor], alpha: float
-) -> nn.Module:
-    """A copy of the model at (1 - alpha) a + alpha b, pruned weights at zero; its buffers are the model's."""
-    net = copy.deepcopy(model)
+def network_between(one: nn.Module, two: nn.Module, masks: dict[str, Tensor], alpha: float) -> nn.Module:
+    """A copy at (1 - alpha) one + alpha two, floating buffers too, pruned weights at zero."""
+    net, ends = copy.deepcopy(one), (one.state_dict(), two.state_dict())
     with torch.no_grad():
-        for name, param in net.named_parameters():
-            param.copy_((1 - alpha) * params_a[name] + alpha * params_b[name])
-            if name in masks:
-                param[~masks[name]] = 0.0
+        for name, tensor in net.state_dict().items():
+            if tensor.is_floating_point():
+                first, second = ends[0][name], ends[1][name]
+                between = (1 - alpha) * first + alpha * second
+                tensor.copy_(torch.where(first == second, first, between))  # infinite ones too
+        for name, mask in masks.items():
+            net.get_parameter(name)[~mask] = 0.0
     return net
 
 
 def path_alone(
-    model: nn.Module,
-    params_a: dict[str, Tensor],
-    params_b: dict[str, Tensor],
+    one: nn.Module,
+    two: nn.Module,
     task: object,
     alphas: list[float],
     *,
@@ -52,7 +52,7 @@ def path_alone(
     data = getattr(task, split)
     losses, errors = [], []
     for alpha in alphas:
-        net = network_between(model, params_a, params_b, masks or {}, alpha)
+        net = network_between(one, two, masks or {}, alpha)
         net = batchnorm_anew(net, task.train.x) if recalibrate else net  # type: ignore[attr-defined]
         loss, error = loss_and_error(net, data.x, data.y)
         losses.append(loss)

@@ -12,15 +12,16 @@ from cases import FLOAT_TOLERANCE, blobs, build, half_masks, images, small_conv_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import train_alone
-from reference_measures import batchnorm_anew, network_between, path_alone
+from reference_measures import batchnorm_anew, path_alone
 from torch import nn
 
 from ticketlab.connectivity import barrier, linear_path, recalibrate, rise
 from ticketlab.data import Split, Task
 from ticketlab.engine.training import Recipe
-from ticketlab.functional import evaluate, masked
+from ticketlab.masks import masked
+from ticketlab.network import evaluate
 from ticketlab.seeds import initialise
-from ticketlab.state import select, stack, stack_states, state
+from ticketlab.state import State, select, stack, stack_states, state
 
 TOLERANCE = FLOAT_TOLERANCE[torch.float64]
 BASELINES = ("mean", "linear", "max")
@@ -64,7 +65,7 @@ def pairs(factory, n):
 def one_class(x, label=0):
     """A task of examples that all have one label and one input."""
     split = Split(torch.full((4, 1), x, dtype=torch.float64), torch.full((4,), label))
-    return Task("one class", split, split, split, 2)
+    return Task("one_class", split, split, split, 2)
 
 
 # Heights of known curves
@@ -199,7 +200,9 @@ def test_a_path_equals_a_loop_over_copies(problem, with_masks, execution, batchn
     factory, make_task = PROBLEMS[problem]
     (one,), (two,) = pairs(factory, 1)
     masks = half_masks(one, 0) if with_masks else None
-    task, a, b = make_task(), state(one).params, state(two).params
+    task, a, b = make_task(), state(one), state(two)
+    if batchnorm == "recalibrate":
+        a, b = a.params, b.params  # statistics are estimated anew: parameters will do
     path = linear_path(
         one,
         a,
@@ -215,7 +218,7 @@ def test_a_path_equals_a_loop_over_copies(problem, with_masks, execution, batchn
     assert set(path.curves) == {(s, m) for s in ("validation", "test") for m in ("loss_nats", "error")}
     for split in ("validation", "test"):
         loss, error = path_alone(
-            one, a, b, task, path.alphas.tolist(), masks=masks, recalibrate=batchnorm == "recalibrate", split=split
+            one, two, task, path.alphas.tolist(), masks=masks, recalibrate=batchnorm == "recalibrate", split=split
         )
         np.testing.assert_allclose(path.curves[split, "loss_nats"], loss, rtol=0, atol=TOLERANCE)
         np.testing.assert_array_equal(path.curves[split, "error"], error)
@@ -228,7 +231,7 @@ def test_statistics_come_from_whole_batches(n, execution):
     (one,), (two,) = pairs(small_conv_bn, 1)
     a, b = state(one).params, state(two).params
     path = linear_path(one, a, b, big, n_alphas=3, splits=("test",), execution=execution)
-    loss, error = path_alone(one, a, b, big, [0, 0.5, 1])
+    loss, error = path_alone(one, two, big, [0, 0.5, 1])
     np.testing.assert_allclose(path.curves["test", "loss_nats"], loss, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(path.curves["test", "error"], error)
 
@@ -239,12 +242,12 @@ def test_the_ends_are_the_given_networks(problem):
     (one,), (two,) = pairs(factory, 1)
     masks, task = half_masks(one, 0), make_task()
     a, b = state(one), state(two)
-    path = linear_path(one, a.params, b.params, task, masks=masks, batchnorm="keep", n_alphas=4, execution="loop")
+    path = linear_path(one, a, b, task, masks=masks, batchnorm="keep", n_alphas=4, execution="loop")
     for end, given_end in ((0, a), (-1, b)):
-        loss, error = evaluate(one, given_end.params, task.test.x, task.test.y, masks=masks)
+        loss, error = evaluate(one, given_end, task.test.x, task.test.y, masks=masks)
         assert path.curves["test", "loss_nats"][end] == loss.item()  # to the bit: a path has its ends on it
         assert path.curves["test", "error"][end] == error.item()
-    together = linear_path(one, a.params, b.params, task, masks=masks, batchnorm="keep", n_alphas=4, execution="vmap")
+    together = linear_path(one, a, b, task, masks=masks, batchnorm="keep", n_alphas=4, execution="vmap")
     np.testing.assert_allclose(
         together.curves["test", "loss_nats"], path.curves["test", "loss_nats"], rtol=0, atol=TOLERANCE
     )
@@ -259,15 +262,14 @@ def test_a_stack_of_paths_is_each_path(problem, execution, batchnorm):
     task, starts, ends = make_task(), stack_states([state(m) for m in ones]), stack_states([state(m) for m in twos])
     masks = stack([half_masks(m, s) for s, m in enumerate(ones)])
     options = {"n_alphas": 5, "batchnorm": batchnorm, "execution": execution}
-    path = linear_path(ones[0], starts.params, ends.params, task, masks=masks, buffers=starts.buffers, **options)
+    path = linear_path(ones[0], starts, ends, task, masks=masks, **options)
     for r in range(3):
         alone = linear_path(
             ones[0],
-            select(starts.params, r),
-            select(ends.params, r),
+            starts.select(r),
+            ends.select(r),
             task,
             masks=select(masks, r),
-            buffers=select(starts.buffers, r),
             **options,
         )
         for key, curve in alone.curves.items():
@@ -306,29 +308,25 @@ def test_a_mask_holds_on_the_whole_way():
 # Batch norm
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_statistics_anew_are_torchs_own_cumulative_average(execution):
+def test_statistics_anew_are_torchs_own_cumulative_average():
     ones, _ = pairs(small_conv_bn, 2)
-    given_states, x = stack_states([state(m) for m in ones]), images().train.x
-    found = recalibrate(ones[0], given_states.params, given_states.buffers, x, batch_size=25, execution=execution)
-    assert not torch.equal(found["1.running_mean"], given_states.buffers["1.running_mean"])
+    states, x = stack_states([state(m) for m in ones]), images().train.x
+    found = recalibrate(ones[0], states, x, batch_size=25)
+    assert not torch.equal(found["1.running_mean"], states.buffers["1.running_mean"])
     untouched = stack_states([state(m) for m in ones]).buffers
-    assert all(torch.equal(given_states.buffers[n], b) for n, b in untouched.items())
+    assert all(torch.equal(states.buffers[n], b) for n, b in untouched.items())
     for r, model in enumerate(ones):
-        net = batchnorm_anew(network_between(model, *[state(model).params] * 2, {}, 0.0), x, 25)
-        for name, buffer in net.named_buffers():
+        for name, buffer in batchnorm_anew(model, x, 25).named_buffers():
             if buffer.is_floating_point():
-                torch.testing.assert_close(found[name][r], buffer, rtol=TOLERANCE, atol=TOLERANCE)
+                torch.testing.assert_close(found[name][r], buffer, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_a_batch_norm_called_twice_counts_both_calls(execution):
+def test_a_batch_norm_called_twice_counts_both_calls():
     model, x = build(SharedNorm), blobs().train.x
-    given_state = stack_states([state(model)])
-    found = recalibrate(model, given_state.params, given_state.buffers, x, batch_size=40, execution=execution)
+    found = recalibrate(model, state(model), x, batch_size=40)
     expected = batchnorm_anew(model, x, 40)
     for name in ("norm.running_mean", "norm.running_var"):
-        torch.testing.assert_close(found[name][0], expected.get_buffer(name), rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(found[name], expected.get_buffer(name), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -336,7 +334,7 @@ def test_statistics_anew_forget_what_was_there(value):
     (one,), _ = pairs(small_conv_bn, 1)
     params, buffers = stack_states([state(one)])
     spoiled = {n: torch.full_like(b, value) if b.is_floating_point() else b for n, b in buffers.items()}
-    found, expected = (recalibrate(one, params, b, images().train.x) for b in (spoiled, buffers))
+    found, expected = (recalibrate(one, State(params, b), images().train.x) for b in (spoiled, buffers))
     for name in ("1.running_mean", "1.running_var", "5.running_mean", "5.running_var"):
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
 
@@ -347,8 +345,84 @@ def test_without_batch_norm_there_is_nothing_to_recalibrate():
     kept, anew = (linear_path(one, a, b, task, n_alphas=4, batchnorm=mode) for mode in ("keep", "recalibrate"))
     for key, curve in kept.curves.items():
         np.testing.assert_array_equal(curve, anew.curves[key])
-    buffers = {"some": torch.ones(1)}
-    assert recalibrate(one, stack([a]), buffers, task.train.x) is buffers
+    assert recalibrate(one, a, task.train.x) == {}
+
+
+# Other buffers
+
+
+class Features(nn.Module):
+    """Random features in a buffer, a running mean that is no batch norm's, and a mask that is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.randn(6, 8))
+        self.register_buffer("hidden", torch.tensor([0.0, 0.0, -math.inf]))
+        self.register_buffer("order", torch.arange(8))
+        self.register_buffer("seen", torch.tensor(0))
+        self.norm, self.output = nn.InstanceNorm1d(8, track_running_stats=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.norm(torch.tanh(x @ self.features)[:, self.order][..., None])[..., 0]
+        return self.output(h) + self.hidden.nan_to_num(neginf=-9)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_other_buffers_are_those_of_each_end_and_lie_between(execution):
+    ones, twos = pairs(Features, 2)
+    twos[0].seen += 5  # outputs do not depend on it
+    task, a, b = blobs(), stack_states([state(m) for m in ones]), stack_states([state(m) for m in twos])
+    path = linear_path(ones[0], a, b, task, n_alphas=5, execution=execution)
+    for r in range(2):
+        loss, error = path_alone(ones[r], twos[r], task, path.alphas.tolist())
+        np.testing.assert_allclose(path.curves["test", "loss_nats"][:, r], loss, rtol=0, atol=TOLERANCE)
+        np.testing.assert_array_equal(path.curves["test", "error"][:, r], error)
+    for end, ends in ((0, a), (-1, b)):
+        loss, _ = evaluate(ones[0], ends, task.test.x, task.test.y, execution=execution)
+        np.testing.assert_array_equal(path.curves["test", "loss_nats"][end], loss)
+
+
+def test_buffers_that_are_not_known_are_refused():
+    (one,), (two,) = pairs(Features, 1)
+    task, a, b = blobs(), state(one), state(two)
+    with pytest.raises(ValueError, match=r"reads buffers.* those of these params are not known: pass a State"):
+        linear_path(one, a.params, b.params, task, n_alphas=3)
+    with pytest.raises(ValueError, match=r"reads buffers that are not estimated anew, .*: pass States"):
+        linear_path(one, a.params, b.params, task, n_alphas=3, buffers=a.buffers)
+    (norm,), (other,) = pairs(small_conv_bn, 1)
+    ends = state(norm).params, state(other).params
+    anew, given_too = (linear_path(norm, *ends, images(), n_alphas=3, buffers=b) for b in (None, state(other).buffers))
+    np.testing.assert_array_equal(anew.curves["test", "loss_nats"], given_too.curves["test", "loss_nats"])
+    for buffers in (None, state(other).buffers):
+        with pytest.raises(ValueError, match="reads buffers"):
+            linear_path(norm, *ends, images(), n_alphas=3, buffers=buffers, batchnorm="keep")
+
+
+def test_buffers_that_nothing_lies_between_must_agree():
+    (one,), (two,) = pairs(Features, 1)
+    two.order.copy_(two.order.flip(0))
+    with pytest.raises(ValueError, match=r"\['order'\] differ"):
+        linear_path(one, state(one), state(two), blobs(), n_alphas=3)
+
+
+def test_a_diverged_end_leaves_the_other_as_it_is():
+    (one,), (two,) = pairs(small_mlp, 1)
+    task, a = blobs(), state(one)
+    path = linear_path(one, a.params, {n: p * math.nan for n, p in state(two).params.items()}, task, n_alphas=3)
+    loss, error = evaluate(one, a, task.test.x, task.test.y)
+    np.testing.assert_allclose(path.curves["test", "loss_nats"], [float(loss), math.nan, math.nan])
+    np.testing.assert_array_equal(path.curves["test", "error"], [float(error), 1, 1])
+
+
+def test_a_path_of_another_loss():
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    task = Task.from_tensors(x, x[:, :2].sin(), name="sines", validation_size=0.2, test_size=0.2, loss="squared_error")
+    one, two = (build(lambda: nn.Linear(4, 2), seed) for seed in (0, 1))
+    path = linear_path(one, state(one), state(two), task, n_alphas=3)
+    middle = (one(task.test.x) + two(task.test.x)).detach() / 2
+    expected = float((middle - task.test.y).square().mean())
+    assert path.curves["test", "loss_nats"][1] == pytest.approx(expected, abs=TOLERANCE)
+    assert np.isnan(path.curves["test", "error"]).all()
 
 
 # What is the user's
@@ -418,7 +492,7 @@ def test_a_split_named_twice_is_evaluated_once():
             {"masks": {"fc9.weight": torch.ones(1)}},
             r"masks must name parameters of the model: unknown \['fc9.weight'\]",
         ),
-        ({"masks": {"fc1.weight": torch.ones(6, 8)}}, r"masks\['fc1.weight'\] must have the shape of the parameter"),
+        ({"masks": {"fc1.weight": torch.ones(6, 8) > 0}}, r"masks\['fc1.weight'\] must have shape \(8, 6\)"),
         ({"execution": "fast"}, "execution must be 'auto', 'loop' or 'vmap': got 'fast'"),
     ],
 )
@@ -438,12 +512,13 @@ def test_ends_that_do_not_fit_are_refused():
         linear_path(one, a, {n: p for n, p in b.items() if n != "fc1.bias"}, blobs())
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_buffers_without_the_replica_axis_are_refused(execution):
-    ones, twos = pairs(small_conv_bn, 2)
-    a, b = (stack([state(m).params for m in models]) for models in (ones, twos))
-    with pytest.raises(ValueError, match=r"buffers.*replica"):
-        linear_path(ones[0], a, b, images(), buffers=state(ones[0]).buffers, n_alphas=3, execution=execution)
+def test_a_task_in_another_dtype_or_of_more_classes_is_refused():
+    (one,), (two,) = pairs(small_mlp, 1)
+    a, b = state(one), state(two)
+    with pytest.raises(ValueError, match=r"x must have the dtype of params, torch\.float64: got torch\.float32"):
+        linear_path(one, a, b, blobs(dtype=torch.float32), n_alphas=3)
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.2 for 3 classes: got 0\.\.3"):
+        linear_path(one, a, b, blobs(n_classes=4), n_alphas=3)
 
 
 def test_asking_a_path_for_what_it_has_not_is_refused():
