@@ -191,6 +191,8 @@ def network(
     """
     if not isinstance(model, nn.Module):
         raise Refused(f"model must be an nn.Module: got {type(model).__name__}. Of a factory, pass what it returns.")
+    if torch.is_inference_mode_enabled():
+        raise Refused("a module lends its tensors outside of torch.inference_mode alone. Use torch.no_grad() instead.")
     params, own_buffers = state if isinstance(state, State) else (state, None)
     given = buffers if buffers is not None else own_buffers
     replicas = n_replicas(model, params)
@@ -287,6 +289,7 @@ def lent(
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     put_back = _remember(model, {id(t) for t in own.values()})
     data = [(t, t.data, t.grad) for t in own.values()]
+    modes = [(module, module.training) for module in model.modules()]  # scripted ones keep it elsewhere
     given = {**(params or {}), **(buffers or {})}
     try:
         for name, tensor in own.items():
@@ -296,6 +299,9 @@ def lent(
         yield model
     finally:
         put_back()
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
         for tensor, values, gradient in data:
             tensor.data = values
             tensor.grad = gradient
