@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ticketlab import masks as mask_ops
 from ticketlab.errors import Refused
-from ticketlab.network import attention_as_products, lent, probe
+from ticketlab.network import attempt, attention_as_products, lent, probe
 from ticketlab.seeds import stream
 from ticketlab.state import Masks, Params, state
 
@@ -126,8 +126,9 @@ def leaves_below(root: Any) -> dict[Any, frozenset[int]]:
 def effective_masks(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) -> Masks:
     """The kept weights that lie on a path of kept weights from an input to an output (Vysogorets & Kempe 2023).
 
-    A weight is on such a path exactly where the derivative of the outputs in it is not zero for random positive
-    weights without biases; the network's own values do not matter. An activation with f(0) != 0 feeds what follows it.
+    A weight is on such a path where the derivative of the outputs in it is not zero for random positive weights
+    without biases; the network's own values do not matter. An activation with f(0) != 0 feeds what follows it. A pool,
+    or a ReLU behind a norm, shuts some paths at one draw: it is drawn again until several in a row open no new one.
 
     Args:
         model: Any module; its own weights are not looked at.
@@ -135,33 +136,51 @@ def effective_masks(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) ->
         x: Inputs, for their shape; tokens for their values too.
     """
     found = {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    for draw in range(2):  # an activation may be off at one draw
-        gradient = _flow(model, masks, x, draw)
+    known, quiet, limit, draw, dtype = 0, 0, 4, 0, torch.float64
+    while known < int(mask_ops.kept(masks)) and quiet < limit:
+        try:
+            gradient = _flow(model, masks, x, draw, dtype)
+        except Refused:  # a model that casts by itself
+            dtype, failed = next(model.parameters()).dtype, dtype
+            if dtype == failed:
+                raise
+            continue
         found = {name: found[name] | ((gradient[name] != 0) & mask) for name, mask in masks.items()}
+        if draw % 2 == 0 and any(bool((g < 0).any()) for g in gradient.values()):
+            limit = 24  # behind a norm either sign may be shut
+        before, known, draw = known, int(mask_ops.kept(found)), draw + 1
+        quiet = quiet + 1 if known == before else 0
     return found
 
 
-def _flow(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor, draw: int) -> Params:
-    """Derivatives of a random sum of outputs in the masked weights, at random positive ones."""
+def _flow(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor, draw: int, dtype: torch.dtype) -> Params:
+    """Derivatives of a random sum of outputs in the masked weights, at random positive ones.
+
+    Scales of norms have either sign at odd draws.
+    """
     generator = stream("live paths", draw)
-    own = state(model).to(x.device, torch.float64)
+    own = state(model).to(x.device, dtype)
 
     def positive(like: Tensor) -> Tensor:
-        return (0.5 + torch.rand(like.shape, generator=generator, dtype=torch.float64)).to(like.device)
+        return (0.5 + torch.rand(like.shape, generator=generator, dtype=dtype)).to(like.device)
 
-    params = {n: _flowing(n, p, positive) for n, p in own.params.items()}
+    def scale(like: Tensor) -> Tensor:
+        negative = torch.rand(like.shape, generator=generator, dtype=dtype) < 0.5 * (draw % 2)
+        return positive(like) * (1 - 2 * negative.to(like.device, dtype))
+
+    params = {n: _flowing(n, p, positive if p.ndim > 1 else scale) for n, p in own.params.items()}
     for name, mask in masks.items():
         weight = positive(mask) * mask
-        params[name] = weight / weight.flatten(1).sum(1).amax().clamp(min=1e-300)  # no flow grows from layer to layer
+        params[name] = weight / weight.flatten(1).sum(1).amax().clamp(min=1e-30)  # no flow grows from layer to layer
     buffers = {n: _flowing(n, b, torch.ones_like) for n, b in own.buffers.items()}
-    inputs = torch.stack([positive(x[0])] * 2) if x.is_floating_point() else probe(x)
+    inputs = positive(torch.stack([x[0]] * 4)) ** 4 if x.is_floating_point() else probe(x)
     with lent(model, params, buffers), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         weights = {n: p for n, p in model.named_parameters() if n in masks}
         wanted = [p.requires_grad for p in weights.values()]
         try:
             for weight in weights.values():
                 weight.requires_grad_()
-            y = model(inputs)
+            y = attempt(model, inputs)
             total = (y * positive(y)).sum()
             gradients = torch.autograd.grad(total, list(weights.values()), materialize_grads=True, allow_unused=True)
         finally:
