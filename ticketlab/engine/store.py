@@ -76,6 +76,11 @@ def identity(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def plain(value: Any) -> Any:
+    """As JSON reads it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run is stored there.
 
@@ -272,7 +277,7 @@ def _verified(path: Path, digest: str) -> bytes:
 
 
 def _damaged(path: Path, what: str) -> str:
-    level = path.parent.name
+    level = path.name if path.name.startswith("level_") else path.parent.name
     return (
         f"{path} {what}. Restore it from a copy, or move {level} and every later level away: "
         "the run then trains them again, to the same bits."

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -20,13 +18,14 @@ from ticketlab.data import Task
 from ticketlab.engine import store as runs
 from ticketlab.engine.config import LATER_FIELDS, ImpConfig
 from ticketlab.engine.criteria import CRITERIA, Criterion, Evidence, as_criterion, refuse_too_large
+from ticketlab.engine.identity import behaviour, criterion_effect, treatment_effect
 from ticketlab.engine.imp import levels
 from ticketlab.engine.level import Level
 from ticketlab.engine.training import Start, train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
 from ticketlab.errors import Refused, nearest
 from ticketlab.losses import LOSSES
-from ticketlab.network import Execution, attempt, attention_as_products, lent
+from ticketlab.network import Execution, attempt, lent
 from ticketlab.seeds import Factory, derived_seed, initialise
 from ticketlab.state import State, moved, state
 
@@ -136,13 +135,18 @@ class Study:
         # A later field at its default is left out, so that runs stored before it keep their name.
         later = {f.name: f.default for f in fields(self.config) if f.name in LATER_FIELDS}
         told = {k: v for k, v in asdict(self.config).items() if k != "levels" and (k not in later or v != later[k])}
-        fingerprint = {"task": self.task.fingerprint(), "model": runs.identity(_plain(self._behaviour()))}
+        dtype = getattr(torch, self.config.dtype)
+        fingerprint = {"task": self.task.fingerprint(), "model": runs.identity(behaviour(self.model, self.task, dtype))}
+        effects = {
+            "criteria": lambda f: criterion_effect(f, self.model, self.task, self.ones),
+            "treatments": lambda f: treatment_effect(f, self.factory, self.model, self.ones),
+        }
         own = {
-            kind: {name: runs.identity(_plain(self._effect(kind, name, f))) for name, f in chosen.items()}
+            kind: {name: runs.identity(effects[kind](f)) for name, f in chosen.items()}
             for kind, chosen in self.own.items()
             if chosen
         }
-        return _plain({"config": told, "fingerprint": fingerprint} | ({"own": own} if own else {}))
+        return runs.plain({"config": told, "fingerprint": fingerprint} | ({"own": own} if own else {}))
 
     @cached_property
     def identity(self) -> str:
@@ -266,57 +270,6 @@ class Study:
                     f"a live weight must be left: {[list(n) for n, k in alive.items() if not k]} lose all {where}"
                 )
 
-    # What names the run.
-
-    def _behaviour(self) -> dict[str, Any]:
-        """What the first network is and does: in float64, so that rounding does not vary by machine."""
-        first = state(self.model)
-        text = re.sub(r" at 0x[0-9a-f]+|<lambda>", "", repr(self.model))
-        return {
-            "shapes": {name: list(p.shape) for name, p in first.params.items()},
-            "sums": {name: f"{float(p.abs().double().sum()):.5g}" for name, p in first.params.items()},
-            "frozen": [name for name, p in self.model.named_parameters() if not p.requires_grad],
-            "text": text,
-            "does": {f"training={training}": self._does(first, training) for training in (False, True)},
-        }
-
-    def _does(self, first: State, training: bool) -> dict[str, Any]:
-        """Outputs, gradients and buffers on a few examples, to five digits."""
-        x, y = self.task.train.x[:8], self.task.train.y[:8]
-        for dtype in (torch.float64, getattr(torch, self.config.dtype)):  # some models fix a dtype of their own
-            x = x.to(dtype) if x.is_floating_point() else x
-            try:
-                with (
-                    lent(self.model, *first.to(self.task.device, dtype).clone(), training=training),
-                    attention_as_products(),
-                    torch.random.fork_rng(devices=[]),
-                    torch.enable_grad(),
-                ):
-                    outputs = self.model(x.clone())
-                    weights = [p for p in self.model.parameters() if p.requires_grad]
-                    loss = LOSSES[self.task.loss].mean(outputs, y)
-                    slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-                    tensors = [*outputs.detach(), *slopes, *self.model.buffers()]
-                    digits = 5 if dtype == torch.float64 else 3
-                    return {"": [f"{float(_mixed(tensor)):.{digits}g}" for tensor in tensors]}
-            except RuntimeError:
-                continue
-        return {"": "unknown"}
-
-    def _effect(self, kind: str, name: str, own: Any) -> dict[str, Any]:
-        """The code of a user's own criterion or treatment, and what it does to the first network."""
-        function = getattr(own, "score", getattr(own, "start", own))
-        first = state(self.model).to(self.task.device, getattr(torch, self.config.dtype))
-        x, y = self.task.train.x[:32], self.task.train.y[:32]
-        evidence = Evidence(self.model, self.ones, first, first, x, y, 0, self.config.scope, LOSSES[self.task.loss])
-        if kind == "criteria":
-            scores = function(evidence)
-            return {"code": _code(function), "does": [f"{float(_mixed(t)):.3g}" for t in scores.values()]}
-        half = {n: torch.arange(m.numel(), device=m.device).view_as(m) % 2 == 0 for n, m in self.ones.items()}
-        begun = function(Origin(self.factory, first, half, 0, 0, 1, first, first, 0.1))
-        does = [*begun.state.params.values(), *begun.masks.values()]
-        return {"code": _code(function), "does": [f"{float(_mixed(t)):.3g}" for t in does]}
-
     @property
     def _evaluated(self) -> int:
         return len(self.task.train) + 3 * len(self.task.validation) + 2 * len(self.task.test)
@@ -438,34 +391,6 @@ def _equal(a: State, b: State) -> bool:
     return all(torch.equal(t, other[n]) for part, other in zip(a, b, strict=True) for n, t in part.items())
 
 
-def _mixed(tensor: Tensor) -> Tensor:
-    """A number that depends on every entry and its place."""
-    flat = tensor.detach().double().flatten()
-    return (flat * torch.arange(1, len(flat) + 1, device=flat.device, dtype=flat.dtype).cos()).sum()
-
-
-def _code(function: Callable[..., Any]) -> str:
-    """A function's text, or its bytecode where there is none, with the plain values that it closes over."""
-    closed = [c.cell_contents for c in getattr(function, "__closure__", None) or () if _is_plain(c.cell_contents)]
-    try:
-        text = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        text = f"{code.co_code.hex()} {code.co_consts}" if code else type(function).__qualname__
-    return f"{text} {closed} {getattr(function, '__defaults__', None)}"
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, int | float | str | bool | tuple | type(None))
-
-
 def _file_name(name: str) -> str:
     """A model's name as part of a folder's: every lambda is called <lambda>."""
     return re.sub(r"[^\w.+-]+", "", name) or "custom"
-
-
-def _plain(value: Any) -> Any:
-    """As JSON reads it back: tuples are lists."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

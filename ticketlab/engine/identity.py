@@ -1,0 +1,101 @@
+"""What names a study beside its config: what its network does, and what a user's own criterion or treatment does.
+
+All of it is a few numbers of a few digits, taken in float64, so that rounding does not vary from machine to machine.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ticketlab.data import Task
+from ticketlab.engine.criteria import Evidence
+from ticketlab.engine.treatments import Origin
+from ticketlab.losses import LOSSES
+from ticketlab.network import attention_as_products, lent
+from ticketlab.seeds import Factory
+from ticketlab.state import Masks, State, moved, state
+
+
+def behaviour(model: nn.Module, task: Task, dtype: torch.dtype) -> dict[str, Any]:
+    """What the first network of a study is, and what it does on a few examples in both modes.
+
+    Args:
+        model: Initialised with the first seed.
+        task: Data of the study.
+        dtype: Weights of the study, for models that cannot run in float64.
+    """
+    first = state(model)
+    return {
+        "shapes": {name: list(p.shape) for name, p in first.params.items()},
+        "sums": {name: f"{float(p.abs().double().sum()):.5g}" for name, p in first.params.items()},
+        "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
+        "text": re.sub(r" at 0x[0-9a-f]+|<lambda>", "", repr(model)),
+        "does": {f"training={training}": _does(model, first, task, dtype, training) for training in (False, True)},
+    }
+
+
+def _does(model: nn.Module, first: State, task: Task, dtype: torch.dtype, training: bool) -> list[str]:
+    """Outputs, gradients and buffers: gradients show what outputs do not, such as where the graph is cut."""
+    for wide, digits in ((torch.float64, 5), (dtype, 3)):
+        x, y = moved(task.train.x[:8], task.device, wide), task.train.y[:8]
+        try:
+            with (
+                lent(model, *first.to(task.device, wide).clone(), training=training),
+                attention_as_products(),
+                torch.random.fork_rng(devices=[]),
+                torch.enable_grad(),
+            ):
+                outputs = model(x.clone())
+                weights = [p for p in model.parameters() if p.requires_grad]
+                loss = LOSSES[task.loss].mean(outputs, y)
+                slopes = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+                return [_told(tensor, digits) for tensor in (*outputs.detach(), *slopes, *model.buffers())]
+        except RuntimeError:  # a dtype of its own
+            continue
+    return ["unknown"]
+
+
+def criterion_effect(own: Any, model: nn.Module, task: Task, masks: Masks) -> dict[str, Any]:
+    """The code of a user's own criterion, and its scores of the first network."""
+    function, first = getattr(own, "score", own), state(model)
+    x, y = task.train.x[:32], task.train.y[:32]
+    scores = function(Evidence(model, masks, first, first, x, y, 0, "global", LOSSES[task.loss]))
+    return {"code": _code(function), "does": [_told(tensor, 3) for tensor in scores.values()]}
+
+
+def treatment_effect(own: Any, factory: Factory, model: nn.Module, masks: Masks) -> dict[str, Any]:
+    """The code of a user's own treatment, and what it makes of the first network under half of its weights."""
+    function, first = getattr(own, "start", own), state(model)
+    half = {n: torch.arange(m.numel(), device=m.device).view_as(m) % 2 == 0 for n, m in masks.items()}
+    begun = function(Origin(factory, first, half, 0, 0, 1, first, first, 0.1))
+    return {
+        "code": _code(function),
+        "does": [_told(tensor, 3) for tensor in (*begun.state.params.values(), *begun.masks.values())],
+    }
+
+
+def _told(tensor: Tensor, digits: int) -> str:
+    """A number that depends on every entry and its place."""
+    flat = tensor.detach().flatten()
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    mixed = flat.double() @ torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64).cos()
+    return f"{float(mixed):.{digits}g}"
+
+
+def _code(function: Callable[..., Any]) -> str:
+    """A function's text, or its bytecode where there is none, with the plain values that it closes over."""
+    closed = [c.cell_contents for c in getattr(function, "__closure__", None) or ()]
+    known = [value for value in closed if isinstance(value, int | float | str | bool | tuple | type(None))]
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = f"{code.co_code.hex()} {code.co_consts}" if code else type(function).__qualname__
+    return f"{text} {known} {getattr(function, '__defaults__', None)}"
