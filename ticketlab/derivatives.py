@@ -6,7 +6,7 @@ the module holds m * theta. `rows` has a fast path by ``vmap``, held against pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -79,7 +79,7 @@ def hessian_product(
 
 def rows(
     net: Network, x: Float[Tensor, "n *input"], cotangents: Cotangents, names: Sequence[str], *targets: Tensor
-) -> Iterator[tuple[slice, dict[str, Float[Tensor, "block c *shape"]]]]:
+) -> Generator[tuple[slice, dict[str, Float[Tensor, "block c *shape"]]], None, None]:
     r"""Rows :math:`J_n^\top r` of each example's Jacobian in the named parameters, block by block of examples.
 
     Each example goes through the model by itself. Where ``vmap`` has no rule for an operation, or a wrong one, the
