@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import loss_and_error
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ticketlab as tl
 from ticketlab import masks as mask_ops
@@ -322,3 +324,113 @@ def test_what_cannot_be_learned_is_refused(options, message):
 def test_a_single_network_must_be_stacked():
     with pytest.raises(ValueError, match=r"frozen must be stacked .* got None, 1, 1"):
         learn_masks(build(small_mlp), state(build(small_mlp)), blobs(), RECIPE, (0,))
+
+
+# Networks as users bring them
+
+
+class Checkpointed(nn.Module):
+    """Computed again on the way back, from whatever weights are there by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.output = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.output(checkpoint(lambda h: self.middle(h).tanh(), self.first(x).tanh(), use_reentrant=False))
+
+
+class Shared(nn.Module):
+    """A module under two names, a weight in two modules, a hook that reads its module's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other, self.output = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.again, self.other.weight = self.first, self.first.weight
+        self.output.register_forward_hook(lambda module, inputs, output: output * module.weight.square().sum())
+
+    def forward(self, x):
+        return self.output(self.other(self.again(self.first(x).tanh()).tanh()).tanh())
+
+
+class Recurrent(nn.Module):
+    """A list of its weights is kept by torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.output = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.output(self.rnn(x.view(-1, 3, 2))[0][:, -1])
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.output = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.output(self.block(torch.stack([x, -x], 1)).mean(1))
+
+
+@pytest.mark.parametrize("method", RESCALING)
+@pytest.mark.parametrize("factory", [Checkpointed, Shared, Recurrent, Attends])
+def test_learning_follows_a_plain_loop_whatever_the_network(factory, method):
+    task, found = blobs(), learned(method, factory, density=0.8)
+    for r, seed in enumerate((0, 1)):
+        for name, expected in plain_learning(build(factory, seed), task, RECIPE, seed, method, 0.8).items():
+            torch.testing.assert_close(found.scores[name][r], expected, rtol=0, atol=1e-9)
+        masked = {n: t[r] for n, t in found.params.items()}
+        plain = build(factory, seed)
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                p.copy_(masked[name])
+        loss, _ = loss_and_error(plain, task.test.x, task.test.y)
+        assert found.metrics["test_loss_nats"][r] == pytest.approx(loss, abs=1e-9)
+
+
+def test_what_the_user_names_is_masked_and_nothing_else():
+    found = learned(prunable=("fc2.*",), density=0.6)
+    assert list(found.masks) == list(found.scores) == ["fc2.weight"]
+    given_state = state(build(small_mlp, 1))
+    assert all(torch.equal(found.frozen.params[n][1], p) for n, p in given_state.params.items())
+    assert torch.equal(found.params["fc1.weight"][1], given_state.params["fc1.weight"])
+
+
+class Closure(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.output = nn.Linear(6, 5), nn.Linear(5, 3)
+        weight = self.first.weight
+        self.read = lambda x: (x @ weight.T).tanh()
+
+    def forward(self, x):
+        return self.output(self.read(x))
+
+
+class Locked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.output, self.lock = nn.Linear(6, 3), Lock()
+
+    def forward(self, x):
+        return self.output(x)
+
+
+@pytest.mark.parametrize("method", RESCALING)
+def test_weights_that_no_mask_can_reach_are_refused(method):
+    with pytest.raises(ValueError, match="a mask must reach all that is computed with a weight"):
+        learned(method, Closure)
+    with pytest.raises(ValueError, match="masks are learned on a copy of the model: Locked cannot be deep-copied"):
+        learned(method, Locked)
+
+
+def test_a_module_that_has_run_can_be_copied_and_shows_itself_in_a_line():
+    module, _, x, _ = with_scores("edge_popup")
+    with torch.no_grad():
+        outputs = module(x)
+        again = copy.deepcopy(module)
+        again.scores[0].zero_()
+        assert not torch.equal(again(x), outputs) and torch.equal(module(x), outputs)
+    assert len(repr(learned())) < 200
