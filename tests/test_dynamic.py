@@ -285,6 +285,57 @@ def test_kernels_count_for_the_kernel_rule_alone():
     assert first == {names[0]: 288, names[1]: 464 - 288}
 
 
+class HeadFirst(nn.Module):
+    """Registered against the order of the forward pass, which begins by writing into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.stem, self.norm = nn.Linear(8, 3), nn.Linear(6, 8), nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.head(self.stem(self.norm(x.relu_())).relu())
+
+
+class Parallel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.a(x) * self.b(x))
+
+
+def test_the_first_layer_is_found_from_the_graph():
+    model, x = build(HeadFirst), blobs().train.x[:3]
+    counts = layer_counts(model, 0.75, "first_dense", x=x)
+    assert counts == {"head.weight": 54 - 48, "stem.weight": 48}
+    with pytest.raises(ValueError, match="the order of registration does not tell it: pass some inputs as x="):
+        layer_counts(model, 0.75, "first_dense")
+    assert layer_counts(model, 0.75, "uniform") == {"head.weight": 18, "stem.weight": 36}
+    with pytest.raises(ValueError, match=r"one layer that meets the inputs: found \['a.weight', 'b.weight'\]"):
+        layer_counts(build(Parallel), 0.75, "first_dense", x=x)
+    chain, names = build(small_mlp), ("fc2.weight", "output.weight")
+    assert layer_counts(chain, 50 / 55, "first_dense", prunable=names) == {"fc2.weight": 40, "output.weight": 10}
+    assert layer_counts(chain, 50 / 55, "first_dense", prunable=names, x=x)["fc2.weight"] == 40
+    tokens = build(lambda: nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 9), nn.Linear(9, 2)))
+    assert layer_counts(tokens, 0.75, "first_dense", x=torch.tensor([[0, 2], [1, 1]])) == {
+        "1.weight": 36,
+        "2.weight": 5,
+    }
+
+
+def test_budgets_are_of_what_the_user_names():
+    model = build(small_mlp)
+    counts = layer_counts(model, 0.5, prunable=("fc*",))
+    assert set(counts) == {"fc1.weight", "fc2.weight"} and sum(counts.values()) == 44
+    masks = sparse_masks(model, counts, 0, prunable=("fc*",))
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == counts
+    with pytest.raises(ValueError, match="kept must name every prunable layer"):
+        sparse_masks(model, counts, 0)
+    emptied = sparse_masks(model, {**counts, "output.weight": 0}, 0)
+    assert not emptied["output.weight"].any() and int(mask_ops.kept(emptied)) == 44
+
+
 def test_remainders_go_to_the_largest_and_of_equal_ones_to_the_first():
     model = initialise(lambda: nn.Sequential(*(nn.Linear(3, 3) for _ in range(4))), 0)
     assert list(layer_counts(model, 14 / 36, "uniform").values()) == [4, 4, 3, 3]

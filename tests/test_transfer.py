@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp
+from torch import nn
 
 import ticketlab as tl
 from ticketlab import masks as mask_ops
@@ -76,6 +77,70 @@ def test_the_output_layer_is_fresh_and_dense_where_class_counts_differ(with_weig
     assert_equal(start.masks, masks, set(masks) - OUTPUT)
     assert_equal(start.state.params, fresh.params, OUTPUT)
     assert_equal(start.state.params, weights.params if with_weights else fresh.params, rest)
+
+
+class HeadFirst(nn.Module):
+    """The output layer is registered first, and weight-normalised; something else ends the list."""
+
+    def __init__(self, classes: int = 3, normed: bool = False) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, classes)
+        if normed:
+            nn.utils.parametrizations.weight_norm(self.head)
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.head(self.last(self.first(x).relu()).relu())
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_output_layer_is_where_shapes_differ_whatever_the_order(normed):
+    own, net = build(lambda: HeadFirst(3, normed), 0), build(lambda: HeadFirst(4, normed), 1)
+    masks, weights, fresh = half_masks(own, 0), tl.state(own), tl.state(net)
+    masks = {name: masks[name] for name in mask_ops.prunable(own)}
+    start = carry(net, fresh, masks, 0, weights=weights, x=blobs().train.x[:3])
+    head = {name for name in fresh.params if name.startswith("head.")}
+    assert len(head) == (3 if normed else 2)
+    assert_equal(start.state.params, fresh.params, head)
+    assert_equal(start.state.params, weights.params, set(fresh.params) - head)
+    assert all(start.masks[n].all() for n in head & set(masks)) and list(start.masks) == list(mask_ops.prunable(net))
+    assert_equal(start.masks, masks, set(masks) - head)
+
+
+def test_masks_name_what_was_pruned_and_the_head_may_be_left_out():
+    masks, weights = source()
+    masks = {"fc2.weight": masks["fc2.weight"]}
+    net = build(more_classes, 2)
+    start = carry(net, tl.state(net), masks, 0, weights=weights)
+    assert_equal(start.masks, masks)
+    assert_equal(start.state.params, tl.state(net).params, OUTPUT)
+    assert_equal(start.state.params, weights.params, set(weights.params) - OUTPUT)
+    wider = build(lambda: mlp((6,), 3, hidden=(8, 7)), 2)  # of the mask alone it might be an output layer
+    carry(wider, tl.state(wider), masks, 0)
+    with pytest.raises(ValueError, match=r"\['fc2.weight'\] make no outputs of the receiving model"):
+        carry(wider, tl.state(wider), masks, 0, x=blobs().train.x[:3])
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch, self.output = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.output(x + self.branch(x))
+
+
+def test_an_empty_layer_is_carried_where_a_live_path_is_left():
+    net, x = build(Branches), blobs().train.x[:3]
+    masks = mask_ops.ones(net) | {"branch.weight": torch.zeros(5, 5, dtype=torch.bool)}
+    for inputs in (None, x):
+        assert_equal(carry(net, tl.state(net), masks, 0, x=inputs).masks, masks)
+    cut = masks | {"stem.weight": torch.zeros(5, 6, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"a live path .* empty are \['stem.weight', 'branch.weight'\]"):
+        carry(net, tl.state(net), cut, 0, x=x)
+    with pytest.raises(ValueError, match="a ticket must keep a live weight: all layers are empty"):
+        carry(net, tl.state(net), {n: torch.zeros_like(m) for n, m in masks.items()}, 0)
 
 
 def test_a_ticket_carried_to_its_own_source_is_itself():
