@@ -13,21 +13,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+GROUND = (
+    *("errors", "seeds", "state", "losses", "network", "derivatives", "graph", "masks", "permutation", "models"),
+    *("idx", "datasets", "arrays", "batches", "data", "functional", "raw"),
+)
 FLOORS = {
-    **{
-        f"ticketlab.{room}": 0
-        for room in (
-            *("errors", "seeds", "state", "network", "graph", "functional", "losses", "masks", "permutation", "models"),
-            *("data", "arrays", "batches", "datasets", "idx", "raw"),
-        )
-    },
+    **{f"ticketlab.{room}": 0 for room in GROUND},
     "ticketlab.engine": 1,
     **{f"ticketlab.{room}": 2 for room in ("ntk", "connectivity", "signal", "gradients", "bounds", "overlap")},
     "figures": 3,
     "analyses": 4,
+    "examples": 4,
 }
 MEASURES = [room for room, floor in FLOORS.items() if floor == 2]
-PACKAGES = ("ticketlab", "analyses", "figures")
+PACKAGES = ("ticketlab", "analyses", "figures", "examples")
 WRITERS = {
     *("to_csv", "to_json", "to_parquet", "to_pickle", "to_feather", "to_excel", "to_hdf"),
     *("write", "write_text", "write_bytes", "writelines", "tofile", "mkdir", "touch"),
@@ -85,12 +84,17 @@ def complaint(own: str, imported: str) -> str | None:
     if imported == "a name made at run time":
         return "imports must be readable"
     other = room(imported)
-    if other is None or own == "analyses":
+    name = imported.rpartition(".")[2]
+    if other is not None and name.startswith("_") and not name.startswith("__"):
+        return "an underscore keeps a name to its file"
+    if other is None or FLOORS[own] == 4:
         return None  # the roof may use everything, the public front too
     if other not in FLOORS:
         return "it goes through the public front or has no floor: import the room itself"
     if FLOORS[own] == 2 and FLOORS[other] == 1:
         return "a measure never imports the engine"
+    if FLOORS[own] == FLOORS[other] == 2 and own != other and imported.count(".") > 2:
+        return "a measure uses another by its front, never its inside"
     return "it lies above" if FLOORS[other] > FLOORS[own] else None
 
 
@@ -129,7 +133,7 @@ def test_measures_neither_print_nor_write():
 
 def test_the_checker_reads_the_whole_house():
     names = [name for name, _, _ in sources(ROOT)]
-    assert {"ticketlab.functional", "ticketlab.connectivity", "ticketlab.models.mlp", "figures.style"} <= {*names}
+    assert {"ticketlab.network", "ticketlab.connectivity", "ticketlab.models.mlp", "figures.style"} <= {*names}
     assert any(name.startswith("ticketlab.engine.") for name in names)
     assert "ticketlab" not in names
     used = {imported for *args, tree in sources(ROOT) for _, imported in imports(*args, tree)}
@@ -167,6 +171,9 @@ def plant(root: Path, file: str, code: str) -> Path:
         ("figures/barrier.py", "from ticketlab.masks import kept", "tables and matplotlib alone"),
         ("figures/barrier.py", "import analyses.imp", "it lies above"),
         ("ticketlab/utils.py", "", "ticketlab.utils has no floor"),
+        ("ticketlab/signal.py", "from ticketlab.gradients.point import check", "by its front, never its inside"),
+        ("ticketlab/signal/moments.py", "from ticketlab.signal.jacobian import _ACTIVE", "keeps a name to its file"),
+        ("analyses/imp.py", "from ticketlab.engine.store import _flatten", "keeps a name to its file"),
     ],
 )
 def test_a_planted_violation_is_caught(tmp_path, file, code, why):
@@ -179,7 +186,8 @@ def test_a_planted_violation_is_caught(tmp_path, file, code, why):
     [
         ("ticketlab/__init__.py", "from ticketlab.engine.imp import imp\nfrom ticketlab import ntk"),
         ("ticketlab/engine/imp.py", "from ticketlab import masks\nfrom . import store\nfrom ..data import Task"),
-        ("ticketlab/models/__init__.py", "from . import mlp\nfrom .conv import conv\nfrom ..functional import nearest"),
+        ("ticketlab/models/__init__.py", "from . import mlp\nfrom .conv import conv\nfrom ..errors import nearest"),
+        ("ticketlab/gradients/modes.py", "from ticketlab import ntk\nfrom ticketlab.ntk import kernel"),
         ("ticketlab/ntk/kernel.py", "from ticketlab.masks import kept\nfrom .plan import plan\nimport torch, json"),
         ("figures/barrier.py", "import pandas\nfrom figures import style\nfrom . import style\nimport torchless"),
         ("analyses/imp.py", "import ticketlab as tl\nfrom figures import style\nimport torch"),
