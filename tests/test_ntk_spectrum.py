@@ -210,8 +210,11 @@ def test_target_alignment() -> None:
     k = k @ k.T
     assert float(ntk.target_alignment(k, labels)) == pytest.approx(float(ntk.alignment(k, one_hot @ one_hot.T)))
     full = torch.einsum("nm,op->nomp", k, torch.eye(3, dtype=F64))
-    ideal = torch.einsum("no,mp->nomp", one_hot, one_hot)
-    assert float(ntk.target_alignment(full, labels)) == pytest.approx(float(ntk.alignment(full, ideal)))
+    for centered in (True, False):
+        alone = float(ntk.target_alignment(k, labels, centered))
+        assert float(ntk.target_alignment(full, labels, centered)) == pytest.approx(alone)
+    with pytest.raises(ValueError, match="needs a full kernel"):
+        ntk.rank_one_target_alignment(k, labels)
     with pytest.raises(ValueError, match="y must hold integer labels"):
         ntk.target_alignment(k, labels[:4])
     for wrong in (labels + 1, labels - 1):
@@ -219,6 +222,34 @@ def test_target_alignment() -> None:
             ntk.target_alignment(full, wrong)
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.n_classes - 1: got -1"):
         ntk.target_alignment(k, labels - 1)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_an_ideal_kernel_of_every_output_scores_one(centered: bool) -> None:
+    """And the rank-one ideal, y y', scores 1 with itself, and 1 / sqrt(outputs) at most with the other."""
+    y = torch.randn(5, 3, generator=generator(), dtype=F64)
+    each = torch.einsum("nm,op->nomp", y @ y.mT, torch.eye(3, dtype=F64))
+    one = torch.einsum("no,mp->nomp", y, y)
+    assert float(ntk.target_alignment(each, y, centered)) == pytest.approx(1)
+    assert float(ntk.rank_one_target_alignment(one, y, centered)) == pytest.approx(1)
+    # <YY' x I, yy'> = tr(Y'YY'Y) = ||YY'||^2, with Y centred or not
+    c = y - y.mean(0) if centered else y
+    shared = float((c @ c.mT).norm() / 3**0.5 / c.square().sum())
+    assert shared < 3**-0.5
+    assert float(ntk.target_alignment(one, y, centered)) == pytest.approx(shared)
+    assert float(ntk.rank_one_target_alignment(each, y, centered)) == pytest.approx(shared)
+    stacked = ntk.target_alignment(torch.stack([each, one]), y, centered)
+    assert stacked.tolist() == pytest.approx([1, shared])
+
+
+@pytest.mark.parametrize("align", [ntk.target_alignment, ntk.rank_one_target_alignment])
+def test_the_target_alignment_of_a_full_kernel_is_the_cosine_with_an_explicit_matrix(align) -> None:
+    phi, y = (torch.randn(4, n, generator=generator(n), dtype=F64) for n in (2 * 7, 2))
+    k = torch.einsum("nok,mpk->nomp", phi.view(4, 2, 7), phi.view(4, 2, 7))
+    ideal = np.kron(y.numpy() @ y.numpy().T, np.eye(2)) if align is ntk.target_alignment else np.outer(y, y)
+    h = np.kron(np.eye(4) - 1 / 4, np.eye(2))
+    a, b = h @ k.reshape(8, 8).numpy() @ h, h @ ideal @ h
+    assert float(align(k, y)) == pytest.approx((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def test_drift() -> None:

@@ -6,7 +6,15 @@ too coarse or too large, :func:`spectrum` and the comparisons read it, and the p
 
 from __future__ import annotations
 
-from ticketlab.ntk.compare import Drift, Preservation, alignment, drift, preservation, target_alignment
+from ticketlab.ntk.compare import (
+    Drift,
+    Preservation,
+    alignment,
+    drift,
+    preservation,
+    rank_one_target_alignment,
+    target_alignment,
+)
 from ticketlab.ntk.jacobian import KernelOperator, LiveJacobian, jacobian, operator
 from ticketlab.ntk.kernel import kernel
 from ticketlab.ntk.predict import gradient_flow_prediction, kernel_regression
@@ -26,6 +34,7 @@ __all__ = [
     "kernel_regression",
     "operator",
     "preservation",
+    "rank_one_target_alignment",
     "spectrum",
     "target_alignment",
 ]

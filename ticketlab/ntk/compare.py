@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ticketlab.errors import Refused
-from ticketlab.ntk.axes import by_output, check_finite
+from ticketlab.ntk.axes import by_output
 from ticketlab.ntk.spectrum import Spectrum
+from ticketlab.state import check_finite
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def alignment(k_a: Tensor, k_b: Tensor, centered: bool = True) -> Float[Tensor, 
 def target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Float[Tensor, "*replica"]:
     r"""Alignment of a kernel with the ideal one for its targets, :math:`Y Y^T`.
 
+    The ideal full kernel is the same for every output and joins no two of them: :math:`Y Y^T \otimes I`.
+
     Args:
         k: Kernel [n, n], or [n, out, n, out], stacked or not.
         y: Targets [n, out], real; or integer labels [n], which are made one-hot.
@@ -99,6 +102,38 @@ def target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Float[Tenso
     Raises:
         Refused: Targets that do not go with the kernel, or entries that are not finite.
     """
+    y = _targets(k, y)
+    ideal = y @ y.mT
+    if k.ndim > 3:
+        ideal = torch.einsum("nm,op->nomp", ideal, torch.eye(y.shape[1], dtype=y.dtype, device=y.device))
+    return alignment(k, ideal.to(k.device), centered)
+
+
+def rank_one_target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Float[Tensor, "*replica"]:
+    r"""Alignment of a full kernel with the outer product of its targets, :math:`y y^T` with y all outputs in a row.
+
+    Near 1 where a single direction, that of the targets, dominates the kernel. One that treats all outputs alike and
+    joins no two of them scores at most :math:`1 / \sqrt{\text{out}}`: see :func:`target_alignment`.
+
+    Args:
+        k: Kernel [n, out, n, out], stacked or not.
+        y: As there.
+        centered: As in :func:`alignment`.
+
+    Raises:
+        Refused: As there; a kernel without axes of outputs.
+    """
+    if k.ndim < 4:
+        raise Refused(
+            f"rank_one_target_alignment needs a full kernel [n, out, n, out]: got shape {tuple(k.shape)}. "
+            "Compute it with outputs='full', or take target_alignment."
+        )
+    y = _targets(k, y)
+    return alignment(k, torch.einsum("no,mp->nomp", y, y).to(k.device), centered)
+
+
+def _targets(k: Tensor, y: Tensor) -> Float[Tensor, "n out"]:
+    """Targets that go with a kernel in float64, labels made one-hot."""
     outputs = by_output(k).shape[-1]
     with_outputs = k.ndim > 3
     if y.ndim == 1 and len(y) and not y.is_floating_point():
@@ -113,8 +148,7 @@ def target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Float[Tenso
             f"y must hold integer labels [n] or targets [n, out] of the kernel's inputs: got {tuple(y.shape)} "
             f"for a kernel of shape {tuple(k.shape)}."
         )
-    ideal = torch.einsum("no,mp->nomp", y, y) if with_outputs else y @ y.mT
-    return alignment(k, ideal.to(k.device), centered)
+    return y
 
 
 def drift(k_start: Tensor, k_end: Tensor) -> Drift:
@@ -134,8 +168,8 @@ def _pair(k_a: Tensor, k_b: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
             "both kernels must be of the same inputs and outputs: "
             f"got shapes {tuple(k_a.shape)} and {tuple(k_b.shape)}."
         )
-    check_finite("first kernel", k_a)
-    check_finite("second kernel", k_b)
+    check_finite("the first kernel", k_a)
+    check_finite("the second kernel", k_b)
     if centered:
         a, b = (k - k.mean(-4, keepdim=True) for k in (a, b))
         a, b = (k - k.mean(-2, keepdim=True) for k in (a, b))
