@@ -20,11 +20,11 @@ from typing import Annotated, Literal
 
 import pandas as pd
 import tyro
-from scipy import stats
 from torch import nn
 
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
+from analyses.intervals import interval, with_holm
 from figures.dynamic_sparsity import draw
 from ticketlab import masks as mask_ops
 from ticketlab.engine import cost
@@ -108,7 +108,7 @@ def run(config: Config) -> Tables:
     networks = pd.concat(tables, ignore_index=True)
     dense = networks.loc[networks["method"] == "dense", "macs"].iloc[0]
     networks.insert(networks.columns.get_loc("macs") + 1, "dense_trainings", networks["macs"] / dense)
-    found = {"networks": networks, "layers": pd.concat(layers, ignore_index=True), "contrasts": _contrasts(networks)}
+    found = {"networks": networks, "layers": pd.concat(layers, ignore_index=True), "contrasts": contrasts(networks)}
     return {name: table.assign(**about) for name, table in found.items()}
 
 
@@ -268,28 +268,33 @@ def _layers(problem: Problem, level: tl.Level) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _contrasts(networks: pd.DataFrame) -> pd.DataFrame:
-    """Differences in test error between every two methods, paired by seed, with 95 % intervals by Student's t."""
+def contrasts(networks: pd.DataFrame) -> pd.DataFrame:
+    """Differences in test error between every two methods, paired by seed, with 95 % intervals by Student's t.
+
+    ``p_value`` is unadjusted, ``p_holm`` corrected for the whole table.
+    """
     rows = []
     for level, group in networks[networks["level"] > 0].groupby("level"):
         wide = group.pivot(index="init_seed", columns="method", values="test_error")
         for a, b in combinations(sorted(wide), 2):
-            d = (wide[a] - wide[b]).dropna()
-            spread = float(d.std(ddof=1))
-            reach = float(stats.t.ppf(0.975, len(d) - 1)) * spread / len(d) ** 0.5 if len(d) > 1 else float("nan")
-            row = {"level": level, "density": group["density"].iloc[0], "a": a, "b": b, "error_a_minus_b": d.mean()}
-            rows.append({**row, "sd": spread, "low": d.mean() - reach, "high": d.mean() + reach, "n": len(d)})
-    return pd.DataFrame(rows)
+            about = {"level": level, "density": group["density"].iloc[0], "a": a, "b": b}
+            rows.append(about | interval(wide[a] - wide[b], "error_a_minus_b"))
+    return with_holm(pd.DataFrame(rows))
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Test error by level and method: mean and standard deviation over seeds."""
+    """Test error by level and method: mean and standard deviation over seeds, and whether it differs from IMP's.
+
+    ``p_unadjusted`` is of one paired difference by itself, the last column is corrected for all of the contrasts.
+    """
+    pairs, keys = tables["contrasts"], ["level", "method"]
+    imp = pd.concat([pairs[pairs[a] == "imp"].set_index(["level", b]).rename_axis(keys) for a, b in ("ab", "ba")])
+    named = {"p_value": "p_unadjusted", "p_holm": f"p_holm_of_{pairs['n_family'].iloc[0]}"}
     groups = tables["networks"].groupby(["level", "density", "method"])
     error = 100 * groups["test_error"].agg(["mean", "std"])
     columns = {"test_error_%": error["mean"], "sd_%": error["std"], "steps": groups["steps"].first()}
-    return pd.DataFrame(
-        {**columns, "dense_trainings": groups["dense_trainings"].mean(), "n": groups.size()}
-    ).reset_index()
+    table = pd.DataFrame({**columns, "dense_trainings": groups["dense_trainings"].mean(), "n": groups.size()})
+    return table.reset_index().join(imp[list(named)].rename(columns=named), on=keys)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, each_network, main, open_run
-from analyses.rank_correlation import Within, bootstrap, p_value, rank_correlation
+from analyses.intervals import Within, rank_interval, with_holm
 from figures.gradient_alignment import draw
 from ticketlab import gradients
 from ticketlab.errors import Refused
@@ -167,14 +167,13 @@ def _measures(
 def correlations(networks: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation of every measure with the final test accuracy over the pruned levels.
 
-    ``rho`` with a 95 % percentile interval of a bootstrap over init seeds, for networks of one seed are not
-    independent; with few seeds such an interval is rather too narrow. The rows of a single level also hold the
-    two-sided ``p_value`` of Spearman's test, which takes its networks for independent and is not corrected for
-    the number of levels and measures.
+    ``rho`` with a 95 % interval and a p-value by a jackknife over init seeds, for networks of one seed are not
+    independent. ``p_value`` is unadjusted; ``p_holm`` is corrected for all rows of the same ``within``: the measures,
+    and the levels where each is ranked by itself.
     """
     pruned = networks[networks["level"] > 0]
-    columns = ["measure", "within", "level", "n", "rho", "low", "high", "p_value"]
     if pruned.empty:
+        columns = ["measure", "within", "level", "n", "rho", "low", "high", "p_value", "p_holm", "n_family"]
         return pd.DataFrame(columns=columns)
     accuracy = 1 - _grid(pruned, "test_error")
     rows = []
@@ -185,10 +184,10 @@ def correlations(networks: pd.DataFrame) -> pd.DataFrame:
         numbers = sorted(pruned["level"].unique())
         groups += [("all", n, values[i : i + 1], accuracy[i : i + 1]) for i, n in enumerate(numbers)]
         for within, level, a, b in groups:
-            one = not np.isnan(level)
-            found = float(rank_correlation(a, b, within)), *bootstrap(a, b, within), p_value(a, b) if one else np.nan
-            rows.append((measure, "one level" if one else within, level, int(np.isfinite(a).sum()), *found))
-    return pd.DataFrame(rows, columns=columns)
+            among = within if np.isnan(level) else "one level"
+            about = {"measure": measure, "within": among, "level": level, "n": int(np.isfinite(a + b).sum())}
+            rows.append(about | rank_interval(a, b, within))
+    return with_holm(pd.DataFrame(rows), by="within")
 
 
 def _grid(table: pd.DataFrame, column: str) -> Float[np.ndarray, "level treatment seed"]:
@@ -201,7 +200,8 @@ def summary(tables: Tables) -> pd.DataFrame:
     table = tables["correlations"].set_index("measure")
     parts = []
     for within in ("level", "level and treatment"):
-        rows = table[table["within"] == within][["rho", "low", "high"]]
+        rows = table[table["within"] == within][["rho", "low", "high", "p_value", "p_holm"]]
+        rows = rows.rename(columns={"p_value": "p unadjusted", "p_holm": f"p Holm of {len(rows)}"})
         parts.append(rows.rename(columns=lambda column, within=within: f"{column}, within {within}"))
     return pd.concat(parts, axis=1).reset_index()
 

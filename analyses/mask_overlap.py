@@ -2,9 +2,11 @@
 
 For every two tickets of chosen levels: Jaccard and intersection per layer, against random masks of the same layer
 densities, and against random masks that also keep how many live weights each input (pixel) has. For tickets of one
-level and two init seeds also the overlap after the permutation of hidden units that maximises it, against the same
-two kinds of random masks, aligned alike. Beside them: where the live weights of the first layer are, fan-in, fan-out
-and dead units, and how long the weights of a level live.
+level and two init seeds also the overlap after the permutation of hidden units that maximises it, against random masks
+that are aligned alike: of the same layer densities, or with the same live weights of each unit and each input. Beside
+them: where the live weights of the first layer are, fan-in, fan-out and dead units, and how long the weights of a level
+live. A p_value is unadjusted; p_holm is corrected for all rows of its table, which aligned overlaps survive only
+against many more draws than rows.
 
 With no arguments it makes a run on the bundled digits and measures it in about a minute.
 """
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
+from analyses.intervals import with_holm
 from figures.mask_overlap import draw
 from ticketlab import overlap, permutation
 from ticketlab.errors import Refused
@@ -99,7 +102,8 @@ def _overlap(tickets: Tickets) -> pd.DataFrame:
     table, given = overlap.pairs(every), overlap.pairs(every, given="input")
     front = {f"{c}_{side}": names[c].to_numpy()[table[side]] for side in "ab" for c in ("level", "init_seed")}
     behind = {f"{c}_given_input": given[c] for c in ("expected", "variance", "z", "p_value")}
-    return pd.concat([pd.DataFrame(front), table.drop(columns=["a", "b"]).assign(**behind)], axis=1)
+    both = pd.concat([pd.DataFrame(front), table.drop(columns=["a", "b"]).assign(**behind)], axis=1)
+    return with_holm(with_holm(both), "p_value_given_input")
 
 
 def _aligned(tickets: Tickets, groups: permutation.Groups, config: Config) -> pd.DataFrame:
@@ -113,7 +117,7 @@ def _aligned(tickets: Tickets, groups: permutation.Groups, config: Config) -> pd
         names = {"level": level, "density": tickets.densities[level]}
         names |= {"init_seed_a": tickets.seeds[a], "init_seed_b": tickets.seeds[b], "given": given}
         rows.append(pd.concat([pd.DataFrame(names, index=found.index), found.assign(draws=config.draws)], axis=1))
-    return pd.concat(rows, ignore_index=True)
+    return with_holm(pd.concat(rows, ignore_index=True))
 
 
 def _units(tickets: Tickets, groups: permutation.Groups) -> pd.DataFrame:
@@ -160,7 +164,6 @@ def summary(tables: Tables) -> pd.DataFrame:
     """Tickets of two init seeds, means over pairs: overlap over its expectation, before and after alignment."""
     pairs, aligned = tables["overlap"], tables["aligned"]
     pairs = pairs[pairs["level_a"] == pairs["level_b"]].rename(columns={"level_a": "level"})
-    aligned = aligned.assign(ratio=aligned["intersection"] / aligned["null_mean"])
     input_given = aligned[aligned["given"] == "input"]
     aligned = aligned[aligned["given"] == "layer"]
     pairs = pairs.assign(

@@ -8,7 +8,8 @@ networks also the kernels of step 0 and of every snapshot are held against one a
 
 Kernel regression is that of Theta_m alone, from f = 0. From the network's own outputs at the start it is another
 predictor, the linearised network, which a mask that already classifies makes good by itself: both are there, with
-the error of those outputs.
+the error of those outputs. The target alignment is with YY' x I, the ideal kernel of every output by itself; that with
+the targets as one direction is there as ``rank_one_target_alignment``.
 
 With no arguments it makes a run on the bundled digits and measures it in about a minute.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +33,16 @@ from tqdm import tqdm
 
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, each_network, main, open_run
+from analyses.intervals import interval, with_holm
 from figures.ntk_spectrum import draw
 from ticketlab import ntk
 
 STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
+COMPARED = (
+    *("effective_rank", "log_spectral_distance", "subspace_overlap", "alignment_with_dense"),
+    *("target_alignment", "regression_error"),
+)
+"""Measures whose differences between ticket and controls are tested."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,10 @@ class Data:
 
 
 def run(config: Config) -> Tables:
-    """``kernels``: one row a network. ``spectra``: one a network and rank. ``drift``: one a dense pair of steps."""
+    """``kernels``: one row a network. ``spectra``: one a network and rank. ``drift``: one a dense pair of steps.
+
+    ``contrasts``, where there are controls: one a level, measure and control.
+    """
     study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
     model.eval()
     cut = task.limit(min(config.n_regression, len(task.train)), None, min(config.n_regression, len(task.test)))
@@ -102,11 +112,24 @@ def run(config: Config) -> Tables:
                 drifts += _dense_drifts(model, network, study.recipe.steps, data)
     names = {"task": study.task, "model": study.model, "n_spectrum": len(first), "n_regression": len(cut.train)}
     names |= {"n_test": len(cut.test), "rewind_step": study.rewind_step}
-    return {
-        "kernels": pd.DataFrame(rows).assign(**names),
-        "spectra": pd.concat(spectra, ignore_index=True),
-        "drift": pd.DataFrame(drifts),
-    }
+    kernels = pd.DataFrame(rows).assign(**names)
+    tables = {"kernels": kernels, "spectra": pd.concat(spectra, ignore_index=True), "drift": pd.DataFrame(drifts)}
+    return tables | ({"contrasts": contrasts(kernels)} if set(kernels["treatment"]) > {"ticket"} else {})
+
+
+def contrasts(kernels: pd.DataFrame) -> pd.DataFrame:
+    """Measures of tickets minus those of controls, paired by init seed, with 95 % intervals by Student's t.
+
+    ``p_value`` is unadjusted, ``p_holm`` corrected for the whole table.
+    """
+    rows = []
+    for level, group in kernels[kernels["level"] > 0].groupby("level"):
+        wide = group.pivot(index="init_seed", columns="treatment", values=list(COMPARED))
+        for measure, control in product(COMPARED, sorted(set(group["treatment"]) - {"ticket"})):
+            about = {"level": level, "level_density": group["level_density"].iloc[0], "measure": measure}
+            gap = wide[measure]["ticket"] - wide[measure][control]
+            rows.append({**about, "control": control, **interval(gap, "ticket_minus_control")})
+    return with_holm(pd.DataFrame(rows))
 
 
 def _kernel(model: nn.Module, network: tl.Level, at: tl.State, x: Tensor) -> Tensor:
@@ -129,6 +152,7 @@ def _measures(
         "subspace_overlap": kept.subspace_overlap,
         "alignment_with_dense": ntk.alignment(dense, kernel),
         "target_alignment": ntk.target_alignment(kernel, data.spectrum.y),
+        "rank_one_target_alignment": ntk.rank_one_target_alignment(kernel, data.spectrum.y),
     }
     return {name: float(value) for name, value in found.items()}
 

@@ -8,7 +8,6 @@ constant learning rate they are one and the same. With no arguments it runs on t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ import tyro
 
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
+from analyses.intervals import interval, with_holm
 from figures.sign_and_value import draw
 from ticketlab.errors import Refused
 
@@ -54,15 +54,17 @@ def run(config: Config) -> Tables:
         raise Refused(f"treatments must contain 'reinit', to compare with: got {study.treatments}. Add it.")
     starts = pd.concat([level.metrics for level in levels], ignore_index=True)
     about = {"task": study.task, "model": study.model}
-    tables = {"starts": starts, "gaps": pd.DataFrame(_gaps(starts))}
+    tables = {"starts": starts, "gaps": gaps(starts)}
     return {name: table.assign(**about) for name, table in tables.items()}
 
 
-def _gaps(starts: pd.DataFrame) -> Iterator[dict[str, object]]:
-    """Differences in test error between networks of one initialisation: mean, standard deviation, number.
+def gaps(starts: pd.DataFrame) -> pd.DataFrame:
+    """Differences in test error between networks of one initialisation, with 95 % intervals by Student's t.
 
     ``n`` networks of a start have a result; a difference is missing where either network diverged, so it has its own.
+    Of each difference the p-value is unadjusted, and p_holm corrected for all differences from the same start.
     """
+    rows = []
     for level, at_level in starts[starts["level"] > 0].groupby("level"):
         errors = at_level.pivot(index="init_seed", columns="treatment", values="test_error")
         density = at_level.loc[at_level["treatment"] == "ticket", "density"].iloc[0]
@@ -70,22 +72,27 @@ def _gaps(starts: pd.DataFrame) -> Iterator[dict[str, object]]:
             row: dict[str, object] = {"level": level, "density": density, "treatment": treatment}
             row["n"] = errors[treatment].count()
             for other in ("ticket", "reinit"):
-                gap = errors[treatment] - errors[other]
-                row |= {f"error_above_{other}": gap.mean(), f"error_above_{other}_sd": gap.std()}
-                row[f"error_above_{other}_n"] = gap.count()
-            yield row
+                gap = interval(errors[treatment] - errors[other], "")
+                row |= {f"error_above_{other}_{column}".rstrip("_"): value for column, value in gap.items()}
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    for other in ("ticket", "reinit"):
+        table = with_holm(table, f"error_above_{other}_p_value")
+    return table
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Mean test error and gaps in percentage points at the sparsest level."""
-    gaps, starts = tables["gaps"], tables["starts"]
-    last = gaps[gaps["level"] == gaps["level"].max()]
+    """Mean test error and gaps in percentage points at the sparsest level; p_holm is corrected for all levels."""
+    table, starts = tables["gaps"], tables["starts"]
+    last = table[table["level"] == table["level"].max()]
     errors = starts[starts["level"] == starts["level"].max()].groupby("treatment")["test_error"].mean()
     shown = last[["treatment", "density", "n"]].assign(**{"test_error_%": 100 * last["treatment"].map(errors)})
     for column in ("error_above_ticket", "error_above_reinit"):
         shown[f"{column}_points"] = 100 * last[column]
         shown[f"{column}_sd"] = 100 * last[f"{column}_sd"]
         shown[f"{column}_n"] = last[f"{column}_n"]
+        shown[f"{column}_p_unadjusted"] = last[f"{column}_p_value"]
+        shown[f"{column}_p_holm_of_{last[f'{column}_n_family'].iloc[0]}"] = last[f"{column}_p_holm"]
     return shown
 
 

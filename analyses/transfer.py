@@ -25,11 +25,11 @@ from typing import Annotated, Any
 
 import pandas as pd
 import tyro
-from scipy import stats
 from torch import nn
 
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, main
+from analyses.intervals import interval, with_holm
 from analyses.settings import Setting, Tickets, setting, tickets
 from figures.transfer import draw
 from ticketlab import masks as mask_ops
@@ -86,7 +86,7 @@ class Job:
 
 
 def run(config: Config) -> Tables:
-    """``networks``: one row a trained network. ``contrasts``: paired differences in test error.
+    """``networks``: one row a trained network. ``contrasts``: paired differences in test error, with p-values.
 
     Raises:
         ValueError: Settings of different input shapes, levels, seeds or steps that a run does not have, a run
@@ -99,7 +99,7 @@ def run(config: Config) -> Tables:
     found = tickets(settings, config.study, wanted, config.theta_k, runs=config.runs, store=config.store)
     networks = pd.concat([_train(config, found, target) for target in targets], ignore_index=True)
     networks.insert(0, "model", config.study.model)
-    return {"networks": networks, "contrasts": _contrasts(networks)}
+    return {"networks": networks, "contrasts": contrasts(networks)}
 
 
 def _wanted(config: Config) -> tuple[int, ...]:
@@ -199,10 +199,11 @@ def _described(masks: Masks, recipe: tl.Recipe) -> dict[str, Any]:
     }
 
 
-def _contrasts(networks: pd.DataFrame) -> pd.DataFrame:
+def contrasts(networks: pd.DataFrame) -> pd.DataFrame:
     """Test error of carried tickets above the same start shuffled, the target's own ticket, and the dense network.
 
-    Differences of the networks of one source seed, with the mean's 95 % interval (Student's t).
+    Differences of the networks of one source seed, with the mean's 95 % interval (Student's t). ``p_value`` is
+    unadjusted, ``p_holm`` corrected for the whole table.
     """
     errors = networks.set_index(["target", "source", "carried", "level", "control", "source_seed"])[
         "test_error"
@@ -218,27 +219,27 @@ def _contrasts(networks: pd.DataFrame) -> pd.DataFrame:
             "dense": errors[target, "none", "none", 0, "dense"],
         }
         for name, other in against.items():
-            gap = (errors[target, source, what, level, "ticket"] - other).dropna()
-            half = stats.t.ppf(0.975, len(gap) - 1) * gap.sem()
-            rows.append(
-                {"target": target, "source": source, "carried": what, "level": level, "against": name, "n": len(gap)}
-                | {"error_above": gap.mean(), "sd": gap.std(), "low": gap.mean() - half, "high": gap.mean() + half}
-            )
-    return pd.DataFrame(rows)
+            about = {"target": target, "source": source, "carried": what, "level": level, "against": name}
+            gap = errors[target, source, what, level, "ticket"] - other
+            rows.append(about | interval(gap, "error_above"))
+    return with_holm(pd.DataFrame(rows))
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """The transfer matrix: mean test error in percent with its standard deviation, and the gap to shuffled masks."""
-    networks, contrasts = tables["networks"], tables["contrasts"]
+    """The transfer matrix: mean test error in percent with its standard deviation, and the gap to shuffled masks.
+
+    The interval and ``p_unadjusted`` are of one gap by itself, the last column is corrected for all of the contrasts.
+    """
+    networks, pairs = tables["networks"], tables["contrasts"]
     keys = ["target", "level", "source", "carried"]
     shown = networks[networks["control"].isin(["ticket", "dense"])].groupby(keys, sort=False)
     table = shown.agg(density=("density", "mean"), n=("test_error", "count"), mean=("test_error", "mean"),
                       sd=("test_error", "std")).reset_index()  # fmt: skip
-    gaps = contrasts[contrasts["against"] == "layerwise_shuffle"].set_index(keys)
-    table = table.join(gaps[["error_above", "low", "high"]], on=keys)
+    gaps = pairs[pairs["against"] == "layerwise_shuffle"].set_index(keys)
+    table = table.join(gaps[["error_above", "low", "high", "p_value", "p_holm"]], on=keys)
     table[["mean", "sd", "error_above", "low", "high"]] *= 100
-    named = {"mean": "test_error_%", "error_above": "above_shuffled_points"}
-    return table.rename(columns=named)
+    named = {"mean": "test_error_%", "error_above": "above_shuffled_points", "p_value": "p_unadjusted"}
+    return table.rename(columns=named | {"p_holm": f"p_holm_of_{pairs['n_family'].iloc[0]}"})
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
 import ticketlab as tl
 from analyses.command import Tables, main
+from analyses.intervals import interval
 from figures.width_sweep import draw
 from ticketlab import ntk
 from ticketlab.errors import Refused
@@ -79,7 +79,7 @@ def network(inputs: int, width: int, depth: int) -> nn.Module:
 
 
 def run(config: Config) -> Tables:
-    """``widths``: one row a width and seed. ``slopes``: log-log slopes over the widths with standard errors."""
+    """``widths``: one row a width and seed. ``slopes``: log-log slopes over the widths with intervals."""
     task = tl.load_task(config.task, dtype=torch.float64).limit(train=config.n_examples)
     x, y = task.train.x, (task.train.y % 2).double()[:, None] * 2 - 1
     x = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * math.sqrt(x[0].numel())  # unit mean square
@@ -89,7 +89,7 @@ def run(config: Config) -> Tables:
     for width, seed in tqdm(jobs, desc="widths", unit="network", disable=None):
         rows.append({"width": width, "seed": seed, **_measure(x, y, width, seed, rate, config)})
     table = pd.DataFrame(rows).assign(task=config.task, depth=config.depth, n_examples=len(x), steps=config.steps)
-    return {"widths": table, "slopes": _slopes(table)}
+    return {"widths": table, "slopes": slopes(table)}
 
 
 def _largest(x: Tensor, width: int, config: Config) -> float:
@@ -126,18 +126,22 @@ def _descend(
     return end, float(0.5 * (functional_call(model, end, (x,)) - y).square().sum())
 
 
-def _slopes(table: pd.DataFrame) -> pd.DataFrame:
-    """Least squares of log2 on log2 over all networks; 95 % intervals by Student's t."""
+def slopes(table: pd.DataFrame) -> pd.DataFrame:
+    """Least squares of log2 on log2 for each seed, their means with 95 % intervals over seeds by Student's t.
+
+    Networks of one seed are drawn from one stream at every width, so that they are no independent observations.
+    """
+    logs = np.log2(table.pivot(index="width", columns="seed", values=list(SLOPES)))
     rows = []
     for column, expected in SLOPES.items():
-        fit = stats.linregress(np.log2(table["width"]), np.log2(table[column]))
-        reach = stats.t.ppf(0.975, len(table) - 2) * fit.stderr
-        row = {"measure": column, "slope": fit.slope, "standard_error": fit.stderr, "low": fit.slope - reach}
-        rows.append({**row, "high": fit.slope + reach, "intercept": fit.intercept, "theory": expected, "n": len(table)})
-    return pd.DataFrame(rows)
+        fits = np.polyfit(np.log2(logs.index), logs[column].to_numpy(), 1)  # [slope and intercept, seed]
+        about = {"intercept": fits[1].mean(), "theory": expected}
+        rows.append({"measure": column, **interval(pd.Series(fits[0]), "slope"), **about})
+    return pd.DataFrame(rows).drop(columns="p_value")  # against a slope of 0, which nobody expects
 
 
 def summary(tables: Tables) -> pd.DataFrame:
+    """Slopes with 95 % intervals over n seeds."""
     return tables["slopes"].drop(columns="intercept")
 
 

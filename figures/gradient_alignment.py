@@ -100,7 +100,7 @@ def _predicted(axes: Axes, networks: pd.DataFrame) -> None:
 
 
 def _pooled(axes: Axes, correlations: pd.DataFrame) -> None:
-    """One row a measure; the interval is a bootstrap over seeds."""
+    """One row a measure; the interval is a jackknife over seeds."""
     place = np.arange(len(MEASURES))[::-1]
     for shift, (scope, look) in zip((0.17, -0.17), SCOPES.items(), strict=True):
         rows = correlations[correlations["within"] == scope].set_index("measure").reindex(list(MEASURES))
@@ -114,13 +114,13 @@ def _pooled(axes: Axes, correlations: pd.DataFrame) -> None:
 
 
 def _by_level(axes: Axes, networks: pd.DataFrame, correlations: pd.DataFrame) -> None:
-    """Spearman's correlation among the networks of each level; filled where p < 0.05, uncorrected."""
+    """Spearman's correlation among the networks of each level; filled where p < 0.05 after Holm's correction."""
     density = networks.groupby("level")["level_density"].first()
     single = correlations[correlations["within"] == "one level"]
     for measure, look in FOLLOWED.items():
         rows = single[single["measure"] == measure]
         x = density.reindex(rows["level"]).to_numpy()
-        face = np.where(rows["p_value"] < 0.05, look["color"], "white")
+        face = np.where(rows["p_holm"] < 0.05, look["color"], "white")
         axes.plot(x, rows["rho"], color=look["color"], linestyle=look["linestyle"], label=MEASURES[measure], zorder=1)
         axes.scatter(x, rows["rho"], c=face, edgecolors=look["color"], marker=look["marker"], s=12, zorder=2)
     axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
@@ -128,5 +128,7 @@ def _by_level(axes: Axes, networks: pd.DataFrame, correlations: pd.DataFrame) ->
     axes.set_ylim(-1.05, 1.05)
     axes.set_ylabel("rank correlation with test accuracy")
     n = int(single["n"].max()) if len(single) else 0
-    axes.set_title(f"among the {n} networks of each level; filled: p < 0.05, uncorrected", fontsize=7)
+    family = int(single["n_family"].max()) if len(single) else 0
+    title = f"among the {n} networks of each level; filled: p < 0.05 by Holm, of {family} correlations"
+    axes.set_title(title, fontsize=7)
     axes.legend(loc="best", ncol=2)

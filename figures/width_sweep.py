@@ -32,7 +32,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
                 anchor = widths.loc[widths["width"] == x[0], column].mean()
                 place.plot(x, anchor * (x / x[0]) ** fit["theory"], color="0.4", ls=":", label="slope -1/2")
             reach = fit["high"] - fit["slope"]
-            place.set_title(f"slope {fit['slope']:.3f} ± {reach:.3f} (95 %)")
+            place.set_title(f"slope {fit['slope']:.3f}" + (f" ± {reach:.3f} (95 %)" if np.isfinite(reach) else ""))
             place.set_xscale("log", base=2)
             place.set_yscale("log")
             place.set_xlabel("width")

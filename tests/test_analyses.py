@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 import ticketlab as tl
 from analyses import imp, mode_connectivity, ntk_spectrum, width_sweep
@@ -120,6 +121,12 @@ def test_ntk_spectrum_measures_every_network_against_its_dense_kernel(tmp_path, 
     found = kernels[(kernels["treatment"] == "reinit") & (kernels["init_seed"] == 0)]["start_error"]
     assert float(found.iloc[0]) == pytest.approx(float(error))
     assert "effective_rank" in capsys.readouterr().out
+    pairs = pd.read_csv(out / "contrasts.csv").set_index(["measure", "control"])
+    assert len(pairs) == len(ntk_spectrum.COMPARED) and set(pairs["n"]) == {2}
+    rank = kernels[kernels["level"] == 2].pivot(index="init_seed", columns="treatment", values="effective_rank")
+    gap, row = rank["ticket"] - rank["reinit"], pairs.loc[("effective_rank", "reinit")]
+    assert row["ticket_minus_control"] == pytest.approx(gap.mean(), rel=1e-5)
+    assert row["p_value"] == pytest.approx(stats.ttest_1samp(gap, 0).pvalue, rel=1e-4)
 
 
 def test_width_sweep_measures_every_network_and_fits_their_slopes(tmp_path):
@@ -136,6 +143,22 @@ def test_width_sweep_measures_every_network_and_fits_their_slopes(tmp_path):
     assert main("width_sweep", module.Config, module.run, module.draw, module.summary, save_to) == 0
     with pytest.raises(ValueError, match="widths must be at least three"):
         width_sweep.Config(widths=(4, 8))
+
+
+def test_slopes_over_widths_have_intervals_over_seeds():
+    """Seeds of unlike slopes: 8 widths each are no 32 independent networks."""
+    generator = np.random.default_rng(0)
+    true = -0.5 + 0.1 * generator.normal(size=4)
+    rows = [
+        {"width": w, "seed": s, **{m: 3 * w ** true[s] for m in width_sweep.SLOPES}}
+        for w in 2 ** np.arange(2, 10)
+        for s in range(4)
+    ]
+    found, expected = width_sweep.slopes(pd.DataFrame(rows)), stats.ttest_1samp(true, 0).confidence_interval()
+    assert (found["n"] == 4).all()
+    np.testing.assert_allclose(found["slope"], true.mean())
+    np.testing.assert_allclose(found["intercept"], np.log2(3))
+    np.testing.assert_allclose(found[["low", "high"]], [list(expected)] * 3)
 
 
 def test_an_ntk_scaled_network_has_the_closed_form_kernel_when_wide():

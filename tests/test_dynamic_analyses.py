@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 import ticketlab as tl
 from analyses import dynamic_sparsity
 from analyses.command import main
+from analyses.intervals import holm
 from figures.dynamic_sparsity import LABELS, LOOKS, draw
 
 STUDY = replace(
@@ -87,7 +88,9 @@ def test_the_command_writes_tables_and_figure_and_extends_by_steps(tmp_path, cap
     assert networks.query("method.str.endswith('_steps')")["steps"].tolist() == [40] * 8  # IMP: dense, and one level
     assert networks.query("method == 'imp'")["steps"].tolist() == [40, 40]
     assert json.loads((out / "config.json").read_text())["extend"] == "steps"
-    assert "dense_trainings" in capsys.readouterr().out
+    pairs, printed = pd.read_csv(out / "contrasts.csv"), capsys.readouterr().out
+    np.testing.assert_allclose(pairs["p_holm"], holm(pairs["p_value"]), rtol=1e-6)
+    assert "dense_trainings" in printed and f"p_unadjusted  p_holm_of_{pairs['p_value'].count()}" in printed
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import stats
 
 import ticketlab as tl
 from analyses import gradient_alignment
 from analyses.command import DIGITS, main
 from analyses.gradient_alignment import MEASURES, dense_twin
-from analyses.rank_correlation import bootstrap, p_value, rank_correlation
+from analyses.intervals import holm, rank_interval
 from figures.gradient_alignment import MEASURES as SHOWN
 from figures.gradient_alignment import PANELS, draw
 from figures.style import save
@@ -28,8 +27,6 @@ TINY = replace(
     treatments=("ticket", "reinit", "sibling"),
     recipe=tl.Recipe(steps=40, eval_every=20),
 )
-RANDOM = np.random.default_rng(0)
-A, B = RANDOM.normal(size=(2, 4, 3, 5))
 
 
 def test_every_network_is_measured_at_its_start(tmp_path, capsys):
@@ -74,42 +71,22 @@ def test_the_dense_twin_is_what_the_mask_was_laid_on():
     assert dense_twin(moved, rewound, factory) is None
 
 
-def test_ranks_of_all_networks_are_spearmans():
-    assert rank_correlation(A, B, "all") == pytest.approx(stats.spearmanr(A, B, axis=None).statistic, abs=1e-12)
-    assert p_value(A, B) == pytest.approx(stats.spearmanr(A, B, axis=None).pvalue, abs=1e-12)
-
-
-@pytest.mark.parametrize(("within", "shape"), [("level", (4, 15)), ("level and treatment", (12, 5))])
-def test_ranks_within_groups_are_the_mean_of_their_correlations(within, shape):
-    pairs = zip(A.reshape(shape), B.reshape(shape), strict=True)
-    expected = np.mean([stats.spearmanr(a, b).statistic for a, b in pairs])
-    assert rank_correlation(A, B, within) == pytest.approx(expected, abs=1e-12)
-
-
-def test_ranks_within_groups_do_not_see_what_differs_between_them():
-    shift = np.arange(4.0)[:, None, None] * 100
-    assert rank_correlation(A + shift, B + shift, "all") > 0.8
-    assert rank_correlation(A + shift, B + shift, "level") == pytest.approx(rank_correlation(A, B, "level"), abs=1e-12)
-
-
-def test_networks_without_a_value_are_left_out():
-    a = A.copy()
-    a[:, 1] = np.nan
-    kept = [0, 2]
-    for within in ("all", "level", "level and treatment"):
-        expected = rank_correlation(A[:, kept], B[:, kept], within)
-        assert rank_correlation(a, B, within) == pytest.approx(expected, abs=1e-12)
-    assert p_value(a, B) == pytest.approx(p_value(A[:, kept], B[:, kept]), abs=1e-12)
-    assert np.isnan(rank_correlation(np.ones_like(A), B, "level")) and np.isnan(p_value(np.ones_like(A), B))
-
-
-def test_the_interval_is_that_of_a_loop_over_drawn_seeds():
-    draws = torch.randint(5, (200, 5), generator=tl.functional.stream("bootstrap", 0)).numpy()
-    slow = [rank_correlation(A[..., seeds], B[..., seeds], "level") for seeds in draws]
-    assert bootstrap(A, B, "level", 200) == pytest.approx(tuple(np.quantile(slow, (0.025, 0.975))), abs=1e-12)
-    assert np.isnan(bootstrap(A[..., :1], B[..., :1], "level")).all()
-    low, high = bootstrap(A, A, "level and treatment")
-    assert low == pytest.approx(1) and high == pytest.approx(1)
+def test_correlations_are_tested_over_seeds_and_corrected_for_what_is_ranked_alike():
+    generator = np.random.default_rng(0)
+    places = [(level, t, seed) for level in (1, 2) for t in ("ticket", "reinit") for seed in range(4)]
+    networks = pd.DataFrame(places, columns=["level", "treatment", "init_seed"])
+    networks = networks.assign(**{name: generator.normal(size=len(places)) for name in (*MEASURES, "test_error")})
+    found = gradient_alignment.correlations(networks)
+    grid = {name: networks[name].to_numpy().reshape(2, 2, 4) for name in ("norm", "test_error")}
+    grid["norm"] = grid["norm"][:, ::-1]  # treatments in the order of their names
+    expected = rank_interval(grid["norm"], 1 - grid["test_error"][:, ::-1], "level")
+    row = found.query("measure == 'norm' and within == 'level'").iloc[0]
+    assert row[list(expected)].to_dict() == pytest.approx(expected, abs=1e-12) and row["n"] == 16
+    sizes = found.groupby("within")["n_family"].first().to_dict()
+    n = len(MEASURES)
+    assert sizes == {"all": n, "level": n, "level and treatment": n, "one level": 2 * n}
+    for _, rows in found.groupby("within"):
+        np.testing.assert_allclose(rows["p_holm"], holm(rows["p_value"]))
 
 
 def test_bad_numbers_of_batches_are_refused(capsys):
@@ -145,7 +122,7 @@ def test_the_figure_says_what_it_shows(tmp_path):
         "batches of 10",
         "5 eigenfunctions",
         "reinitialised",
-        "p < 0.05",
+        "p < 0.05 by Holm",
     ):
         assert text in whole
     assert all(label in whole for label in (*PANELS.values(), *SHOWN.values()))

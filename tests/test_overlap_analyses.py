@@ -11,6 +11,7 @@ import pytest
 
 import ticketlab as tl
 from analyses import mask_overlap, mode_connectivity
+from analyses.intervals import holm
 from figures import mask_overlap as overlap_figure
 from figures import mode_connectivity as connectivity_figure
 
@@ -31,6 +32,8 @@ def test_mask_overlap_holds_tickets_against_chance(tmp_path):
     found = aligned.pivot(index=["level", "layer"], columns="given", values=["intersection", "null_mean"])
     assert (found["intersection", "layer"] == found["intersection", "input"]).all()  # one alignment, two nulls
     assert (found["null_mean", "layer"] != found["null_mean", "input"]).any()
+    np.testing.assert_allclose(aligned["p_holm"], holm(aligned["p_value"]))
+    np.testing.assert_allclose(pairs["p_holm_given_input"], holm(pairs["p_value_given_input"]))
     whole = aligned[aligned["layer"] == "all"]
     assert (whole["intersection"] > whole["intersection_before"]).all()
     assert len(tables["units"]) == 2 * 2 * 150 and len(tables["pixels"]) == 2 * 2 * 64

@@ -14,6 +14,7 @@ from test_figures import ABOUT, texts
 import ticketlab as tl
 from analyses import sign_and_value, supermasks
 from analyses.command import main
+from analyses.intervals import holm, interval
 from figures.style import save
 from ticketlab.engine import values
 from ticketlab.engine.criteria import CRITERIA
@@ -42,9 +43,15 @@ def test_sign_and_value_tables_every_start_and_its_gaps(study, tmp_path, capsys)
     row = gaps[(gaps["level"] == 2) & (gaps["treatment"] == "reshuffle")].iloc[0]
     assert row["error_above_ticket"] == pytest.approx(difference.mean(), abs=1e-7)
     assert row["error_above_ticket_sd"] == pytest.approx(difference.std(), abs=1e-7)
+    expected = interval(difference)
+    assert row["error_above_ticket_high"] == pytest.approx(expected["high"], abs=1e-6)
+    assert row["error_above_ticket_p_value"] == pytest.approx(expected["p_value"], abs=1e-6)
+    np.testing.assert_allclose(gaps["error_above_ticket_p_holm"], holm(gaps["error_above_ticket_p_value"]), atol=1e-6)
     own = gaps[gaps["treatment"] == "ticket"]
     assert (own["error_above_ticket"] == 0).all() and (own["error_above_ticket_sd"] == 0).all()
-    assert "error_above_reinit_points" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "error_above_reinit_points" in printed and "error_above_ticket_p_unadjusted" in printed
+    assert f"error_above_ticket_p_holm_of_{gaps['error_above_ticket_p_value'].count()}" in printed
 
 
 def test_a_difference_counts_the_pairs_in_which_neither_diverged():
@@ -53,7 +60,7 @@ def test_a_difference_counts_the_pairs_in_which_neither_diverged():
         {"level": 1, "density": 0.5, "treatment": t, "init_seed": s, "test_error": errors.get((t, s), 0.3)}
         for t, s in itertools.product(("ticket", "reinit", "reshuffle"), range(3))
     ]
-    gaps = pd.DataFrame(sign_and_value._gaps(pd.DataFrame(rows))).set_index("treatment")
+    gaps = sign_and_value.gaps(pd.DataFrame(rows)).set_index("treatment")
     assert gaps["n"].to_dict() == {"ticket": 2, "reinit": 2, "reshuffle": 3}
     assert gaps["error_above_ticket_n"].to_dict() == {"ticket": 2, "reinit": 1, "reshuffle": 2}
     assert gaps["error_above_reinit_n"].to_dict() == {"ticket": 1, "reinit": 2, "reshuffle": 2}

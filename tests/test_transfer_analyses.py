@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from scipy.stats import ttest_1samp
 
 import ticketlab as tl
 from analyses import settings, transfer
 from analyses.command import main
+from analyses.intervals import holm
 from figures.transfer import draw
 from ticketlab.engine.store import read_config
 
@@ -144,8 +146,16 @@ def test_contrasts_are_paired_by_seed(tables):
     d = mine - other.set_index("source_seed")["test_error"]
     assert row["error_above"] == pytest.approx(d.mean()) and row["n"] == 2
     assert row["high"] - row["error_above"] == pytest.approx(12.706 * d.std() / np.sqrt(2), rel=1e-3)
+    assert row["p_value"] == pytest.approx(ttest_1samp(d, 0).pvalue)
     own = contrasts.query("source == target and carried == 'theta0' and against == 'own_ticket'")
-    assert (own["error_above"] == 0).all()
+    assert (own["error_above"] == 0).all() and own["p_value"].isna().all()
+
+
+def test_contrasts_are_corrected_for_the_whole_table(tables):
+    contrasts = tables["contrasts"]
+    pd.testing.assert_series_equal(contrasts["p_holm"], holm(contrasts["p_value"]), check_names=False)
+    n = contrasts["p_value"].count()
+    assert (contrasts["n_family"] == n).all() and {"p_unadjusted", f"p_holm_of_{n}"} <= set(transfer.summary(tables))
 
 
 def test_the_command_takes_stored_runs_across_optimizers(tmp_path, folder, tables, capsys):
