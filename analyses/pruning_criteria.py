@@ -6,10 +6,9 @@ tickets are rewound to, in their batch order. The cost of finding a mask is coun
 of one dense training: what was trained before it could be found, and the scoring.
 
 A method is ``criterion[@stage][*rounds][/scope]``: ``snip``, ``magnitude@early``, ``snip*100``, ``synflow/layer``.
-The stage is where scores are taken: at ``init``, ``early`` or ``trained``. Under ``/global`` one threshold
-prunes the network; under ``/layer`` each layer keeps as many weights as in the ticket of that level. What is
-left out is as in the literature: SNIP, GraSP, SynFlow, random and initial magnitudes at initialisation, the others
-trained; 100 rounds of SynFlow, one of the others; the criteria of Zhou et al. by layer, the others global.
+The stage is where scores are taken: at ``init``, ``early`` or ``trained``. Under ``/global``, which holds where
+nothing is said, one threshold prunes the network; under ``/layer`` each layer keeps as many weights as in the ticket of
+that level. Stage and rounds are those of the criterion's authors where they are left out.
 
 With no arguments it makes a run on the bundled digits and measures it in about a minute.
 """
@@ -18,13 +17,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
-import torch
 import tyro
 from torch import nn
 from tqdm import tqdm
@@ -32,25 +29,16 @@ from tqdm import tqdm
 import ticketlab as tl
 from analyses.command import DIGITS, Tables, main, open_run
 from figures.pruning_criteria import draw
+from ticketlab import graph
 from ticketlab.engine import cost
-from ticketlab.engine.criteria import (
-    CRITERIA,
-    ROUNDS,
-    ZHOU,
-    Evidence,
-    Scores,
-    ZeroScoresError,
-    find,
-    forward_passes,
-    keep,
-    score,
-)
+from ticketlab.engine.criteria import CRITERIA, ZHOU, Criterion, Evidence, Scores, ZeroScoresError, find_counts, score
+from ticketlab.engine.training import Start
 from ticketlab.errors import Refused, nearest
-from ticketlab.masks import EmptyLayerError, Scope, ones
-from ticketlab.state import Masks, stack, stack_states
+from ticketlab.losses import LOSSES
+from ticketlab.masks import Scope, n_alive, ones
+from ticketlab.state import Masks
 
 STAGES = ("init", "early", "trained")
-AT_INIT = ("random", "snip", "grasp", "synflow", "large_init", "small_init")
 METHODS = (
     *("random", "snip", "snip*10", "grasp", "synflow"),
     *("magnitude@early", "magnitude", "obd_gauss_newton", "obd_fisher"),
@@ -108,18 +96,13 @@ def parse(name: str) -> Method:
     if not found:
         raise Refused(f"a method must be criterion[@stage][*rounds][/global or /layer]: got {name!r}.")
     criterion, stage, rounds, scope = found.groups()
-    stage = stage or ("init" if criterion in AT_INIT else "trained")
-    for kind, given, known in (("criterion", criterion, tuple(CRITERIA)), ("stage", stage, STAGES)):
-        if given not in known:
-            raise Refused(nearest(kind, given, known))
-    by_layer = criterion.removesuffix("_same_sign").removesuffix("_different_sign") in ZHOU
-    return Method(
-        name,
-        criterion,
-        stage,
-        int(rounds or ROUNDS.get(criterion, 1)),
-        scope or ("layer" if by_layer else "global"),  # type: ignore[arg-type]
-    )
+    if criterion not in CRITERIA:
+        raise Refused(nearest("criterion", criterion, tuple(CRITERIA)))
+    record = CRITERIA[criterion]
+    stage = stage or record.stage
+    if stage not in STAGES:
+        raise Refused(nearest("stage", stage, STAGES))
+    return Method(name, criterion, stage, int(rounds or record.rounds), scope or "global")  # type: ignore[arg-type]
 
 
 @dataclass
@@ -144,21 +127,28 @@ class _Finder:
             )
         masks = {name: mask.to(self.task.device) for name, mask in ones(self.model).items()}
         x, y = tl.criteria.draw_examples(self.task, self.study.score_examples, init_seed)
-        return Evidence(self.model, masks, network.snapshots[0], state, x, y, init_seed, method.scope)
+        loss = LOSSES[self.task.loss]
+        return Evidence(self.model, masks, network.snapshots[0], state, x, y, init_seed, method.scope, loss)
 
-    def masks(self, method: Method, init_seed: int, density: float | Mapping[str, float]) -> Masks | None:
-        """None where the method would empty a layer, or scores nothing but zeros."""
+    def masks(self, method: Method, init_seed: int, ticket: Masks) -> Masks | None:
+        """As many weights as the ticket has; None where the method scores nothing but zeros, or cuts the network."""
+        groups: list[tuple[str, ...]] = [(name,) for name in ticket] if method.scope == "layer" else [tuple(ticket)]
+        counts = {names: n_alive(ticket, names) for names in groups}
+        evidence, criterion = self.evidence(method, init_seed), CRITERIA[method.criterion]
         try:
-            if method.rounds > 1:
-                evidence = self.evidence(method, init_seed)
-                return find(method.criterion, evidence, density, rounds=method.rounds)
-            key = method.name, init_seed
-            if key not in self.scores:
-                self.scores[key] = score(method.criterion, self.evidence(method, init_seed))
-            everything = {n: torch.ones_like(s, dtype=torch.bool) for n, s in self.scores[key].items()}
-            return keep(everything, self.scores[key], density)
-        except (EmptyLayerError, ZeroScoresError):
+            if method.rounds == 1:
+                key = method.name, init_seed
+                if key not in self.scores:
+                    self.scores[key] = score(method.criterion, evidence)
+                criterion = Criterion(lambda _: self.scores[key])
+            found = find_counts(criterion, evidence, counts, rounds=method.rounds)
+        except ZeroScoresError:
             return None
+        try:
+            graph.refuse_cut(self.model, found, self.task.train.x)
+        except Refused:
+            return None
+        return found
 
     def dense_trainings(self, method: Method) -> float:
         """What comes before the mask is known, the rewind point included, in dense trainings."""
@@ -166,7 +156,8 @@ class _Finder:
         forward = cost.forward_macs(cost.positions(self.model, self.task.train.x), everything)
         training = cost.training_macs(forward, study.recipe.batch_size, study.recipe.steps)
         n = min(study.score_examples, len(self.task.train))
-        passes = forward_passes(method.criterion, n, self.task.n_classes, sum(everything.values()), method.rounds)
+        size, record = sum(everything.values()), CRITERIA[method.criterion]
+        passes = record.forward_passes(n, self.task.n_classes, size, method.rounds)
         steps = {"init": 0, "early": self.early_step, "trained": study.recipe.steps}[method.stage]
         return max(steps, study.rewind_step) / study.recipe.steps + passes * forward / training
 
@@ -211,7 +202,7 @@ def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
     return wanted
 
 
-_LABELS = ("method", "criterion", "stage", "rounds", "scope", "level", "level_density", "init_seed", "empties_a_layer")
+_LABELS = ("method", "criterion", "stage", "rounds", "scope", "level", "level_density", "init_seed", "cuts_the_network")
 _COSTS = ("dense_trainings", "live_trainings")
 _RESULTS = ("test_error", "test_loss_nats", "train_error", "train_loss_nats", "early_stop_test_error")
 
@@ -242,13 +233,11 @@ def _compared(finder: _Finder, methods: list[Method], level: tl.Level) -> pd.Dat
     orders = study.order_seeds or study.init_seeds
     for method, i in tqdm(pairs, desc=f"masks of level {level.level}", unit="mask", disable=None):
         ticket = level.select(treatment="ticket", init_seed=study.init_seeds[i]).masks
-        by_layer = {name: int(mask.sum()) / mask.numel() for name, mask in ticket.items()}
-        whole = float(tl.masks.density(ticket))
-        found = finder.masks(method, study.init_seeds[i], by_layer if method.scope == "layer" else whole)
+        found = finder.masks(method, study.init_seeds[i], ticket)
         spent = finder.dense_trainings(method)
         about = {"method": method.name, "criterion": method.criterion, "stage": method.stage, "rounds": method.rounds}
         about |= {"scope": method.scope, "level": level.level, "level_density": level.density}
-        about |= {"init_seed": study.init_seeds[i], "order_seed": orders[i], "empties_a_layer": found is None}
+        about |= {"init_seed": study.init_seeds[i], "order_seed": orders[i], "cuts_the_network": found is None}
         rows.append({**about, "dense_trainings": spent, "live_trainings": spent})
         masks.append(found)
     table = pd.DataFrame(rows)
@@ -256,17 +245,12 @@ def _compared(finder: _Finder, methods: list[Method], level: tl.Level) -> pd.Dat
     if not trained:
         return table
     kept = [found for found in masks if found is not None]
-    starts = [finder.dense.select(init_seed=rows[r]["init_seed"]).start for r in trained]
-    outcome = tl.train(
-        finder.model,
-        stack_states(starts),
-        stack(kept),
-        finder.task,
-        study.recipe,
-        [rows[r]["order_seed"] for r in trained],
-        first_step=study.rewind_step,
-        description=f"{len(trained)} networks at density {level.density:.3g}",
-    )
+    starts = [
+        Start(finder.dense.select(init_seed=rows[r]["init_seed"]).start, mask, rows[r]["order_seed"])
+        for r, mask in zip(trained, kept, strict=True)
+    ]
+    label = f"{len(trained)} networks at density {level.density:.3g}"
+    outcome = tl.train(finder.model, starts, finder.task, study.recipe, first_step=study.rewind_step, progress=label)
     results = outcome.metrics.drop(columns="replica").set_axis(trained)
     results["kept"] = [int(tl.masks.kept(found)) for found in kept]
     results["density"] = [float(tl.masks.density(found)) for found in kept]

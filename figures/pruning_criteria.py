@@ -65,10 +65,11 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def _panel(method: pd.Series) -> str:
-    if method["scope"] == "global":
-        return PANELS[0] if method["stage"] == "init" else PANELS[1]
-    moved = method["criterion"] in ("magnitude_increase", "movement") or method["criterion"].endswith("_sign")
-    return PANELS[3] if moved else PANELS[2]
+    if method["criterion"] in ("magnitude_increase", "movement") or method["criterion"].endswith("_sign"):
+        return PANELS[3]
+    if method["criterion"].startswith(("large_", "small_")):
+        return PANELS[2]
+    return PANELS[0] if method["stage"] == "init" else PANELS[1]
 
 
 def _against_density(axes: Axes, table: pd.DataFrame, title: str, looks: Mapping[str, Mapping[str, object]]) -> None:
@@ -79,7 +80,7 @@ def _against_density(axes: Axes, table: pd.DataFrame, title: str, looks: Mapping
     for method, look in looks.items():
         rows = table[table["method"] == method]
         mean_and_replicas(axes, rows["level_density"], 100 * rows["test_error"], label=_label(method), **look)
-        for density in rows.loc[rows["empties_a_layer"].astype(bool), "level_density"].unique():
+        for density in rows.loc[rows["cuts_the_network"].astype(bool), "level_density"].unique():
             axes.plot(density, 0.97, "x", color=look["color"], transform=axes.get_xaxis_transform())
     mean_and_replicas(
         axes,

@@ -43,10 +43,10 @@ def test_every_method_keeps_as_many_weights_as_the_ticket(table):
     trained = networks.query("level == 2")
     assert trained["kept"].unique().tolist() == [levels[2].metrics["kept"].iloc[0]]
     assert networks["test_error"].between(0, 1).all()
-    assert not networks["empties_a_layer"].fillna(False).astype(bool).any()
+    assert not networks["cuts_the_network"].fillna(False).astype(bool).any()
 
 
-def test_a_method_that_empties_a_layer_is_left_out_of_the_stack(table):
+def test_a_method_that_cuts_the_network_is_left_out_of_the_stack(table):
     _, levels = table
     model, task = tl.model_and_task(STUDY, device="cpu")
     finder = pruning_criteria._Finder(STUDY, 10, model, task, levels[0], {})
@@ -55,11 +55,11 @@ def test_a_method_that_empties_a_layer_is_left_out_of_the_stack(table):
         mask[:, 0, 0] = True  # one weight in each layer
     level = replace(levels[2], masks=few)
     found = pruning_criteria._compared(finder, [parse("small_init/global"), parse("small_init")], level)
-    assert found["empties_a_layer"].tolist() == [True, True, False, False]
+    assert found["cuts_the_network"].tolist() == [True, True, False, False]
     assert found["kept"].tolist()[2:] == [3, 3] and found["test_error"].isna().tolist() == [True, True, False, False]
     assert len(pruning_criteria._compared(finder, [parse("small_init/global")], level)) == 2
     still = pruning_criteria._compared(finder, [parse("movement@init"), parse("movement@init*2")], level)
-    assert still["empties_a_layer"].all()  # nothing has moved: no score tells weights apart
+    assert still["cuts_the_network"].all()  # nothing has moved: no score tells weights apart
 
 
 def test_a_network_of_the_stack_is_the_one_trained_alone(table):
@@ -70,7 +70,7 @@ def test_a_network_of_the_stack_is_the_one_trained_alone(table):
     evidence = tl.criteria.Evidence(model, dense.masks, dense.snapshots[0], dense.snapshots[10], x, y)
     masks = tl.criteria.find("magnitude", evidence, float(tl.masks.density(ticket.masks)))
     start = tl.functional.stack_states([dense.start])
-    alone = tl.train(model, start, tl.functional.stack([masks]), task, STUDY.recipe, [1]).metrics
+    alone = tl.train(model, starts(start, tl.functional.stack([masks]), [1]), task, STUDY.recipe).metrics
     row = networks.query("method == 'magnitude@early' and init_seed == 1").iloc[0]
     assert row["test_error"] == pytest.approx(alone["test_error"].iloc[0], abs=0.01)
     assert row["test_loss_nats"] == pytest.approx(alone["test_loss_nats"].iloc[0], rel=1e-3)
@@ -93,8 +93,8 @@ def test_names_are_filled_in_as_in_the_literature():
         ("init", 1, "global"),
         ("init", 100, "global"),
         ("trained", 1, "global"),
-        ("trained", 1, "layer"),
-        ("init", 1, "layer"),
+        ("trained", 1, "global"),
+        ("init", 1, "global"),
     ]
     full = parse("snip@early*20/layer")
     assert (full.criterion, full.stage, full.rounds, full.scope) == ("snip", "early", 20, "layer")
@@ -175,7 +175,7 @@ def fixture_table():
             row = {"method": method, **dict(zip(("criterion", "stage", "scope"), about, strict=True))}
             row |= {"level": level, "level_density": 0.2**level, "init_seed": seed, "dense_trainings": level}
             error = np.nan if empties else 0.02 * (1 + level + seed)
-            rows.append(row | {"empties_a_layer": empties, "test_error": error, "rewind_step": 0, "steps": 50})
+            rows.append(row | {"cuts_the_network": empties, "test_error": error, "rewind_step": 0, "steps": 50})
     return pd.DataFrame(rows).assign(task="digits", model="mlp_100_50", early_step=5)
 
 
