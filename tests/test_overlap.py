@@ -15,7 +15,8 @@ from torch import nn
 
 from ticketlab import overlap, permutation
 from ticketlab.masks import layerwise_shuffle, ones
-from ticketlab.overlap.null import exact_p
+from ticketlab.overlap import null
+from ticketlab.overlap.null import exact_p, margin_masks
 from ticketlab.overlap.null import random_masks as null_masks
 from ticketlab.state import select, stack
 
@@ -259,7 +260,8 @@ def test_survival_of_nested_and_of_moved_masks():
 # Up to the order of hidden units
 
 
-def test_a_permuted_mask_is_found_and_random_masks_are_not():
+def test_a_permuted_mask_is_found_and_random_masks_are_not(monkeypatch):
+    monkeypatch.setattr(null, "_ROUNDS", 20)
     model = build(small_mlp)
     groups = permutation.groups(model, torch.zeros(2, 6, dtype=torch.float64))
     masks = half_masks(model, 0)
@@ -301,6 +303,71 @@ def test_random_masks_are_uniform_within_each_input_or_unit(given_):
     drawn = torch.stack([null_masks({"fc": mask}, seed, given_)["fc"].flatten() for seed in range(2400)])
     _, counts = (drawn * bits).sum(1).unique(return_counts=True)
     assert len(counts) == 24 and chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def heterogeneous(units, inputs, density, generator, pixels):
+    """Live weights whose odds are a product of unit and pixel: uniform once both margins are given."""
+    odds = torch.randn(units, 1, generator=generator, dtype=torch.float64) + pixels
+    level = torch.sigmoid(odds).quantile(1 - density).logit()
+    return torch.rand(units, inputs, generator=generator, dtype=torch.float64) < torch.sigmoid(odds - level)
+
+
+def test_masks_of_both_margins_keep_both_exactly():
+    generator = torch.Generator().manual_seed(0)
+    masks = {"fc": heterogeneous(9, 20, 0.2, generator, torch.randn(20, generator=generator, dtype=torch.float64))}
+    masks["conv"] = torch.rand(6, 4, 3, 3, generator=generator) < 0.3
+    masks["one"] = torch.rand(1, 20, generator=generator) < 0.3
+    one, other = margin_masks(masks, 3, 2)
+    for name, mask in masks.items():
+        old, *new = (m.reshape(len(mask), -1) for m in (mask, one[name], other[name]))
+        assert one[name].shape == mask.shape
+        assert all(torch.equal(old.sum(dim), m.sum(dim)) for m in new for dim in (0, 1))
+        assert name == "one" or not (torch.equal(new[0], new[1]) or torch.equal(old, new[0]))
+    again = margin_masks(masks, 3, 2)
+    assert all(torch.equal(m, again[1][n]) for n, m in other.items())
+    assert not torch.equal(margin_masks(masks, 4, 1)[0]["fc"], one["fc"])
+
+
+@pytest.mark.parametrize(("margin", "units", "n"), [((2, 2, 2, 2), 4, 90), ((1, 1, 1), 3, 6), ((3, 2, 1), 3, 3)])
+def test_masks_of_both_margins_are_uniform(margin, units, n, monkeypatch):
+    """The 90 masks of 4 x 4 with two live weights in every row and column; the 6 permutations; 3 of unequal columns."""
+    monkeypatch.setattr(null, "_ROUNDS", 12)
+    columns = len(margin)
+    rows = sum(margin) // units
+    grid = torch.zeros(units, columns, dtype=torch.bool)
+    left = torch.tensor(margin)
+    for row in grid:  # the fullest columns first
+        row[left.argsort(descending=True, stable=True)[:rows]] = True
+        left -= row.long()
+    assert (left == 0).all()
+    drawn = torch.stack([m["fc"].flatten() for m in margin_masks({"fc": grid}, 0, 15 * n)])
+    codes, counts = (drawn * 2 ** torch.arange(units * columns)).sum(1).unique(return_counts=True)
+    assert len(codes) == n and chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_independent_masks_of_equal_margins_score_one(monkeypatch):
+    """Units and pixels of unequal sizes: aligned, they share more than random masks that lose either margin."""
+    monkeypatch.setattr(null, "_ROUNDS", 30)
+    model = build(lambda: nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 3)))
+    groups = permutation.groups(model, torch.zeros(2, 40, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(40, generator=generator, dtype=torch.float64)
+    found: dict[str, list] = {"layer": [], "unit": [], "input": []}
+    for seed in range(30):
+        pair = [
+            {"0.weight": heterogeneous(16, 40, 0.2, generator, pixels), "2.weight": ones(model)["2.weight"]}
+            for _ in range(2)
+        ]
+        for given_, rows in found.items():
+            table = overlap.aligned(groups, *pair, given=given_, draws=9, restarts=1, seed=seed)
+            rows.append(of(table, "0.weight"))
+    ratio = {given_: np.array([row["ratio"] for row in rows]) for given_, rows in found.items()}
+    assert ratio["layer"].mean() > ratio["unit"].mean() > 1.05
+    assert abs(ratio["input"].mean() - 1) < 3.5 * ratio["input"].std() / 30**0.5 < 0.03
+    z, p = (np.array([row[name] for row in found["input"]]) for name in ("z", "p_value"))
+    assert abs(z.mean()) < 0.75 and 0.8 < z.std() < 1.8  # Student's t of 9 draws: 1.2
+    assert 0.35 < p.mean() < 0.75  # 0.55, for ranks of 10
+    assert {row["p_value"] for row in found["layer"]} == {0.1}
 
 
 def test_shared_inputs_alone_are_more_than_layer_counts_and_no_more_than_input_counts_explain():
