@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from cases import build, half_masks, small_conv_bn, small_mlp
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from ticketlab import signal
+from ticketlab.losses import SQUARED_ERROR
 from ticketlab.masks import masked
 from ticketlab.network import apply
+from ticketlab.signal import moments as by_products
 from ticketlab.state import State, stack, stack_states, state
 
 F64 = torch.float64
@@ -434,3 +438,253 @@ def test_a_lost_direction_has_an_infinite_condition_number():
     found = signal.isometry(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
     assert found.condition_number.tolist() == [math.inf, math.inf]
     assert found.scaled_distance[0] == pytest.approx(0.5**0.5) and math.isnan(found.scaled_distance[1])
+
+
+# What users bring: the truth is plain autograd, one input after another, on a module that holds the weights.
+
+
+def truth(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack([torch.autograd.functional.jacobian(model, u[None]).reshape(-1, u.numel()) for u in x])
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.output = nn.LSTM(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.lstm(x)[0][:, -1])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 20), nn.Linear(20, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(checkpoint(lambda h: self.first(h).tanh(), x, use_reentrant=False))
+
+
+class Viewed(nn.Module):
+    """Does not run in channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.output = nn.Conv2d(2, 4, 3), nn.Linear(4 * 9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.conv(x).view(len(x), -1).relu())
+
+
+class Strided(nn.Module):
+    """Reads storage as it lies: in channels-last it is another function, without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.clone()).tanh()
+        return y.as_strided((len(x), y[0].numel()), (y[0].numel(), 1))
+
+
+class Wrong(torch.autograd.Function):
+    """A cube whose backward pass is wrong under vmap, and whose derivative of the derivative is lost."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        if torch._C._functorch.is_batchedtensor(grad):
+            return 7 * grad
+        return torch.zeros_like(x).copy_(3 * x.detach() ** 2 * grad.detach()) + 0 * grad
+
+
+class Cubes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Wrong.apply(x)
+
+
+USERS = {
+    "prelu": (lambda: nn.Sequential(nn.Linear(6, 5), nn.PReLU(5), nn.Linear(5, 5)), (5, 6)),  # inputs = outputs
+    "groups": (lambda: nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten()), (3, 2, 4, 4)),
+    "lstm": (Recurrent, (4, 3, 2)),
+    "checkpoint": (Checkpointed, (4, 6)),
+    "view": (Viewed, (4, 2, 5, 5)),
+    "strided": (Strided, (4, 2, 4, 4)),
+    "hardswish": (lambda: nn.Sequential(nn.Linear(3, 7), nn.Hardswish(), nn.Linear(7, 8)), (4, 3)),
+    "wrong rule, few outputs": (lambda: nn.Sequential(nn.Linear(6, 5), Cubes(), nn.Linear(5, 3)), (4, 6)),
+    "wrong rule, many outputs": (lambda: nn.Sequential(nn.Linear(3, 5), Cubes(), nn.Linear(5, 8)), (4, 3)),
+    "instance norm": (lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3), nn.Flatten()), (4, 2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_networks_as_users_bring_them(name):
+    factory, shape = USERS[name]
+    model, other, x = build(factory, 0), build(factory, 1).eval(), normal(*shape)
+    exact = truth(other, x)
+    s = torch.linalg.svdvals(exact)
+    own = state(other)
+    torch.testing.assert_close(signal.jacobian_singular_values(model, own, x), s, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        signal.largest_singular_values(model, own, x, n_values=2), s[:, :2], rtol=1e-7, atol=1e-9
+    )
+    moments = signal.jacobian_moments(model, own, x, n_moments=2, n_probes=300)
+    expected = torch.stack([(s ** (2 * k)).sum(-1) / exact.shape[1] for k in (1, 2)], -1)
+    assert ((moments.values - expected).abs() < 5 * moments.standard_errors + 1e-12).all()
+
+
+def test_a_jacobian_too_large_to_hold_is_refused_where_the_second_derivative_is_missing(monkeypatch):
+    monkeypatch.setattr(by_products, "_MATRIX", 100)
+    model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.Hardsigmoid(), nn.Linear(5, 3)))
+    assert signal.jacobian_moments(model, state(model), normal(2, 6), n_moments=1).values.isfinite().all()
+    for measure in (signal.jacobian_moments, signal.largest_singular_values):
+        with pytest.raises(ValueError, match="must have a second derivative where a Jacobian is too large to hold"):
+            measure(model, state(model), normal(2, 6))
+
+
+def test_half_precision_is_factorised_in_float32():
+    model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))).bfloat16()
+    x = normal(4, 6).bfloat16()
+    found = signal.jacobian_singular_values(model, state(model), x)
+    expected = torch.linalg.svdvals(truth(model, x).float())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.01)
+
+
+class Tokens(nn.Module):
+    """Tokens first, as sequence models may have it inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(9, 4), nn.GRU(4, 4)
+        self.flat, self.output = nn.Flatten(), nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.flat(self.mix(self.embed(x).transpose(0, 1))[0].transpose(0, 1)))
+
+
+def test_tokens_are_measured_from_where_they_are_embedded():
+    model = build(Tokens)
+    own, x = state(model), torch.randint(0, 9, (5, 5), generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2, 0, 1])
+    for measure in (signal.jacobian_singular_values, signal.jacobian_moments, signal.largest_singular_values):
+        with pytest.raises(ValueError, match=r"x must be floating to be differentiated in: .* source=.* \['embed'\]"):
+            measure(model, own, x)
+
+    def after(u: Tensor) -> Tensor:
+        return model.output(model.mix(u.transpose(0, 1))[0].transpose(0, 1).flatten(1))
+
+    expected = torch.linalg.svdvals(truth(after, model.embed(x).detach()))
+    found = signal.jacobian_singular_values(model, own, x, source="embed")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    table = signal.layer_statistics(model, own, x, y, layers=["embed", "flat", "output"]).set_index("layer")
+    u = model.embed(x).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(after(u), y, reduction="sum"), u)
+    assert table.loc["embed", "gradient_norm"] == pytest.approx(
+        float(slope.flatten(1).norm(dim=1).square().mean().sqrt())
+    )
+    frozen = build(Tokens).requires_grad_(False)
+    assert signal.layer_statistics(frozen, own, x, y, layers=["embed", "flat", "output"]).equals(table.reset_index())
+
+
+class Sequence(nn.Module):
+    """A layer inside sees [t, n, d]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.output = nn.Linear(2, 2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.inner(x.transpose(0, 1)).transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_an_axis_of_time_is_not_taken_for_that_of_inputs(n):
+    model, x = build(Sequence), normal(n, 3, 2)
+    for measure in (
+        lambda: signal.layer_statistics(model, state(model), x),
+        lambda: signal.jacobian_singular_values(model, state(model), x, target="inner"),
+        lambda: signal.jacobian_moments(model, state(model), x, source="inner"),
+    ):
+        with pytest.raises(ValueError, match=r"'inner' must return one tensor whose first axis is the \d inputs"):
+            measure()
+    assert signal.layer_statistics(model, state(model), x, layers=["output"])["layer"].tolist() == ["output"]
+
+
+class Detached(nn.Module):
+    """Adds up to nothing in value; its derivative couples the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y - y.mean(0) + y.mean(0).detach()
+
+
+def test_derivatives_that_couple_are_refused_too():
+    model = build(Detached)
+    with pytest.raises(ValueError, match="each input must pass through the network by itself: the output at one"):
+        signal.jacobian_singular_values(model, state(model), normal(4, 6))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_checkpoint_that_hides_the_graph_is_refused_by_name():
+    class Reentrant(Checkpointed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(checkpoint(lambda h: self.first(h).tanh(), x, use_reentrant=True))
+
+    model = build(Reentrant)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        signal.jacobian_singular_values(model, state(model), normal(4, 6))
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's linear layer, [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_units_are_outputs_however_a_weight_lies():
+    model = build(Conv1D)
+    found = signal.effective_sigma_w2(model, state(model))["weight"]
+    assert float(found) == pytest.approx(float(model.weight.detach().square().sum()) / 3)
+    raw = build(lambda: nn.Sequential(Conv1D(), nn.Linear(3, 3)))
+    raw[0].__class__ = type("Product", (Conv1D,), {})  # a matrix that only a mask names
+    masks = {"0.weight": torch.ones(6, 3, dtype=torch.bool), "1.weight": torch.ones(3, 3, dtype=torch.bool)}
+    assert set(signal.effective_sigma_w2(raw, state(raw))) == {"1.weight"}
+    assert set(signal.effective_sigma_w2(raw, state(raw), masks=masks)) == set(masks)
+    normed = build(lambda: nn.Sequential(nn.Linear(3, 3), parametrizations.weight_norm(nn.Linear(3, 3))))
+    with pytest.raises(ValueError, match="is what a weight is computed from"):
+        signal.effective_sigma_w2(normed, state(normed))
+
+
+def test_a_module_in_training_mode_is_evaluated():
+    model, x, y = build(small_conv_bn), normal(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    own = state(model)
+    for measure in (
+        lambda: signal.jacobian_singular_values(model, own, x).tolist(),
+        lambda: signal.layer_statistics(model, own, x, y).to_dict(),
+    ):
+        model.train()
+        assert measure() == (model.eval(), measure())[1]
+
+
+def test_the_gradient_norm_of_another_loss():
+    model, x = build(lambda: nn.Linear(6, 3)), normal(5, 6)
+    y = normal(5, 3, seed=1)
+    found = signal.layer_statistics(model, state(model), x, y, loss=SQUARED_ERROR)["gradient_norm"][0]
+    slope = 2 * (model(x) - y).detach() / 3
+    assert found == pytest.approx(float(slope.norm(dim=1).square().mean().sqrt()))
