@@ -18,16 +18,14 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
-import tyro
 from torch import nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, main, open_run
 from figures.pruning_criteria import draw
 from ticketlab import graph
 from ticketlab.engine import cost
@@ -49,11 +47,9 @@ STUDY = replace(DIGITS, levels=6, prune_fraction=0.5, treatments=("ticket",))
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """Accuracy of the masks of every criterion at equal density, and what it costs to find them."""
 
-    run: Path | None = None
-    """Measure this run directory; None: make or resume the run that the flags below describe."""
     methods: tuple[str, ...] = METHODS
     """What to compare with the run's tickets, each criterion[@stage][*rounds][/scope]."""
     at_levels: tuple[int, ...] | None = None
@@ -62,13 +58,7 @@ class Config:
     """Use the first so many of the run's init seeds; None: all."""
     early_step: int = 100
     """Step of the dense training at which @early takes its scores."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
         if len(set(self.methods)) < len(self.methods):
@@ -163,13 +153,13 @@ class _Finder:
 
 
 def run(config: Config) -> Tables:
-    """``networks``: one row a method, level and replica; methods ``dense`` and ``imp`` are those of the run."""
+    """``networks``: one row per method, level and replica; methods ``dense`` and ``imp`` are those of the run."""
     methods = [parse(name) for name in config.methods]
-    study = config.study
-    if any(m.stage == "early" for m in methods):
-        study = replace(study, snapshot_steps=tuple(sorted({*study.snapshot_steps, config.early_step})))
-    study, model, task, levels = open_run(config.run, study, config.store, config.device)
-    wanted = _wanted(config, study)
+    if config.run is None and any(m.stage == "early" for m in methods):
+        steps = tuple(sorted({*config.study.snapshot_steps, config.early_step}))
+        config = replace(config, study=replace(config.study, snapshot_steps=steps))
+    study, model, task, levels = open_run(config)
+    wanted = _wanted(config, study.levels)
     if config.replicas is not None and config.replicas > len(study.init_seeds):
         raise Refused(f"replicas must be 1 to the run's {len(study.init_seeds)} init seeds: got {config.replicas}.")
     order_seeds = (study.order_seeds or study.init_seeds)[: config.replicas]
@@ -194,12 +184,8 @@ def run(config: Config) -> Tables:
     return {"networks": networks.assign(**about, early_step=config.early_step)}
 
 
-def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
-    second = set(range(2, study.levels + 1, 2)) or {study.levels}
-    wanted = second if config.at_levels is None else set(config.at_levels)
-    if not wanted or not wanted <= set(range(1, study.levels + 1)):
-        raise Refused(f"at_levels must lie in 1..{study.levels}, the levels of the run: got {sorted(wanted)}.")
-    return wanted
+def _wanted(config: Config, last: int) -> set[int]:
+    return chosen_levels(config.at_levels, last, set(range(2, last + 1, 2)) or {last}, first=1)
 
 
 _LABELS = ("method", "criterion", "stage", "rounds", "scope", "level", "level_density", "init_seed", "cuts_the_network")

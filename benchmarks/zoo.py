@@ -20,9 +20,10 @@ import tyro
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find
-from ticketlab.engine.treatments import TREATMENTS, Origin, Start
+from ticketlab.engine.training import Start
+from ticketlab.engine.treatments import TREATMENTS, Origin
 from ticketlab.network import resolve
-from ticketlab.state import Masks, State, stack, stack_states
+from ticketlab.state import Masks, State
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def zoo(model_name: str, task: tl.Task, density: float) -> list[Start]:
     layers = dict.fromkeys(everything, density)  # whatever the criterion, no layer is emptied
     masks = {name: find(name, evidence, layers, rounds=1) for name in CRITERIA if name != "obd_exact"}
     origin = Origin(factory, start, masks["magnitude"], 0, 0, 1, trained=end, dense=end, last_learning_rate=1e-3)
-    starts = [treatment(origin) for treatment in TREATMENTS.values()]
+    starts = [treatment.start(origin) for treatment in TREATMENTS.values()]
     # A network with a learning rate of its own cannot be trained under vmap.
     return [Start(start, mask, 0) for mask in masks.values()] + [s for s in starts if s.learning_rate is None]
 
@@ -74,10 +75,7 @@ def contestants(model_name: str, task: tl.Task, config: Config) -> tuple[int, st
     model = tl.initialise(lambda: tl.models.build(model_name, task.input_shape, task.n_classes), 0)
 
     def trained(some: list[Start]) -> None:
-        masks, orders, frozen = stack([s.masks for s in some]), [s.order_seed for s in some], [s.frozen for s in some]
-        tl.train(
-            model, stack_states([s.state for s in some]), masks, task, recipe, orders, frozen=frozen, progress=False
-        )
+        tl.train(model, some, task, recipe, progress=False)
 
     def one_by_one() -> None:
         for network in networks:

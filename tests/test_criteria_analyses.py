@@ -17,6 +17,7 @@ from analyses.pruning_criteria import parse
 from benchmarks import zoo
 from figures.pruning_criteria import PANELS, draw
 from figures.style import save
+from ticketlab.engine.training import Start
 
 METHODS = ("random", "snip", "snip*3/layer", "magnitude@early", "magnitude", "movement")
 STUDY = replace(
@@ -54,10 +55,10 @@ def test_a_method_that_cuts_the_network_is_left_out_of_the_stack(table):
     for mask in few.values():
         mask[:, 0, 0] = True  # one weight in each layer
     level = replace(levels[2], masks=few)
-    found = pruning_criteria._compared(finder, [parse("small_init/global"), parse("small_init")], level)
+    found = pruning_criteria._compared(finder, [parse("small_init"), parse("synflow/layer")], level)
     assert found["cuts_the_network"].tolist() == [True, True, False, False]
     assert found["kept"].tolist()[2:] == [3, 3] and found["test_error"].isna().tolist() == [True, True, False, False]
-    assert len(pruning_criteria._compared(finder, [parse("small_init/global")], level)) == 2
+    assert len(pruning_criteria._compared(finder, [parse("small_init/layer")], level)) == 2
     still = pruning_criteria._compared(finder, [parse("movement@init"), parse("movement@init*2")], level)
     assert still["cuts_the_network"].all()  # nothing has moved: no score tells weights apart
 
@@ -69,8 +70,7 @@ def test_a_network_of_the_stack_is_the_one_trained_alone(table):
     x, y = tl.criteria.draw_examples(task, 100, 1)
     evidence = tl.criteria.Evidence(model, dense.masks, dense.snapshots[0], dense.snapshots[10], x, y)
     masks = tl.criteria.find("magnitude", evidence, float(tl.masks.density(ticket.masks)))
-    start = tl.functional.stack_states([dense.start])
-    alone = tl.train(model, starts(start, tl.functional.stack([masks]), [1]), task, STUDY.recipe).metrics
+    alone = tl.train(model, [Start(dense.start, masks, 1)], task, STUDY.recipe).metrics
     row = networks.query("method == 'magnitude@early' and init_seed == 1").iloc[0]
     assert row["test_error"] == pytest.approx(alone["test_error"].iloc[0], abs=0.01)
     assert row["test_loss_nats"] == pytest.approx(alone["test_loss_nats"].iloc[0], rel=1e-3)
@@ -120,10 +120,10 @@ def test_configs_that_make_no_sense_are_refused(change, match):
 @pytest.mark.parametrize(
     ("change", "levels", "match"),
     [
-        ({"at_levels": (99,)}, 2, r"at_levels must lie in 1\.\.2, the levels of the run: got \[99\]"),
-        ({"at_levels": (0, 1)}, 2, r"at_levels must lie in 1\.\.2"),
-        ({"at_levels": ()}, 2, r"at_levels must lie in 1\.\.2"),
-        ({}, 0, r"at_levels must lie in 1\.\.0"),
+        ({"at_levels": (99,)}, 2, r"levels must lie in 1\.\.2, those of the run: got \[99\]"),
+        ({"at_levels": (0, 1)}, 2, r"levels must lie in 1\.\.2"),
+        ({"at_levels": ()}, 2, r"levels must lie in 1\.\.2"),
+        ({}, 0, r"levels must lie in 1\.\.0"),
         ({"replicas": 50}, 2, "replicas must be 1 to the run's 2 init seeds: got 50"),
     ],
 )
@@ -136,7 +136,7 @@ def test_what_would_compare_nothing_is_refused_before_training(tmp_path, change,
 
 def test_every_second_level_is_compared_or_the_only_one():
     config = pruning_criteria.Config()
-    wanted = [pruning_criteria._wanted(config, replace(STUDY, levels=n)) for n in (1, 2, 5)]
+    wanted = [pruning_criteria._wanted(config, n) for n in (1, 2, 5)]
     assert wanted == [{1}, {2}, {2, 4}]
 
 
@@ -151,7 +151,8 @@ def test_a_run_is_measured_by_its_first_seeds_and_must_have_the_early_step(tmp_p
         return main("pruning_criteria", module.Config, module.run, module.draw, module.summary, flags)
 
     assert command("--methods", "random", "--replicas", "1") == 0
-    networks = pd.read_csv(tmp_path / "pruning_criteria" / "networks.csv")
+    (written,) = (tmp_path / "pruning_criteria").glob("*/networks.csv")
+    networks = pd.read_csv(written)
     assert networks["method"].tolist() == ["dense", "imp", "random"] and set(networks["init_seed"]) == {0}
     assert command("--methods", "magnitude@early") == 2
 
