@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -213,7 +213,7 @@ def network(
     )
     if finite:
         check_finite("params", net.params)
-        check_finite("buffers", {n: b.clamp(min=0) for n, b in net.buffers.items() if b.is_floating_point()})
+        check_finite("buffers", {n: b.clamp(min=0) for n, b in net.buffers.items() if _dense(b)})
     if x is None:
         return net
     _check_inputs(net, x)
@@ -315,19 +315,25 @@ def _remember(model: nn.Module, own: Collection[int]) -> Callable[[], None]:
         own: Ids of the parameters and buffers, which are not looked into.
     """
     attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    containers, arrays, seen = [], [], set(own)
+    containers: list[tuple[Any, list]] = []
+    arrays: list[tuple[np.ndarray, np.ndarray]] = []
+    tensors: list[tuple[Tensor, Tensor]] = []
+    seen = set(own)
     stack = [value for _, before in attributes for value in before.values()]
     while stack:
         value = stack.pop()
         if not isinstance(value, _HOLDERS) or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Tensor | np.ndarray):
-            arrays.append((value, value.detach().clone() if isinstance(value, Tensor) else value.copy()))
-            continue
-        content = _content(value)
-        containers.append((value, content))
-        stack += [part for item in content for part in item] if isinstance(value, dict) else content
+        if isinstance(value, np.ndarray):
+            arrays.append((value, value.copy()))
+        elif isinstance(value, Tensor):
+            with suppress(RuntimeError):  # one that a transform has left behind holds nothing
+                tensors.append((value, value.detach().clone()))
+        else:
+            content = _content(value)
+            containers.append((value, content))
+            stack += [part for item in content for part in item] if isinstance(value, dict) else content
 
     def put_back() -> None:
         for now, before in attributes:
@@ -337,11 +343,12 @@ def _remember(model: nn.Module, own: Collection[int]) -> Callable[[], None]:
             if not _same(_content(container), content):
                 container.clear()
                 (container.update if isinstance(container, dict | set) else container.extend)(content)
-        for array, values in arrays:
-            if isinstance(array, np.ndarray):
-                array[...] = values
-            elif not torch.equal(array, values):
-                array.data.copy_(values)
+        for array, entries in arrays:
+            if array.flags.writeable:
+                array[...] = entries
+        for tensor, values in tensors:
+            if tensor.layout != torch.strided or not torch.equal(tensor, values):
+                tensor.data.copy_(values)
 
     return put_back
 
@@ -381,7 +388,7 @@ def _placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         for where, key, own in places:
-            where[key] = own
+            where[key] = own  # type: ignore[assignment]
         for module, mode in modes:
             module.training = mode
 
@@ -537,13 +544,17 @@ def _refuse_unknown_buffers(net: Network, x: Tensor, replaced: Collection[str]) 
         )
 
 
+def _dense(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and buffer.layout == torch.strided
+
+
 @torch.no_grad()
 def reads(net: Network, x: Tensor, names: Collection[str]) -> bool:
     """Whether outputs depend on these floating buffers: seen by replacing their values with NaN, and with others."""
     one, few = _sound(net), x[:1].nan_to_num() if x.is_floating_point() else x[:1]
     with torch.random.fork_rng(devices=[]):
         known = _attempt(one, few)
-        for poison in (lambda b: torch.full_like(b, torch.nan), lambda b: 1 - b.nan_to_num(0, 0, 0)):
+        for poison in (lambda b: b * torch.nan, lambda b: 1 - b.nan_to_num(0, 0, 0) if _dense(b) else 2 * b):
             other = replace(one, buffers=one.buffers | {n: poison(one.buffers[n]) for n in names})
             try:
                 y = _attempt(other, few)
