@@ -129,6 +129,5 @@ def _by_level(axes: Axes, networks: pd.DataFrame, correlations: pd.DataFrame) ->
     axes.set_ylabel("rank correlation with test accuracy")
     n = int(single["n"].max()) if len(single) else 0
     family = int(single["n_family"].max()) if len(single) else 0
-    title = f"among the {n} networks of each level; filled: p < 0.05 by Holm, of {family} correlations"
-    axes.set_title(title, fontsize=7)
+    axes.set_title(f"among the {n} networks of each level; filled: p < 0.05 by Holm, of {family}", fontsize=7)
     axes.legend(loc="best", ncol=2)
