@@ -516,7 +516,7 @@ USERS = {
     "checkpoint": (Checkpointed, (4, 6)),
     "view": (Viewed, (4, 2, 5, 5)),
     "strided": (Strided, (4, 2, 4, 4)),
-    "hardswish": (lambda: nn.Sequential(nn.Linear(3, 7), nn.Hardswish(), nn.Linear(7, 8)), (4, 3)),
+    "hardsigmoid": (lambda: nn.Sequential(nn.Linear(3, 7), nn.Hardsigmoid(), nn.Linear(7, 8)), (4, 3)),
     "wrong rule, few outputs": (lambda: nn.Sequential(nn.Linear(6, 5), Cubes(), nn.Linear(5, 3)), (4, 6)),
     "wrong rule, many outputs": (lambda: nn.Sequential(nn.Linear(3, 5), Cubes(), nn.Linear(5, 8)), (4, 3)),
     "instance norm": (lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.InstanceNorm1d(3), nn.Flatten()), (4, 2, 5)),

@@ -153,7 +153,7 @@ def _products(at: At, linear: bool) -> tuple[Product, Product]:
         raise Refused(
             "the model must have a second derivative where a Jacobian is too large to hold "
             f"({_held(at) / 2**30:.1f} GiB). "
-            "Use activations that have one (SiLU in place of Hardswish), or name a smaller section."
+            "Use activations that have one (SiLU in place of Hardsigmoid), or name a smaller section."
         )
     matrices = rows(at)  # [n, in, out]
     return (
