@@ -180,13 +180,13 @@ def _flow(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor, draw: int, d
         try:
             for weight in weights.values():
                 weight.requires_grad_()
-            y = attempt(model, inputs)
-            total = (y * positive(y)).sum()
-            gradients = torch.autograd.grad(total, list(weights.values()), materialize_grads=True, allow_unused=True)
+            y = attempt(model, inputs.requires_grad_(inputs.is_floating_point()))
+            if y.requires_grad:
+                (y * positive(y)).sum().backward()  # autograd.grad would not go into a reentrant checkpoint
+            return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in weights.items()}
         finally:
             for weight, was in zip(weights.values(), wanted, strict=True):
                 weight.requires_grad_(was)
-    return dict(zip(weights, gradients, strict=True))
 
 
 def _flowing(name: str, tensor: Tensor, positive: Any) -> Tensor:

@@ -34,7 +34,7 @@ from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.watch import OnEval, Watch, put_back
 from ticketlab.errors import Refused
 from ticketlab.losses import LOSSES
-from ticketlab.network import Execution, attempt, close, lent, n_replicas, resolve, watching_generators
+from ticketlab.network import Execution, attempt, close, lent, n_replicas, network, resolve, watching_generators
 from ticketlab.state import Masks, State, select, stack, stack_states
 
 
@@ -117,8 +117,9 @@ def train(
 
     Raises:
         Refused: Shapes that do not fit, steps or rates out of range, frozen weights under weight decay or beside
-            dynamics, which would move them, ``vmap`` where it does not follow, outputs that do not fit the task, or a
-            model that draws from a global generator as it trains, such as by dropout: no seed of ours reaches it.
+            dynamics, which would move them, ``vmap`` where it does not follow, outputs that do not fit the task or, in
+            evaluation mode, depend on the rest of the batch, or a model that draws from a global generator as it
+            trains, such as by dropout: no seed of ours reaches it.
     """
     _check(model, starts, recipe, first_step, snapshot_steps)
     copies = _probe(model, starts[0], task, recipe)
@@ -207,6 +208,7 @@ def _probe(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> bool:
                 "model's own."
             )
         LOSSES[task.loss].check(y, len(x), outputs.shape[1:])
+        network(model, start.begun, task.train.x, finite=False)  # what is trained is evaluated: each example by itself
         net = copied(model)
         if net is None:
             return False
