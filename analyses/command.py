@@ -1,4 +1,4 @@
-"""What every analysis shares: flags from frozen dataclasses, one-line errors, where results go, which levels to measure."""
+"""What every analysis shares: flags from frozen dataclasses, one-line errors, where results go, what is measured."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import matplotlib
 import pandas as pd
+import torch
 import tyro
 from matplotlib.figure import Figure
 from torch import nn
@@ -31,10 +33,8 @@ DIGITS = tl.ImpConfig(recipe=tl.Recipe(steps=1500))
 
 @dataclass(frozen=True)
 class Places:
-    """Where an analysis reads, computes and writes."""
+    """Where an analysis computes and writes."""
 
-    store: Path = Path("runs")
-    """Folder of run directories."""
     out: Path = Path("results")
     """Folder for tables and figures: OUT/ANALYSIS/RUN."""
     device: str | None = None
@@ -47,6 +47,8 @@ class OfRun(Places):
 
     run: Path | None = None
     """Run directory to measure; None: make or resume the run that the flags of the study describe."""
+    store: Path = Path("runs")
+    """Folder of run directories."""
     study: StudyFlags = field(default_factory=lambda: DIGITS)
 
 
@@ -80,43 +82,60 @@ def main(
         config = tyro.cli(config_type, prog=f"python -m analyses.{name}", args=argv, config=flags)
         folder = result_folder(name, config)
         tables = run(config)
+        paths = _write_all(folder, name, config, tables, draw)
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    matplotlib.use("Agg")
-    described = asdict(config)  # type: ignore[call-overload]
-    if isinstance(config, OfRun) and config.run:  # then the flags of the study were not used, but those of the run
-        described["study"] = asdict(tl.load_run(config.run).config)
-    paths = write(folder, tables, described)
-    paths += save(draw(tables), folder / name)
     print(summary(tables).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print("\n".join(["", *map(str, paths)]))
     return 0
 
 
+def _write_all(folder: Path, name: str, config: Places, tables: Tables, draw: Callable[[Tables], Figure]) -> list[Path]:
+    matplotlib.use("Agg")
+    described = asdict(config)
+    if isinstance(config, OfRun) and config.run:  # then the flags of the study were not used, but those of the run
+        described["study"] = asdict(tl.load_run(config.run).config)
+    with _to(folder):
+        paths = write(folder, tables, described)
+    figure = draw(tables)
+    with _to(folder):
+        return paths + save(figure, folder / name)
+
+
+@contextmanager
+def _to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise Refused(
+            f"--out must be a place to write to: {folder}: {reason}. Choose another, or make room."
+        ) from error
+
+
 def result_folder(name: str, config: Places) -> Path:
-    """A folder of its own for each run and each choice of flags, there to be written to before hours are spent.
+    """A folder of its own for each run and each choice of flags, tried before hours are spent.
 
     Raises:
         Refused: A place that cannot be written.
     """
-    places = {f.name for f in fields(Places)} | {"run", "study"}
-    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in places}
+    known = {f.name for f in fields(OfRun)} if isinstance(config, OfRun) else {f.name for f in fields(Places)}
+    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in known}
     changed = {n: v for n, v in own.items() if v != _default(type(config), n)}
-    parts = [_of_what(config)] + ([_digest(changed)] if changed else [])
-    folder = config.out / name / "-".join(part for part in parts if part)
-    try:
+    parts = [_of_run(config)] if isinstance(config, OfRun) else [] if changed else ["default"]
+    folder = config.out / name / "-".join(parts + ([_digest(changed)] if changed else []))
+    with _to(folder):
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f".{os.getpid()}").touch()
         (folder / f".{os.getpid()}").unlink()
-    except OSError as error:
-        raise Refused(f"--out must be a place to write to: {folder}: {error.strerror}. Choose another.") from error
+        for path in missing:
+            path.rmdir()
     return folder
 
 
-def _of_what(config: Places) -> str:
-    if not isinstance(config, OfRun):
-        return "" if any(True for f in fields(config) if f.name not in {p.name for p in fields(Places)}) else "all"
+def _of_run(config: OfRun) -> str:
     if config.run is not None:
         return config.run.resolve().name
     return f"{config.study.task}-{config.study.model}-{_digest(asdict(config.study))}"
@@ -131,6 +150,11 @@ def _default(config_type: type, name: str) -> Any:
     return own.default if own.default_factory is MISSING else own.default_factory()
 
 
+def device_of(config: Places) -> str:
+    """The device that was asked for, or a CUDA device if there is one."""
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def open_run(config: OfRun) -> Opened:
     """The study in a run directory, or the one to make or resume; its network, data and levels.
 
@@ -140,14 +164,33 @@ def open_run(config: OfRun) -> Opened:
     if config.run is None:
         study = tl.Study(config.study, device=config.device)
         print(f"run: {study.folder(config.store)}", file=sys.stderr)
-        return Opened(study.config, study.model, study.task, study.levels(config.store))
+        return Opened(study.config, study.model, study.task, followed(study.levels(config.store)))
     default = _default(type(config), "study")
     changed = [f.name for f in fields(default) if getattr(default, f.name) != getattr(config.study, f.name)]
     if changed:
         raise Refused(f"flags of the study do nothing beside --run, which has its own: leave out those of {changed}.")
     run = tl.load_run(config.run)
     model, task = tl.model_and_task(run.config, device=config.device)
-    return Opened(run.config, model, task, iter(tl.load_run(config.run, device=task.device)))
+    return Opened(run.config, model, task, followed(tl.load_run(config.run, device=task.device)))
+
+
+def followed(levels: Iterable[tl.Level]) -> Iterator[tl.Level]:
+    """Levels in which all that follows from a ticket that diverged has no result: version 0.1 went on from it.
+
+    Raises:
+        Refused: No dense network is left to measure.
+    """
+    lost: set[int] = set()
+    for level in levels:
+        table = level.metrics.copy()
+        results = [name for name in table if name.endswith(("_nats", "_error"))]
+        table.loc[table["init_seed"].isin(lost), results] = float("nan")
+        table.loc[table["init_seed"].isin(lost) & table["diverged_step"].isna(), "diverged_step"] = 0
+        left = replace(level, metrics=table)
+        lost = set(table["init_seed"]) - set(survivors(left))
+        if level.level == 0 and not survivors(left):
+            raise Refused("some dense network must stay finite: all have diverged. Lower the learning rate or warm up.")
+        yield left
 
 
 def chosen_levels(wanted: Collection[int] | None, last: int, default: Collection[int], first: int = 0) -> set[int]:
@@ -168,15 +211,42 @@ def chosen_levels(wanted: Collection[int] | None, last: int, default: Collection
     return found
 
 
-def each_network(level: tl.Level) -> Iterator[tl.Level]:
+def survivors(level: tl.Level, treatment: str = "ticket") -> tuple[int, ...]:
+    """Init seeds of the networks of a treatment that have not diverged."""
+    rows = level.metrics[(level.metrics["treatment"] == treatment) & level.metrics["diverged_step"].isna()]
+    return tuple(rows["init_seed"].tolist())
+
+
+def each_network(level: tl.Level) -> Iterator[tuple[dict[str, Any], tl.Level]]:
     """Each replica by itself, of those that a measure of m * theta at the start tells apart and that did not diverge.
+
+    Before it what tables say of it: level, treatment, init_seed, density, test_error and level_density.
 
     Siblings start as their tickets do, and where pruned weights are frozen m * theta is another network.
     """
-    told = {name for name, t in TREATMENTS.items() if not (t.alike or t.frozen)}
-    for treatment, seed, diverged in level.metrics[["treatment", "init_seed", "diverged_step"]].itertuples(index=False):
-        if (treatment in told or treatment not in TREATMENTS) and pd.isna(diverged):
-            yield level.select(treatment=treatment, init_seed=seed)
+    hidden = {name for name, treatment in TREATMENTS.items() if treatment.alike or treatment.frozen}
+    for treatment in dict.fromkeys(level.metrics["treatment"]):
+        for seed in survivors(level, treatment) if treatment not in hidden else ():
+            network = level.select(treatment=treatment, init_seed=seed)
+            about = network.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
+            yield about | {"level_density": level.density}, network
+
+
+def pruned_names(model: nn.Module, level: tl.Level) -> tuple[str, ...]:
+    """What masks name, in the model's order, which a stored level does not keep."""
+    return tuple(name for name, _ in model.named_parameters() if name in level.masks)
+
+
+def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """One table.
+
+    Raises:
+        Refused: No part at all: every network that it would tell of has diverged.
+    """
+    found = list(parts)
+    if not found:
+        raise Refused("some network must stay finite: all that were to be measured have diverged. Take other levels.")
+    return pd.concat(found, ignore_index=True)
 
 
 def write(folder: Path, tables: Tables, config: Mapping[str, object]) -> list[Path]:

@@ -14,23 +14,34 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import pandas as pd
-import tyro
 from torch import nn
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import (
+    DIGITS,
+    OfRun,
+    StudyFlags,
+    Tables,
+    chosen_levels,
+    joined,
+    main,
+    open_run,
+    pruned_names,
+    survivors,
+)
 from analyses.intervals import interval, with_holm
 from figures.dynamic_sparsity import draw
 from ticketlab import masks as mask_ops
 from ticketlab.engine import cost
 from ticketlab.engine.dynamic import DropGrow, Dynamics, Gradual, Spread, layer_counts, sparse_masks
+from ticketlab.engine.training import Start
 from ticketlab.errors import Refused
-from ticketlab.state import Masks, State, select, stack
+from ticketlab.state import Masks, State, select
 
 STUDY = replace(DIGITS, treatments=("ticket",))
 METHODS = ("static", "set", "rigl", "gradual")
@@ -38,11 +49,9 @@ Extend = Literal["none", "steps", "macs"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """RigL, SET, static masks, gradual pruning and IMP at equal density and at equal training cost."""
 
-    run: Path | None = None
-    """Take IMP from this run directory; None: make or resume the run that the flags below describe."""
     at_levels: tuple[int, ...] | None = None
     """Levels whose density is compared; None: every second one of the sparser half."""
     n_seeds: int | None = None
@@ -55,13 +64,7 @@ class Config:
     """Train each also as long as IMP in all: in steps, in macs, or not at all."""
     extend_at: tuple[int, ...] | None = None
     """Levels at which training is extended; None: all that are compared."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
         DropGrow(every=self.update_every)  # refused before IMP has trained
@@ -78,18 +81,24 @@ class Problem:
     """Stacked initial weights, one for each seed."""
     init_seeds: tuple[int, ...]
     order_seeds: tuple[int, ...]
-    uses: dict[str, int]
-    """How often an example uses each weight."""
+    sizes: dict[str, int]
+    """Weights of each layer that is pruned."""
     config: Config
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {name: mask.numel() for name, mask in mask_ops.ones(self.model).items()}
+    @cached_property
+    def uses(self) -> dict[str, float]:
+        """How often an example uses each weight."""
+        return cost.positions(self.model, self.task.train.x, tuple(self.sizes))
+
+    def counts(self, density: float) -> dict[str, int]:
+        """Live weights of each layer."""
+        names, x = tuple(self.sizes), self.task.train.x
+        return layer_counts(self.model, density, self.config.spread, prunable=names, x=x)
 
 
 def run(config: Config) -> Tables:
-    """``networks``: one row a network. ``layers``: live weights of each layer. ``contrasts``: pairs of methods."""
-    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    """``networks``: one row per network. ``layers``: live weights of each layer. ``contrasts``: pairs of methods."""
+    study, model, task, levels = open_run(config)
     wanted = _wanted(config, study)
     problem: Problem | None = None
     spent = pd.DataFrame()
@@ -102,21 +111,20 @@ def run(config: Config) -> Tables:
             tables.append(_imp("dense", level, spent, problem))
         elif level.level in wanted:
             imp = _imp("imp", level, spent, problem)
-            tables += [imp, *_beside(problem, level, imp)]
-            layers.append(_layers(problem, level))
+            counts = problem.counts(int(imp["kept"].iloc[0]) / sum(problem.sizes.values()))
+            tables += [imp, *_beside(problem, level, imp, counts)]
+            layers += _layers(problem, level, counts)
     about = {"task": study.task, "model": study.model, "spread": config.spread, "update_every": config.update_every}
     networks = pd.concat(tables, ignore_index=True)
     dense = networks.loc[networks["method"] == "dense", "macs"].iloc[0]
     networks.insert(networks.columns.get_loc("macs") + 1, "dense_trainings", networks["macs"] / dense)
-    found = {"networks": networks, "layers": pd.concat(layers, ignore_index=True), "contrasts": contrasts(networks)}
+    found = {"networks": networks, "layers": joined(layers), "contrasts": contrasts(networks)}
     return {name: table.assign(**about) for name, table in found.items()}
 
 
 def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
     half = range(study.levels, max(0, study.levels // 2 - 1), -2)
-    wanted = set(half if config.at_levels is None else config.at_levels)
-    if not wanted or not wanted <= set(range(1, study.levels + 1)):
-        raise Refused(f"at_levels must lie in 1..{study.levels}, the levels of the run: got {sorted(wanted)}.")
+    wanted = chosen_levels(config.at_levels, study.levels, half, first=1)
     if not set(config.extend_at or ()) <= wanted:
         raise Refused(f"extend_at must be among the compared levels {sorted(wanted)}: got {config.extend_at}.")
     return wanted
@@ -128,7 +136,8 @@ def _problem(config: Config, study: tl.ImpConfig, model: nn.Module, task: tl.Tas
         raise Refused(f"n_seeds must be 2 to the run's {len(study.init_seeds)} init seeds: got {n}.")
     seeds, orders = study.init_seeds[:n], (study.order_seeds or study.init_seeds)[:n]
     init = dense.snapshots[0].select(list(range(n)))
-    return Problem(model, task, study.recipe, init, seeds, orders, cost.positions(model, task.train.x), config)
+    sizes = {name: dense.masks[name][0].numel() for name in pruned_names(model, dense)}
+    return Problem(model, task, study.recipe, init, seeds, orders, sizes, config)
 
 
 def _imp(method: str, level: tl.Level, spent: pd.DataFrame, problem: Problem) -> pd.DataFrame:
@@ -140,12 +149,9 @@ def _imp(method: str, level: tl.Level, spent: pd.DataFrame, problem: Problem) ->
     return table.assign(method=method, level=level.level)
 
 
-def _beside(problem: Problem, level: tl.Level, imp: pd.DataFrame) -> list[pd.DataFrame]:
+def _beside(problem: Problem, level: tl.Level, imp: pd.DataFrame, counts: dict[str, int]) -> list[pd.DataFrame]:
     """All methods at the density of a level, and again at IMP's cost."""
     config, recipe = problem.config, problem.recipe
-    kept = int(imp["kept"].iloc[0])
-    counts = layer_counts(problem.model, kept / int(imp["prunable"].iloc[0]), config.spread)
-    assert sum(counts.values()) == kept
     tables = [_train(problem, level.level, counts, recipe, METHODS)]
     if config.extend != "none" and (config.extend_at is None or level.level in config.extend_at):
         recipes = {method: _extended(problem, counts, recipe, imp, method) for method in METHODS}
@@ -177,21 +183,12 @@ def _train(
 ) -> pd.DataFrame:
     """Methods x seeds in one stack."""
     jobs = [(method, r) for method in methods for r in range(len(problem.init_seeds))]
-    dynamics = [_dynamics(problem, method, counts, problem.init_seeds[r]) for method, r in jobs]
-    masks = stack([_start_mask(problem, method, counts, problem.init_seeds[r]) for method, r in jobs])
-    outcome = tl.train(
-        problem.model,
-        problem.init.repeat(len(methods)),
-        masks,
-        problem.task,
-        recipe,
-        [problem.order_seeds[r] for _, r in jobs],
-        dynamics=dynamics,
-        description=f"level {level}, {', '.join(methods)}{suffix}",
-    )
+    starts = [_start(problem, method, counts, r) for method, r in jobs]
+    label = f"level {level}, {', '.join(methods)}{suffix}"
+    outcome = tl.train(problem.model, starts, problem.task, recipe, progress=label)
     results = outcome.metrics[["test_error", "test_loss_nats"]]
     rows = []
-    for i, (method, r) in enumerate(jobs):
+    for i, (start, (method, r)) in enumerate(zip(starts, jobs, strict=True)):
         last = select(outcome.masks, i)
         rows.append(
             {
@@ -201,10 +198,10 @@ def _train(
                 "kept": int(mask_ops.kept(last)),
                 "prunable": mask_ops.total(last),
                 "steps": recipe.steps,
-                "macs": _macs(problem, counts, dynamics[i], recipe),
+                "macs": _macs(problem, counts, start.dynamics, recipe),
                 "method": method + suffix,
                 "level": level,
-                "moved": _moved(select(masks, i), last),
+                "moved": _moved(start.masks, last) if results["test_error"].notna()[i] else float("nan"),
             }
         )
     return pd.concat([pd.DataFrame(rows), results], axis=1)
@@ -218,10 +215,13 @@ def _dynamics(problem: Problem, method: str, counts: dict[str, int], seed: int) 
     return DropGrow(growth[method], every=every, seed=seed) if method in growth else None  # type: ignore[arg-type]
 
 
-def _start_mask(problem: Problem, method: str, counts: dict[str, int], seed: int) -> Masks:
+def _start(problem: Problem, method: str, counts: dict[str, int], r: int) -> Start:
     """RigL, SET and static training start from the same random mask, gradual pruning from a dense network."""
-    masks = mask_ops.ones(problem.model) if method == "gradual" else sparse_masks(problem.model, counts, seed)
-    return {name: mask.to(problem.task.device) for name, mask in masks.items()}
+    begun, seed = problem.sizes if method == "gradual" else counts, problem.init_seeds[r]
+    masks = sparse_masks(problem.model, begun, seed, prunable=tuple(counts))
+    masks = {name: mask.to(problem.task.device) for name, mask in masks.items()}
+    dynamics = _dynamics(problem, method, counts, seed)
+    return Start(problem.init.select(r), masks, problem.order_seeds[r], dynamics=dynamics)
 
 
 def _macs(problem: Problem, counts: dict[str, int], dynamics: Dynamics | None, recipe: tl.Recipe) -> int:
@@ -257,15 +257,16 @@ def _moved(before: Masks, after: Masks) -> float:
     return new / int(mask_ops.kept(after))
 
 
-def _layers(problem: Problem, level: tl.Level) -> pd.DataFrame:
-    """Live weights of each layer in the ticket of the first seed and in the other methods' masks."""
-    ticket = level.select(treatment="ticket", init_seed=problem.init_seeds[0]).masks
-    counts = layer_counts(problem.model, float(mask_ops.density(ticket)), problem.config.spread)
+def _layers(problem: Problem, level: tl.Level, counts: dict[str, int]) -> list[pd.DataFrame]:
+    """Live weights of each layer in the ticket of the first seed that stayed finite and in the other methods' masks."""
+    first = [seed for seed in problem.init_seeds if seed in survivors(level)][:1]
+    tickets = [level.select(treatment="ticket", init_seed=seed).masks for seed in first]
     rows = [
         {"level": level.level, "layer": name, "size": size, "imp": int(ticket[name].sum()), "others": counts[name]}
+        for ticket in tickets
         for name, size in problem.sizes.items()
     ]
-    return pd.DataFrame(rows)
+    return [pd.DataFrame(rows)] if rows else []
 
 
 def contrasts(networks: pd.DataFrame) -> pd.DataFrame:

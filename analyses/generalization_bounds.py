@@ -25,58 +25,37 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import torch
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, each_network, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, each_network, joined, main, open_run
 from figures.generalization_bounds import draw
 from ticketlab import bounds
+from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
 from ticketlab.seeds import stream
 
 STUDY = replace(DIGITS, treatments=("ticket", "reinit", "random_mask"))
-SEED_FIXED = (
-    "ticket",
-    "reinit",
-    "random_mask",
-    "layerwise_shuffle",
-    "dense_restart",
-    "reinit_keep_sign",
-    "reshuffle",
-    "reshuffle_keep_sign",
-    "random_sign",
-    "signed_constant",
-    "random_constant",
-)
+SEED_FIXED = tuple(name for name, treatment in TREATMENTS.items() if treatment.seed_fixed)
 """Treatments that start from a function of mask, level and seed, where the run itself rewinds to theta_0."""
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """Generalisation bounds against density, for every treatment of a run."""
 
-    run: Path | None = None
-    """Measure this run directory; None: make or resume the run that the flags below describe."""
     at_levels: tuple[int, ...] | None = None
     """Levels to measure; None: every second one and the last."""
     n_values: tuple[int, ...] = (2, 3, 5, 8)
     """Numbers of shared values to quantise each tensor to; the one with the least bound is shown."""
     delta: float = 0.05
     """Probability that a bound fails."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
         if not self.n_values:
@@ -106,31 +85,26 @@ class Measure:
     config: Config
 
     def error(self, state: tl.State, network: tl.Level, split: tl.Split) -> float:
-        params, buffers = state
-        return float(tl.evaluate(self.model, params, split.x, split.y, masks=network.masks, buffers=buffers)[1])
+        return float(tl.evaluate(self.model, state, split.x, split.y, masks=network.masks)[1])
 
 
 def run(config: Config) -> Tables:
-    """``bounds``: one row a network, hypothesis and bound. ``statements``: what each bound says of each hypothesis."""
-    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    """``bounds``: one row per network, hypothesis and bound. ``statements``: what bounds say of hypotheses."""
+    study, model, task, levels = open_run(config)
     task = task.to(dtype=torch.float32)  # the code holds float32: so does what is evaluated
     choices = {"init seed": len(study.init_seeds), "treatment": len(study.treatments)}
     choices |= {"level": study.levels + 1, "signs": 2}
     measure = Measure(model, task, choices, config)
     rewinds = study.retraining == "rewind" and study.rewind_step == 0
-    wanted = set(config.at_levels or {*range(0, study.levels + 1, 2), study.levels})
-    if not wanted <= {*range(study.levels + 1)}:
-        raise Refused(f"at_levels must lie in 0 to {study.levels}, the levels of the run: got {sorted(wanted)}.")
-    rows: list[dict[str, Any]] = []
+    wanted = chosen_levels(config.at_levels, study.levels, {*range(0, study.levels + 1, 2), study.levels})
+    parts = []
     for level in levels:
-        if level.level not in wanted:
-            continue
-        networks = list(_networks(level, task.device))
-        for network in tqdm(networks, desc=f"bounds of level {level.level}", unit="network", disable=None):
-            about = network.metrics[["level", "treatment", "init_seed", "density"]].iloc[0].to_dict()
+        networks = list(_networks(level, task.device)) if level.level in wanted else []
+        for about, network in tqdm(networks, desc=f"bounds of level {level.level}", unit="network", disable=None):
+            del about["test_error"]  # of the trained network: each hypothesis has its own
             for hypothesis in _hypotheses(measure, network, rewinds and about["treatment"] in SEED_FIXED):
-                rows += [about | {"level_density": level.density} | row for row in _rows(measure, network, hypothesis)]
-    table = pd.DataFrame(rows)
+                parts.append(pd.DataFrame([about | row for row in _rows(measure, network, hypothesis)]))
+    table = joined(parts)
     said = ["hypothesis", "bound", "certificate", "covers", "assumptions"]
     names = {"task": study.task, "model": study.model, "n_train": len(task.train), "n_test": len(task.test)}
     names |= {"n_classes": task.n_classes, "delta": config.delta}
@@ -140,10 +114,10 @@ def run(config: Config) -> Tables:
     }
 
 
-def _networks(level: tl.Level, device: torch.device) -> Iterator[tl.Level]:
+def _networks(level: tl.Level, device: torch.device) -> Iterator[tuple[dict[str, Any], tl.Level]]:
     """Each replica by itself, in float32, in which values are coded."""
-    for one in each_network(level):
-        yield replace(one, start=one.start.to(device, torch.float32), end=one.end.to(device, torch.float32))
+    for about, one in each_network(level):
+        yield about, replace(one, start=one.start.to(device, torch.float32), end=one.end.to(device, torch.float32))
 
 
 def _hypotheses(measure: Measure, network: tl.Level, seed_fixed: bool) -> Iterator[Hypothesis]:
@@ -229,7 +203,8 @@ def summary(tables: Tables) -> pd.DataFrame:
     table = tables["bounds"]
     shown = table[(table["bound"] == "binomial_tail") & table["hypothesis"].isin(["quantised", "untrained"])]
     tickets = shown[(shown["treatment"] == "ticket") & (shown["hypothesis"] == "quantised")]
-    best = shown[shown["level"] == tickets.groupby("level")["value"].mean().idxmin()]
+    bound = (shown if tickets.empty else tickets).groupby("level")["value"].mean()
+    best = shown[shown["level"] == bound.idxmin()]
     columns = ["density", "description_bits", "train_error", "value", "test_error"]
     means = best.groupby(["level", "treatment", "hypothesis"], sort=False)[columns].mean().reset_index()
     return means.rename(columns={"value": "certified_error"})

@@ -19,19 +19,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, each_network, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, each_network, joined, main, open_run
 from analyses.intervals import Within, rank_interval, with_holm
 from figures.gradient_alignment import draw
 from ticketlab import gradients
@@ -58,11 +55,9 @@ Factory = Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """First gradients of the ticket and its controls against density, and against the final accuracy."""
 
-    run: Path | None = None
-    """Measure this run directory; None: make or resume the run that the flags below describe."""
     n_examples: int = 1000
     """Training examples of all gradients."""
     n_batches: int = 10
@@ -73,21 +68,14 @@ class Config:
     """Leading eigenfunctions of the NTK."""
     step_size: float = 0.1
     """Learning rate of the one step of gradient descent."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 def run(config: Config) -> Tables:
-    """``networks``: one row a network. ``correlations``: one row a measure and group of networks ranked together."""
+    """``networks``: one row per network. ``correlations``: one row per measure and group ranked together."""
     if not 2 <= config.n_batches <= config.n_examples:
         raise Refused(f"n_batches must lie in 2..n_examples, {config.n_examples}: got {config.n_batches}.")
-    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
-    model.eval()
+    study, model, task, levels = open_run(config)
     factory = partial(tl.models.build, study.model, task.input_shape, task.n_classes)
     data = task.limit(min(config.n_examples, len(task.train))).to(dtype=torch.float64).train
     dense: tl.Level | None = None
@@ -105,20 +93,19 @@ def run(config: Config) -> Tables:
         "step_size": config.step_size,
         "rewind_step": study.rewind_step,
     }
-    networks = pd.DataFrame(rows).assign(**about)
+    networks = joined(rows).assign(**about)
     return {"networks": networks, "correlations": correlations(networks)}
 
 
 def measure_level(
     model: nn.Module, level: tl.Level, dense: tl.Level, factory: Factory, data: tl.Split, config: Config
-) -> list[dict[str, object]]:
-    """One row a network of a level."""
+) -> list[pd.DataFrame]:
+    """One row per network of a level."""
     rows = []
     networks = list(each_network(level))
-    for network in tqdm(networks, desc=f"gradients of level {level.level}", unit="network", disable=None):
-        about = network.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
+    for about, network in tqdm(networks, desc=f"gradients of level {level.level}", unit="network", disable=None):
         twin = dense_twin(network, dense.select(init_seed=about["init_seed"]).start, factory)
-        rows.append({**about, "level_density": level.density, **_measures(model, network, twin, data, config)})
+        rows.append(pd.DataFrame([about | _measures(model, network, twin, data, config)]))
     return rows
 
 
@@ -127,7 +114,7 @@ def dense_twin(network: tl.Level, rewound: tl.State, factory: Factory) -> tl.Sta
     seed, some = int(network.metrics["init_seed"].iloc[0]), next(iter(rewound.params.values()))
     drawn = tl.state(tl.initialise(factory, derived_seed("reinit", seed, network.level))).to(some.device, some.dtype)
     for twin in (rewound, drawn):
-        found = tl.functional.masked(twin.params, network.masks)
+        found = tl.masks.masked(twin.params, network.masks)
         if all(torch.allclose(found[name], p) for name, p in network.theta_start.items()):
             return twin
     return None
@@ -137,17 +124,13 @@ def _measures(
     model: nn.Module, network: tl.Level, twin: tl.State | None, data: tl.Split, config: Config
 ) -> dict[str, float]:
     """Of one network in float64."""
-    device = data.x.device
-    start, end = (state.to(device, torch.float64) for state in (network.start, network.end))
-    dense = None if twin is None else twin.to(device, torch.float64)
-    x, y = data.x, data.y
-    few = slice(min(config.n_kernel, len(x)))
-    at: dict[str, Any] = {"masks": network.masks, "buffers": start.buffers}
-    beside: dict[str, Any] = {} if dense is None else {"dense_params": dense.params, "dense_buffers": dense.buffers}
-    found = gradients.alignment(model, start.params, x, y, params_end=end.params, **beside, **at)
-    agreement = gradients.batch_statistics(model, start.params, x, y, batch_size=len(x) // config.n_batches, **at)
-    step = gradients.one_step(model, start.params, x, y, learning_rate=config.step_size, **at)
-    modes = gradients.ntk_overlap(model, start.params, x[few], y[few], top=config.top, **at)
+    x, y, few, masks = data.x, data.y, slice(min(config.n_kernel, len(data))), network.masks
+    start, end = (state.to(x.device, x.dtype) for state in (network.start, network.end))
+    dense = twin and twin.to(x.device, x.dtype)
+    found = gradients.alignment(model, start, x, y, masks=masks, dense_params=dense, params_end=end)
+    agreement = gradients.batch_statistics(model, start, x, y, masks=masks, batch_size=len(x) // config.n_batches)
+    step = gradients.one_step(model, start, x, y, masks=masks, learning_rate=config.step_size)
+    modes = gradients.ntk_overlap(model, start, x[few], y[few], masks=masks, top=config.top)
     tensors: dict[str, Tensor] = {
         **{name: getattr(found, name) for name in MEASURES[:4]},
         "n_live": found.n_live,
@@ -191,8 +174,10 @@ def correlations(networks: pd.DataFrame) -> pd.DataFrame:
 
 
 def _grid(table: pd.DataFrame, column: str) -> Float[np.ndarray, "level treatment seed"]:
+    """NaN where a network has diverged, and has no row."""
     wide = table.pivot(index=["level", "treatment"], columns="init_seed", values=column)
-    return wide.to_numpy().reshape(table["level"].nunique(), table["treatment"].nunique(), -1)
+    every = pd.MultiIndex.from_product([sorted(table[name].unique()) for name in ("level", "treatment")])
+    return wide.reindex(every).to_numpy().reshape(*map(len, every.levels), -1)
 
 
 def summary(tables: Tables) -> pd.DataFrame:

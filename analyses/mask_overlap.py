@@ -14,48 +14,40 @@ With no arguments it makes a run on the bundled digits and measures it in about 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-import tyro
+from torch import nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, main, open_run, pruned_names, survivors
 from analyses.intervals import with_holm
 from figures.mask_overlap import draw
 from ticketlab import overlap, permutation
 from ticketlab.errors import Refused
-from ticketlab.state import Masks, stack
+from ticketlab.state import Masks, select
 
 STUDY = replace(DIGITS, treatments=("ticket",))
 GIVEN: tuple[Literal["layer", "input"], ...] = ("layer", "input")  # what the nulls of the aligned overlap keep
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """Overlap of tickets across init seeds and levels, with and without alignment of their hidden units."""
 
-    run: Path | None = None
-    """Measure this run directory; None: make or resume the run that the flags below describe."""
     at_levels: tuple[int, ...] | None = None
     """Levels to measure, from 1; None: every second one and the last."""
     draws: int = 19
     """Random masks of each kind that every aligned overlap is held against."""
     restarts: int = 2
     """Starts of every matching of hidden units."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 @dataclass(frozen=True)
@@ -68,20 +60,13 @@ class Tickets:
 
 
 def run(config: Config) -> Tables:
-    """``overlap``: one row a pair and layer; ``aligned``: also a null. ``pixels``, ``units``, ``survival``: counts."""
-    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    """``overlap``: one row per pair and layer; ``aligned``: and null. ``pixels``, ``units``, ``survival``: counts."""
+    study, model, task, levels = open_run(config)
     if len(study.init_seeds) < 2:
         raise Refused(f"an overlap needs at least two init seeds: the run has {study.init_seeds}.")
-    wanted = set(config.at_levels or {*range(2, study.levels + 1, 2), study.levels})
-    if not wanted <= {*range(1, study.levels + 1)}:
-        raise Refused(f"at_levels must lie in 1 to {study.levels}, the pruned levels: got {sorted(wanted)}.")
-    tickets = Tickets(study.init_seeds, {}, {})
-    for level in levels:
-        if level.level in wanted:
-            tickets.densities[level.level] = level.density
-            parts = [level.select(treatment="ticket", init_seed=seed).masks for seed in study.init_seeds]
-            stacked = stack(parts)
-            tickets.masks[level.level] = {name: stacked[name] for name in tl.masks.prunable(model)}  # from the input on
+    last = study.levels
+    wanted = chosen_levels(config.at_levels, last, {*range(2, last + 1, 2), last}, first=1)
+    tickets = _tickets(study, model, levels, wanted)
     groups = permutation.groups(model, task.train.x[:2])
     about = {"task": study.task, "model": study.model}
     tables = {
@@ -93,6 +78,20 @@ def run(config: Config) -> Tables:
     }
     long = ("units", "pixels")  # thousands of rows, without the names that all tables would repeat
     return {n: table if n in long else table.assign(**about) for n, table in tables.items() if len(table)}
+
+
+def _tickets(study: tl.ImpConfig, model: nn.Module, levels: Iterable[tl.Level], wanted: set[int]) -> Tickets:
+    """Of the seeds whose tickets are finite at all of the wanted levels; layers from the input on."""
+    seeds, densities, masks = study.init_seeds, {}, {}
+    for level in levels:
+        if level.level in wanted:
+            seeds = tuple(seed for seed in seeds if seed in survivors(level))
+            densities[level.level], found = level.density, level.subset(treatment="ticket").masks
+            masks[level.level] = {name: found[name] for name in pruned_names(model, level)}
+    if len(seeds) < 2:
+        raise Refused(f"an overlap needs two init seeds whose tickets stayed finite: left are {seeds}. Take others.")
+    rows = [study.init_seeds.index(seed) for seed in seeds]
+    return Tickets(seeds, densities, {level: select(found, rows) for level, found in masks.items()})
 
 
 def _overlap(tickets: Tickets) -> pd.DataFrame:

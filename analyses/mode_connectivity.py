@@ -20,33 +20,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
-import tyro
+import torch
 from torch import nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import (
+    DIGITS,
+    OfRun,
+    StudyFlags,
+    Tables,
+    chosen_levels,
+    joined,
+    main,
+    open_run,
+    survivors,
+)
 from figures.mode_connectivity import INDEPENDENT, MATCHED, draw
 from ticketlab import permutation
 from ticketlab.connectivity import Path as LinearPath
 from ticketlab.connectivity import linear_path
+from ticketlab.engine.training import Start
 from ticketlab.engine.treatments import sibling_order
 from ticketlab.errors import Refused
-from ticketlab.state import Masks, State, stack, stack_states
+from ticketlab.state import Masks, State, stack_states
 
 STUDY = replace(DIGITS, treatments=("ticket", "sibling"), snapshot_steps=(25, 50, 100, 200, 400))
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """Loss and error on the lines theta_k to theta_T and between siblings, against density and against k."""
 
-    run: Path | None = None
-    """Measure this run directory; None: make or resume the run that the flags below describe."""
     n_alphas: int = 31
     """Points on each line, both ends included."""
     train_examples: int | None = 10_000
@@ -55,13 +62,7 @@ class Config:
     """Also measure the lines between init seeds, before and after matching hidden units."""
     align_levels: tuple[int, ...] | None = None
     """Levels that --align measures, from 0; None: all."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Line:
 
 def run(config: Config) -> Tables:
     """``paths``: loss and error at every alpha. ``barriers``: their heights, by metric, split and baseline."""
-    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    study, model, task, levels = open_run(config)
     aligned = _align_levels(config, study)
     shown = task if config.train_examples is None else task.limit(train=min(config.train_examples, len(task.train)))
     paths, barriers = [], []
@@ -92,14 +93,12 @@ def run(config: Config) -> Tables:
         if level.level in aligned:
             lines += _independent(study, level, model, task)
         for line in tqdm(lines, desc=f"lines of level {level.level}", unit="line", disable=None):
-            ends, buffers = (line.a.params, line.b.params), line.b.buffers
-            path = linear_path(model, *ends, shown, masks=line.masks, buffers=buffers, n_alphas=config.n_alphas)
+            path = linear_path(model, line.a, line.b, shown, masks=line.masks, n_alphas=config.n_alphas)
             paths.append(_labelled(line, path.table))
             barriers.append(_labelled(line, _barriers(path)))
     about = {"task": study.task, "model": study.model, "n_train": len(shown.train), "n_test": len(shown.test)}
     # Thousands of points, without the names that every row would repeat.
-    heights = pd.concat(barriers, ignore_index=True).assign(**about)
-    return {"paths": pd.concat(paths, ignore_index=True), "barriers": heights}
+    return {"paths": joined(paths), "barriers": joined(barriers).assign(**about)}
 
 
 def _align_levels(config: Config, study: tl.ImpConfig) -> set[int]:
@@ -110,35 +109,31 @@ def _align_levels(config: Config, study: tl.ImpConfig) -> set[int]:
         return set()
     if len(study.init_seeds) < 2:
         raise Refused(f"--align needs at least two init seeds to match: the run has {study.init_seeds}.")
-    every = set(range(study.levels + 1))
-    wanted = every if config.align_levels is None else set(config.align_levels)
-    if not wanted <= every:
-        raise Refused(f"align_levels must lie in 0 to {study.levels}, the run's levels: got {sorted(wanted)}.")
-    return wanted
+    return chosen_levels(config.align_levels, study.levels, range(study.levels + 1))
 
 
 def _lines(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task) -> Iterator[Line]:
-    """Both questions at the run's k, and at level 0 for every k that was kept."""
-    seeds = study.init_seeds
-    tickets = [level.select(treatment="ticket", init_seed=seed) for seed in seeds]
-    masks, end = stack([t.masks for t in tickets]), stack_states([t.end for t in tickets])
-    starts = {study.rewind_step: stack_states([t.start for t in tickets])}
-    starts |= {k: s for k, s in level.snapshots.items() if k < study.recipe.steps}
+    """Both questions at the run's k, and at level 0 for every k that was kept, of what has not diverged."""
+    tickets = {seed: level.select(treatment="ticket", init_seed=seed) for seed in survivors(level)}
+    starts = {study.rewind_step: {seed: ticket.start for seed, ticket in tickets.items()}}
+    for k in sorted(level.snapshots):
+        if k < study.recipe.steps:
+            starts[k] = {seed: ticket.snapshots[k] for seed, ticket in tickets.items()}
     for k, start in sorted(starts.items()):
-        # Only a child that began with fresh optimizer state is a sibling: theta_T of a dense network is one for k = 0.
-        known = end if level.level > 0 or k == 0 else None
-        if "sibling" in set(level.metrics["treatment"]):
-            pair = end, stack_states([level.select(treatment="sibling", init_seed=seed).end for seed in seeds])
-        else:
-            pair = _children(study, level.level, model, task, start, masks, k, known)
-        ends = {"theta_k to theta_T": (start, end), "siblings": pair}
-        for question, (a, b) in ends.items():
-            yield Line(question, level.level, level.density, k, seeds, a, b, masks)
+        ends = {seed: (start[seed], ticket.end) for seed, ticket in tickets.items()}
+        siblings = _siblings(study, level, model, task, start, k) if tickets else {}
+        for question, pairs in (("theta_k to theta_T", ends), ("siblings", siblings)):
+            if pairs:
+                a, b = (stack_states(side) for side in zip(*pairs.values(), strict=True))
+                masks = {n: torch.stack([tickets[seed].masks[n] for seed in pairs]) for n in level.masks}
+                yield Line(question, level.level, level.density, k, tuple(pairs), a, b, masks)
 
 
 def _independent(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task) -> Iterator[Line]:
     """Each init seed with the next one, at the end of training, as trained and with b's hidden units matched to a's."""
-    seeds = study.init_seeds
+    seeds = survivors(level)
+    if len(seeds) < 2:
+        return
     n = len(seeds) if len(seeds) > 2 else 1  # of two seeds there is one pair
     partners = tuple(seeds[(r + 1) % len(seeds)] for r in range(n))
     networks = {seed: level.select(treatment="ticket", init_seed=seed).end for seed in seeds}
@@ -153,31 +148,30 @@ def _independent(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: t
         yield Line(question, level.level, level.density, study.rewind_step, seeds[:n], first, second, None, partners)
 
 
-def _children(
-    study: tl.ImpConfig,
-    level: int,
-    model: nn.Module,
-    task: tl.Task,
-    start: State,
-    masks: Masks,
-    k: int,
-    known: State | None,
-) -> tuple[State, State]:
-    """Train two children of theta_k that differ in batch order alone; the first may be known already."""
-    first = list(study.order_seeds or study.init_seeds)
-    orders = [sibling_order(seed, level) for seed in first]
-    if known is None:
-        orders, start = first + orders, start.repeat(2)
-        masks = {name: mask.repeat(2, *[1] * (mask.ndim - 1)) for name, mask in masks.items()}
-    end = tl.train(
-        model, start, masks, task, study.recipe, orders, first_step=k, description=f"siblings, level {level}, k = {k}"
-    ).end
-    half = list(range(len(first)))
-    return (known, end) if known is not None else (end.select(half), end.select([len(half) + r for r in half]))
+def _siblings(
+    study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task, start: dict[int, State], k: int
+) -> dict[int, tuple[State, State]]:
+    """Two children of each theta_k that differ in batch order alone: from the run where it has them, or trained."""
+    tickets = {seed: level.select(treatment="ticket", init_seed=seed) for seed in start}
+    if "sibling" in set(level.metrics["treatment"]):
+        both = [seed for seed in survivors(level, "sibling") if seed in start]
+        return {seed: (tickets[seed].end, level.select(treatment="sibling", init_seed=seed).end) for seed in both}
+    first = dict(zip(study.init_seeds, study.order_seeds or study.init_seeds, strict=True))
+    orders = [sibling_order(first[seed], level.level) for seed in start]
+    # Only a child that began with fresh optimizer state is a sibling: theta_T of a dense network is one for k = 0.
+    known = level.level > 0 or k == 0
+    orders = orders if known else [*(first[seed] for seed in start), *orders]
+    jobs = [Start(start[seed], tickets[seed].masks, order) for seed, order in zip([*start] * 2, orders, strict=False)]
+    label = f"siblings, level {level.level}, k = {k}"
+    trained = tl.train(model, jobs, task, study.recipe, first_step=k, progress=label)
+    ends = [None if lost else trained.end.select(r) for r, lost in enumerate(trained.metrics["diverged_step"].notna())]
+    ends = [*(ticket.end for ticket in tickets.values()), *ends] if known else ends
+    pairs = zip(start, ends[: len(start)], ends[len(start) :], strict=True)
+    return {seed: (a, b) for seed, a, b in pairs if a is not None and b is not None}
 
 
 def _barriers(path: LinearPath) -> pd.DataFrame:
-    """Every barrier of a path, one row a replica, split, metric and baseline, with the largest rise."""
+    """Every barrier of a path, one row per replica, split, metric and baseline, with the largest rise."""
     rows = []
     for split, metric in path.curves:
         rises = path.rise(metric, split)

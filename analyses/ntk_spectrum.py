@@ -20,19 +20,16 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations, product
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, each_network, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, each_network, joined, main, open_run
 from analyses.intervals import interval, with_holm
 from figures.ntk_spectrum import draw
 from ticketlab import ntk
@@ -46,24 +43,16 @@ COMPARED = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """Spectra of the restricted NTK against density, for every treatment of a run."""
 
-    run: Path | None = None
-    """Measure this run directory; None: make or resume the run that the flags below describe."""
     at_levels: tuple[int, ...] | None = None
-    """Levels to measure; None: every second one and the last."""
+    """Levels to measure; None: every second one and the last. Level 0 always is."""
     n_spectrum: int = 100
     """Training examples of the full kernel, whose side is n * classes."""
     n_regression: int = 1000
     """Training examples of kernel regression, and at most as many test examples."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 @dataclass(frozen=True)
@@ -77,31 +66,26 @@ class Data:
 
 
 def run(config: Config) -> Tables:
-    """``kernels``: one row a network. ``spectra``: one a network and rank. ``drift``: one a dense pair of steps.
+    """``kernels``: one row per network. ``spectra``: one a network and rank. ``drift``: one a dense pair of steps.
 
     ``contrasts``, where there are controls: one a level, measure and control.
     """
-    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
-    model.eval()
+    study, model, task, levels = open_run(config)
+    task = task.to(dtype=torch.float64)  # in which small eigenvalues can be told from rounding
     cut = task.limit(min(config.n_regression, len(task.train)), None, min(config.n_regression, len(task.test)))
     first = task.limit(min(config.n_spectrum, len(task.train))).train
     data = Data(first, cut.train, cut.test, task.n_classes)
-    wanted = config.at_levels or {*range(0, study.levels + 1, 2), study.levels}
+    wanted = {0} | chosen_levels(config.at_levels, study.levels, {*range(0, study.levels + 1, 2), study.levels})
     dense: dict[int, tuple[Tensor, ntk.Spectrum]] = {}
     rows, spectra, drifts = [], [], []
     for level in levels:
-        if level.level not in wanted and level.level > 0:
-            continue
-        networks = list(each_network(level))
-        for network in tqdm(networks, desc=f"kernels of level {level.level}", unit="network", disable=None):
-            seed = int(network.metrics["init_seed"].iloc[0])
+        networks = list(each_network(level)) if level.level in wanted else []
+        for about, network in tqdm(networks, desc=f"kernels of level {level.level}", unit="network", disable=None):
             kernel = _kernel(model, network, network.start, data.spectrum.x)
             spectrum = ntk.spectrum(kernel)
             if level.level == 0:
-                dense[seed] = kernel, spectrum
-            about = network.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
-            about["level_density"] = level.density
-            row = {**about, **_measures(kernel, spectrum, *dense[seed], data)}
+                dense[about["init_seed"]] = kernel, spectrum
+            row = {**about, **_measures(kernel, spectrum, *dense[about["init_seed"]], data)}
             end = _kernel(model, network, network.end, data.spectrum.x)
             row |= _drift(kernel, end) | _regression_errors(model, network, data)
             rows.append(row)
@@ -113,7 +97,7 @@ def run(config: Config) -> Tables:
     names = {"task": study.task, "model": study.model, "n_spectrum": len(first), "n_regression": len(cut.train)}
     names |= {"n_test": len(cut.test), "rewind_step": study.rewind_step}
     kernels = pd.DataFrame(rows).assign(**names)
-    tables = {"kernels": kernels, "spectra": pd.concat(spectra, ignore_index=True), "drift": pd.DataFrame(drifts)}
+    tables = {"kernels": kernels, "spectra": joined(spectra), "drift": pd.DataFrame(drifts)}
     return tables | ({"contrasts": contrasts(kernels)} if set(kernels["treatment"]) > {"ticket"} else {})
 
 
@@ -124,18 +108,17 @@ def contrasts(kernels: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for level, group in kernels[kernels["level"] > 0].groupby("level"):
-        wide = group.pivot(index="init_seed", columns="treatment", values=list(COMPARED))
-        for measure, control in product(COMPARED, sorted(set(group["treatment"]) - {"ticket"})):
+        for measure, control in product(COMPARED, sorted(set(kernels["treatment"]) - {"ticket"})):
             about = {"level": level, "level_density": group["level_density"].iloc[0], "measure": measure}
-            gap = wide[measure]["ticket"] - wide[measure][control]
+            wide = group.pivot(index="init_seed", columns="treatment", values=measure)
+            gap = wide.get("ticket", np.nan) - wide.get(control, pd.Series(dtype=float))
             rows.append({**about, "control": control, **interval(gap, "ticket_minus_control")})
     return with_holm(pd.DataFrame(rows))
 
 
 def _kernel(model: nn.Module, network: tl.Level, at: tl.State, x: Tensor) -> Tensor:
-    """Theta_m in float64, where its small eigenvalues can be told from rounding."""
-    params = {name: p.double() for name, p in at.params.items()}
-    return ntk.kernel(model, params, x.double(), masks=network.masks, buffers=at.buffers)
+    """Theta_m in the dtype of x."""
+    return ntk.kernel(model, at.to(x.device, x.dtype), x, masks=network.masks)
 
 
 def _measures(
@@ -179,12 +162,10 @@ def _regression_errors(model: nn.Module, network: tl.Level, data: Data) -> dict[
     In float64: in float32 the rounding of the largest eigenvalue drowns the directions that tell digits apart.
     The ridge is 1e-6 of the mean diagonal.
     """
-    params, buffers = network.start.to(data.train.x.device, torch.float64)
-    masks, x_train, x_test = network.masks, data.train.x.double(), data.test.x.double()
-    trace = partial(ntk.kernel, model, params, masks=masks, buffers=buffers, outputs="trace")
+    start, x_train, x_test = network.start.to(data.train.x.device, data.train.x.dtype), data.train.x, data.test.x
+    trace = partial(ntk.kernel, model, start, masks=network.masks, outputs="trace")
     train, across = (trace(x, x_train) / data.n_classes for x in (x_train, x_test))
-    with torch.no_grad():
-        f_train, f_test = (tl.apply(model, params, x, masks=masks, buffers=buffers) for x in (x_train, x_test))
+    f_train, f_test = (tl.apply(model, start, x, masks=network.masks) for x in (x_train, x_test))
     targets = F.one_hot(data.train.y, data.n_classes).to(train.dtype)
     regression = partial(ntk.kernel_regression, train, targets, across, 1e-6 * float(train.diagonal().mean()))
     found = {

@@ -8,7 +8,8 @@ of one dense training: what was trained before it could be found, and the scorin
 A method is ``criterion[@stage][*rounds][/scope]``: ``snip``, ``magnitude@early``, ``snip*100``, ``synflow/layer``.
 The stage is where scores are taken: at ``init``, ``early`` or ``trained``. Under ``/global``, which holds where
 nothing is said, one threshold prunes the network; under ``/layer`` each layer keeps as many weights as in the ticket of
-that level. Stage and rounds are those of the criterion's authors where they are left out.
+that level, under ``/erk`` as many as Erdos-Renyi-Kernel gives it: ``random/erk`` is the fair random mask. Stage and
+rounds are those of the criterion's authors where they are left out.
 
 With no arguments it makes a run on the bundled digits and measures it in about a minute.
 """
@@ -18,27 +19,39 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, main, open_run
+from analyses.command import (
+    DIGITS,
+    OfRun,
+    StudyFlags,
+    Tables,
+    chosen_levels,
+    joined,
+    main,
+    open_run,
+    pruned_names,
+    survivors,
+)
 from figures.pruning_criteria import draw
 from ticketlab import graph
 from ticketlab.engine import cost
 from ticketlab.engine.criteria import CRITERIA, ZHOU, Criterion, Evidence, Scores, ZeroScoresError, find_counts, score
+from ticketlab.engine.dynamic import layer_counts
 from ticketlab.engine.training import Start
 from ticketlab.errors import Refused, nearest
 from ticketlab.losses import LOSSES
-from ticketlab.masks import Scope, n_alive, ones
+from ticketlab.masks import n_alive, prunable
 from ticketlab.state import Masks
 
 STAGES = ("init", "early", "trained")
 METHODS = (
-    *("random", "snip", "snip*10", "grasp", "synflow"),
+    *("random", "random/erk", "snip", "snip*10", "grasp", "synflow"),
     *("magnitude@early", "magnitude", "obd_gauss_newton", "obd_fisher"),
     *ZHOU,
     *("large_final_same_sign", "magnitude_increase_same_sign", "large_final_different_sign"),
@@ -77,14 +90,14 @@ class Method:
     criterion: str
     stage: str
     rounds: int
-    scope: Scope
+    scope: Literal["global", "layer", "erk"]
 
 
 def parse(name: str) -> Method:
     """The method of a name, what is left out filled in as in the literature."""
-    found = re.fullmatch(r"(\w+)(?:@(\w+))?(?:\*([1-9]\d*))?(?:/(global|layer))?", name)
+    found = re.fullmatch(r"(\w+)(?:@(\w+))?(?:\*([1-9]\d*))?(?:/(global|layer|erk))?", name)
     if not found:
-        raise Refused(f"a method must be criterion[@stage][*rounds][/global or /layer]: got {name!r}.")
+        raise Refused(f"a method must be criterion[@stage][*rounds][/global, /layer or /erk]: got {name!r}.")
     criterion, stage, rounds, scope = found.groups()
     if criterion not in CRITERIA:
         raise Refused(nearest("criterion", criterion, tuple(CRITERIA)))
@@ -115,15 +128,18 @@ class _Finder:
                 f"{method.name} needs the dense networks at step {self.early_step}: the run has them at "
                 f"{sorted(network.snapshots)}. Choose one of these as early_step."
             )
-        masks = {name: mask.to(self.task.device) for name, mask in ones(self.model).items()}
+        masks = {name: network.masks[name] for name in pruned_names(self.model, self.dense)}
         x, y = tl.criteria.draw_examples(self.task, self.study.score_examples, init_seed)
-        loss = LOSSES[self.task.loss]
-        return Evidence(self.model, masks, network.snapshots[0], state, x, y, init_seed, method.scope, loss)
+        loss, scope = LOSSES[self.task.loss], "global" if method.scope == "global" else "layer"
+        return Evidence(self.model, masks, network.snapshots[0], state, x, y, init_seed, scope, loss)
 
     def masks(self, method: Method, init_seed: int, ticket: Masks) -> Masks | None:
         """As many weights as the ticket has; None where the method scores nothing but zeros, or cuts the network."""
-        groups: list[tuple[str, ...]] = [(name,) for name in ticket] if method.scope == "layer" else [tuple(ticket)]
-        counts = {names: n_alive(ticket, names) for names in groups}
+        counts = {(tuple(ticket) if method.scope == "global" else (name,)): 0 for name in ticket}
+        counts = {names: n_alive(ticket, names) for names in counts}
+        if method.scope == "erk":
+            density = float(tl.masks.density(ticket))
+            counts = {(n,): k for n, k in layer_counts(self.model, density, prunable=tuple(ticket)).items()}
         evidence, criterion = self.evidence(method, init_seed), CRITERIA[method.criterion]
         try:
             if method.rounds == 1:
@@ -142,8 +158,9 @@ class _Finder:
 
     def dense_trainings(self, method: Method) -> float:
         """What comes before the mask is known, the rewind point included, in dense trainings."""
-        study, everything = self.study, {n: m.numel() for n, m in ones(self.model).items()}
-        forward = cost.forward_macs(cost.positions(self.model, self.task.train.x), everything)
+        study, everything = self.study, {n: m[0].numel() for n, m in self.dense.masks.items()}
+        uses = cost.positions(self.model, self.task.train.x, pruned_names(self.model, self.dense))
+        forward = cost.forward_macs(uses, everything)
         training = cost.training_macs(forward, study.recipe.batch_size, study.recipe.steps)
         n = min(study.score_examples, len(self.task.train))
         size, record = sum(everything.values()), CRITERIA[method.criterion]
@@ -165,7 +182,7 @@ def run(config: Config) -> Tables:
     order_seeds = (study.order_seeds or study.init_seeds)[: config.replicas]
     study = replace(study, init_seeds=study.init_seeds[: config.replicas], order_seeds=order_seeds)
     for method in methods:
-        tl.criteria.refuse_too_large(method.criterion, model)
+        tl.criteria.refuse_too_large(method.criterion, model, prunable(model, study.prunable or None))
     finder, tables, spent = None, [], _Spent()
     for level in levels:
         tickets = level.metrics.query("treatment == 'ticket' and init_seed in @study.init_seeds")
@@ -180,7 +197,7 @@ def run(config: Config) -> Tables:
         spent.add(tickets)
     about = {"task": study.task, "model": study.model, "steps": study.recipe.steps, "rewind_step": study.rewind_step}
     kept = [*_LABELS, "density", "kept", *_COSTS, "early_stop_step", *_RESULTS]
-    networks = pd.concat(tables, ignore_index=True).reindex(columns=kept)
+    networks = joined(tables).reindex(columns=kept)
     return {"networks": networks.assign(**about, early_step=config.early_step)}
 
 
@@ -215,7 +232,8 @@ class _Spent:
 def _compared(finder: _Finder, methods: list[Method], level: tl.Level) -> pd.DataFrame:
     """The masks of every method with as many weights as the tickets of a level, trained in one stack."""
     study, rows, masks = finder.study, [], []
-    pairs = [(method, i) for method in methods for i in range(len(study.init_seeds))]
+    finite = [i for i, seed in enumerate(study.init_seeds) if seed in survivors(level)]
+    pairs = [(method, i) for method in methods for i in finite]
     orders = study.order_seeds or study.init_seeds
     for method, i in tqdm(pairs, desc=f"masks of level {level.level}", unit="mask", disable=None):
         ticket = level.select(treatment="ticket", init_seed=study.init_seeds[i]).masks

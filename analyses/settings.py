@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import ticketlab as tl
+from analyses.command import followed
 from ticketlab.data import load
 from ticketlab.engine.store import read_config
 from ticketlab.errors import Refused
@@ -43,9 +44,13 @@ class Tickets:
     levels: dict[int, tl.Level]
     """Tickets alone."""
 
+    @property
+    def pruned(self) -> tuple[str, ...]:
+        return tuple(self.dense.masks)
+
 
 def setting(
-    word: str, study: tl.ImpConfig, *, resize: tuple[int, int] | None, grey: bool, device: torch.device | str | None
+    word: str, study: tl.ImpConfig, *, resize: tuple[int, int] | None, grey: bool, device: torch.device | str
 ) -> Setting:
     """Read ``TASK[:FIRST-LAST][@OPTIMIZER,RATE[,MOMENTUM]]`` and load what it names.
 
@@ -54,10 +59,10 @@ def setting(
         study: Whose recipe, split and dtype hold otherwise.
         resize: Height and width of the images; as they are when None.
         grey: Whether colours are turned into one channel.
-        device: Of the task; a CUDA device if there is one, otherwise the CPU, when None.
+        device: Of the task.
 
     Raises:
-        ValueError: Another form, or a name, class or number that does not exist.
+        Refused: Another form, or a name, class or number that does not exist.
     """
     found = _WORD.fullmatch(word)
     if found is None:
@@ -65,14 +70,13 @@ def setting(
             f"a setting must be TASK[:FIRST-LAST][@OPTIMIZER,RATE[,MOMENTUM]], such as mnist:0-4 or "
             f"mnist@sgd,0.05,0.9: got {word!r}."
         )
-    task = load(found["task"], validation_size=study.validation_size, split_seed=study.split_seed,
-                dtype=getattr(torch, study.dtype))  # fmt: skip
+    size, seed, dtype = study.validation_size, study.split_seed, getattr(torch, study.dtype)
+    task = load(found["task"], validation_size=size, split_seed=seed, dtype=dtype, device=device)
     if found["low"] is not None:
         task = task.of_classes(int(found["low"]), int(found["high"]))
     task = task.grey() if grey else task
     task = task if resize is None else task.resize(*resize)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Setting(word, task.to(device), _recipe(study.recipe, found))
+    return Setting(word, task, _recipe(study.recipe, found))
 
 
 def _recipe(recipe: tl.Recipe, found: re.Match[str]) -> tl.Recipe:
@@ -97,7 +101,7 @@ def tickets(
     """The tickets of every setting, from the run directories given or from runs made or resumed in ``store``.
 
     Raises:
-        ValueError: Settings of different input shapes, a run of no setting, or one that lacks a level, an init
+        Refused: Settings of different input shapes, a run of no setting, or one that lacks a level, an init
             seed or the weights at step ``theta_k``.
     """
     shapes = {each.name: each.task.input_shape for each in settings}
@@ -143,16 +147,16 @@ def _check(
 
 
 def _make(each: Setting, study: tl.ImpConfig, store: Path) -> Path:
-    study = replace(study, task=each.task.name, recipe=each.recipe)
-    folder = tl.run_folder(study, store, task=each.task)
-    print(f"run: {folder}", file=sys.stderr)
-    for _ in tl.imp(study, task=each.task, store=store, device=each.task.device):
+    made = tl.Study(replace(study, recipe=each.recipe), task=each.task, device=each.task.device)
+    print(f"run: {made.folder(store)}", file=sys.stderr)
+    for _ in made.levels(store):
         pass
-    return folder
+    return made.folder(store)
 
 
 def _read(each: Setting, folder: Path, levels: tuple[int, ...]) -> Tickets:
     run = tl.load_run(folder, device=each.task.device)
     seeds = run.config.init_seeds
     orders = dict(zip(seeds, run.config.order_seeds or seeds, strict=True))
-    return Tickets(each, orders, run[0], {level: run[level].select(treatment="ticket") for level in levels})
+    every = {level.level: level.subset(treatment="ticket") for level in followed(run)}
+    return Tickets(each, orders, every[0], {level: every[level] for level in levels})

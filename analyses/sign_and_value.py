@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
-import tyro
 
-import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, joined, main, open_run
 from analyses.intervals import interval, with_holm
 from figures.sign_and_value import draw
 from ticketlab.errors import Refused
@@ -29,30 +25,22 @@ STUDY = replace(DIGITS, treatments=STARTS, levels=5, prune_fraction=0.54)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """Test error of every way to start a ticket's mask, against density."""
 
-    run: Path | None = None
-    """Read this run directory; None: make or resume the run that the flags below describe."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 def run(config: Config) -> Tables:
-    """``starts``: one row a network. ``gaps``: how far each start is from the ticket and from reinitialising.
+    """``starts``: one row per network. ``gaps``: how far each start is from the ticket and from reinitialising.
 
     Raises:
-        ValueError: A run without the treatment reinit, which the others are compared with.
+        Refused: A run without the treatment reinit, which the others are compared with.
     """
-    study, _, _, levels = open_run(config.run, config.study, config.store, config.device)
+    study, _, _, levels = open_run(config)
     if "reinit" not in study.treatments:
         raise Refused(f"treatments must contain 'reinit', to compare with: got {study.treatments}. Add it.")
-    starts = pd.concat([level.metrics for level in levels], ignore_index=True)
+    starts = joined(level.metrics for level in levels)
     about = {"task": study.task, "model": study.model}
     tables = {"starts": starts, "gaps": gaps(starts)}
     return {name: table.assign(**about) for name, table in tables.items()}

@@ -12,18 +12,15 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, each_network, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, each_network, joined, main, open_run
 from figures.signal_propagation import draw
 from ticketlab import signal
 
@@ -33,46 +30,31 @@ _BINS = 40
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """Layers in the phase diagram, Jacobians and layer statistics against density, for every treatment of a run."""
 
-    run: Path | None = None
-    """Measure this run directory; None: make or resume the run that the flags below describe."""
     at_levels: tuple[int, ...] | None = None
     """Levels to measure; None: all. Level 0 always is."""
     n_inputs: int = 200
     """Training examples at which signals are followed."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 def run(config: Config) -> Tables:
-    """``networks``: one row a network. ``layers``: one a network and layer. ``densities``: pooled singular values."""
-    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
-    model.eval()
-    data = task.limit(min(config.n_inputs, len(task.train))).train
-    data = tl.Split(data.x.double(), data.y)
+    """``networks``: one row per network. ``layers``: one a network and layer. ``densities``: pooled singular values."""
+    study, model, task, levels = open_run(config)
+    data = task.limit(min(config.n_inputs, len(task.train))).to(dtype=torch.float64).train
     critical = signal.critical_sigma_w2(ACTIVATION, 0.0)
-    wanted = sorted({0, *(config.at_levels or range(study.levels + 1))})
+    wanted = sorted({0} | chosen_levels(config.at_levels, study.levels, range(study.levels + 1)))
     spectra_at = (0, wanted[len(wanted) // 2], wanted[-1])
     networks, layers, densities = [], [], []
     for level in levels:
-        if level.level not in wanted:
-            continue
         level_values: dict[str, list[tuple[Tensor, dict[str, float]]]] = {}
-        for one in tqdm(
-            list(each_network(level)), desc=f"signals of level {level.level}", unit="network", disable=None
-        ):
-            about = one.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
-            about["level_density"] = level.density
+        each = list(each_network(level)) if level.level in wanted else []
+        for about, one in tqdm(each, desc=f"signals of level {level.level}", unit="network", disable=None):
             start = one.start.to(data.x.device, torch.float64)
-            sigma_w2 = {n: float(v) for n, v in signal.effective_sigma_w2(model, start.params, one.masks).items()}
-            values = signal.jacobian_singular_values(model, start.params, data.x, one.masks, buffers=start.buffers)
+            sigma_w2 = {n: float(v) for n, v in signal.effective_sigma_w2(model, start, masks=one.masks).items()}
+            values = signal.jacobian_singular_values(model, start, data.x, masks=one.masks)
             level_values.setdefault(about["treatment"], []).append((values, sigma_w2))
             networks.append({**about, **_jacobian(values), "mean_squared_theory": _mean_squared(model, sigma_w2)})
             layers.append(_layers(model, one, start, data, sigma_w2).assign(**about, critical_sigma_w2=critical))
@@ -84,8 +66,8 @@ def run(config: Config) -> Tables:
     names = {"task": study.task, "model": study.model, "n_inputs": len(data), "rewind_step": study.rewind_step}
     return {
         "networks": pd.DataFrame(networks).assign(**names),
-        "layers": pd.concat(layers, ignore_index=True).assign(**names),
-        "densities": pd.concat(densities, ignore_index=True).assign(**names),
+        "layers": joined(layers).assign(**names),
+        "densities": joined(densities).assign(**names),
     }
 
 
@@ -111,7 +93,7 @@ def _mean_squared(model: nn.Module, sigma_w2: dict[str, float]) -> float:
 def _layers(
     model: nn.Module, one: tl.Level, start: tl.State, data: tl.Split, sigma_w2: dict[str, float]
 ) -> pd.DataFrame:
-    table = signal.layer_statistics(model, start.params, data.x, data.y, one.masks, buffers=start.buffers)
+    table = signal.layer_statistics(model, start, data.x, data.y, masks=one.masks)
     weights = [f"{layer}.weight" for layer in table["layer"]]
     biases = [start.params.get(f"{layer}.bias", torch.zeros(1)) for layer in table["layer"]]
     return table.assign(

@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
-import tyro
 from torch import nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, joined, main, open_run, pruned_names, survivors
 from figures.supermasks import draw
+from ticketlab import masks as mask_ops
 from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find, refuse_too_large
 from ticketlab.engine.supermask import RECIPES, Method, evaluations, learn_masks
 from ticketlab.engine.values import random_signs, signed_constants
@@ -43,11 +41,9 @@ OUTPUT_EXPONENT = math.log(0.9) / math.log(0.8)  # the output layer loses 10 % w
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OfRun):
     """Error of masks on weights that are never trained, chosen by a criterion or learned."""
 
-    run: Path | None = None
-    """Take networks and tickets from this run directory; None: make or resume the run that the flags describe."""
     criteria: tuple[str, ...] = (
         *("large_final_same_sign", "large_final", "large_final_different_sign"),
         *("magnitude_increase_same_sign", "large_init", "random"),
@@ -67,13 +63,7 @@ class Config:
     """Steps of mask learning; none are learned when 0."""
     draws: int = 10
     """Masks drawn from each network of Bernoulli logits."""
-    store: Path = Path("runs")
-    """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
         named = [("criterion", name, tuple(CRITERIA)) for name in self.criteria]
@@ -105,65 +95,70 @@ class Problem:
     task: tl.Task
     dense: tl.Level
 
-    def starts(self, values: str) -> tl.State:
-        """Every initialisation with these values, stacked."""
-        masks = tl.masks.ones(self.model)
-        states = [self.dense.select(init_seed=seed).snapshots[0] for seed in self.study.init_seeds]
-        pairs = zip(states, self.study.init_seeds, strict=True)
-        return stack_states([tl.State(VALUES[values](s.params, masks, seed), s.buffers) for s, seed in pairs])
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the dense networks that stayed finite, from which masks are taken."""
+        return survivors(self.dense)
+
+    def starts(self, values: str, seeds: Sequence[int]) -> tl.State:
+        """Initialisations with these values, stacked."""
+        networks = [self.dense.select(init_seed=seed) for seed in seeds]
+        pairs = zip([(n.snapshots[0], n.masks) for n in networks], seeds, strict=True)
+        return stack_states([tl.State(VALUES[values](s.params, masks, seed), s.buffers) for (s, masks), seed in pairs])
 
 
 def run(config: Config) -> Tables:
-    """``untrained``: one row a mask and kind of values. ``learned``: one row a mask and way to evaluate it."""
-    study, model, task, levels = open_run(config.run, config.study, config.store, config.device)
+    """``untrained``: one row per mask and kind of values. ``learned``: one row per mask and way to evaluate it."""
+    study, model, task, levels = open_run(config)
     for criterion in config.criteria:
-        refuse_too_large(criterion, model)
+        refuse_too_large(criterion, model, mask_ops.prunable(model, study.prunable or None))
     dense, *sparse = levels
     problem = Problem(config, study, model, task, dense)
-    tables = {"untrained": pd.concat(list(_untrained(problem, sparse)), ignore_index=True)}
+    tables = {"untrained": joined(_untrained(problem, sparse))}
     if config.learned_steps:
-        tables["learned"] = pd.concat(list(_learned(problem)), ignore_index=True)
+        tables["learned"] = joined(_learned(problem))
     about = {"task": study.task, "model": study.model, "dense_error": dense.metrics["test_error"].mean()}
     return {name: table.assign(**about) for name, table in tables.items()}
 
 
 def _untrained(problem: Problem, sparse: list[tl.Level]) -> Iterator[pd.DataFrame]:
-    starts = {values: problem.starts(values) for values in problem.config.values}
-    test = problem.task.test
-    for criterion, target, masks in tqdm(list(_masks(problem, sparse)), desc="untrained", unit="mask", disable=None):
-        density = tl.masks.density(masks, stacked=True).tolist()
-        for values, start in starts.items():
-            loss, error = tl.evaluate(problem.model, start.params, test.x, test.y, masks=masks, buffers=start.buffers)
+    test, every = problem.task.test, list(_masks(problem, sparse))
+    for criterion, target, masks in tqdm(every, desc="untrained", unit="mask", disable=None):
+        stacked, seeds = stack(list(masks.values())), list(masks)
+        density = mask_ops.density(stacked, stacked=True).tolist()
+        for values in problem.config.values:
+            start = problem.starts(values, seeds)
+            loss, error = tl.evaluate(problem.model, start, test.x, test.y, masks=stacked)
             found = {"density": density, "loss_nats": loss.tolist(), "error": error.tolist()}
             about = {"criterion": criterion, "values": values, "target_density": target}
-            yield pd.DataFrame({"init_seed": problem.study.init_seeds, **about, **found})
+            yield pd.DataFrame({"init_seed": seeds, **about, **found})
 
 
-def _masks(problem: Problem, sparse: list[tl.Level]) -> Iterator[tuple[str, float, Masks]]:
-    """Stacked masks of every criterion at every density, and those of the run's tickets (criterion ``imp``)."""
-    seeds, model = problem.study.init_seeds, problem.model
-    output = tl.masks.prunable(model)[-1]
+def _masks(problem: Problem, sparse: list[tl.Level]) -> Iterator[tuple[str, float, dict[int, Masks]]]:
+    """Masks by seed, of every criterion at every density, and those of the run's tickets (criterion ``imp``)."""
+    model = problem.model
+    output = tl.graph.output_layers(model, problem.task.train.x)
     for criterion in problem.config.criteria:
         for target in problem.config.densities:
-            goal = {n: target ** (OUTPUT_EXPONENT if n == output else 1) for n in tl.masks.prunable(model)}
-            found = []
-            for seed in seeds:
+            goal = {n: target ** (OUTPUT_EXPONENT if n in output else 1) for n in pruned_names(model, problem.dense)}
+            found = {}
+            for seed in problem.seeds:
                 one = problem.dense.select(init_seed=seed)
                 x, y = draw_examples(problem.task, problem.study.score_examples, seed)
                 evidence = Evidence(model, one.masks, one.snapshots[0], one.end, x, y, seed)
-                found.append(find(criterion, evidence, goal))
-            yield criterion, target, stack(found)
+                found[seed] = find(criterion, evidence, goal)
+            yield criterion, target, found
     for level in sparse:
-        tickets = [level.select(treatment="ticket", init_seed=seed).masks for seed in seeds]
-        yield "imp", level.density, stack(tickets)
+        tickets = {seed: level.select(treatment="ticket", init_seed=seed).masks for seed in survivors(level)}
+        if tickets:
+            yield "imp", level.density, tickets
 
 
 def _learned(problem: Problem) -> Iterator[pd.DataFrame]:
     """Every kind of values and every seed in one stack, for each method and density."""
-    config, seeds = problem.config, problem.study.init_seeds[: problem.config.learned_seeds]
+    config, seeds = problem.config, problem.seeds[: problem.config.learned_seeds]
     kinds = [(values, seed) for values in config.learned_values for seed in seeds]
-    stacks = [problem.starts(values) for values in config.learned_values]
-    frozen = stack_states([stacked.select(r) for stacked in stacks for r in range(len(seeds))])
+    frozen = stack_states([problem.starts(values, [seed]).select(0) for values, seed in kinds])
     plans: list[tuple[Method, float]] = [("bernoulli", 0.5), *(("edge_popup", d) for d in config.learned_densities)]
     for method, density in plans:
         recipe = replace(
@@ -176,9 +171,12 @@ def _learned(problem: Problem) -> Iterator[pd.DataFrame]:
             *(problem.model, frozen, problem.task, recipe, [seed for _, seed in kinds]),
             method=method,
             density=density,
+            prunable=pruned_names(problem.model, problem.dense),
             progress=f"{method}, {density:g}",
         )
         table = evaluations(problem.model, learned, problem.task.test, draws=config.draws)
+        lost = learned.metrics["diverged_step"].notna().to_numpy()[table["replica"]]
+        table.loc[lost, ["loss_nats", "error"]] = math.nan
         names = pd.DataFrame(kinds, columns=["values", "init_seed"]).assign(method=method, target_density=density)
         yield names.rename_axis("replica").reset_index().merge(table, on="replica").drop(columns="replica")
 

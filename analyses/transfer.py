@@ -21,23 +21,22 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
-import tyro
 from torch import nn
 
 import ticketlab as tl
-from analyses.command import DIGITS, Tables, main
+from analyses.command import DIGITS, Places, StudyFlags, Tables, chosen_levels, device_of, joined, main, survivors
 from analyses.intervals import interval, with_holm
 from analyses.settings import Setting, Tickets, setting, tickets
 from figures.transfer import draw
 from ticketlab import masks as mask_ops
+from ticketlab.engine.training import Start
 from ticketlab.engine.transfer import carry
-from ticketlab.engine.treatments import Start
 from ticketlab.errors import Refused
 from ticketlab.seeds import derived_seed
-from ticketlab.state import Masks, stack, stack_states
+from ticketlab.state import Masks
 
 STUDY = replace(
     DIGITS,
@@ -50,7 +49,7 @@ STUDY = replace(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Places):
     """Tickets carried from source settings to target settings, beside shuffled masks and dense networks."""
 
     sources: tuple[str, ...] = ("digits:0-4", "digits:5-9")
@@ -69,11 +68,10 @@ class Config:
     """Take the tickets of settings from these run directories; others are made or resumed."""
     store: Path = Path("runs")
     """Folder of run directories."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
-    device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
-    study: Annotated[tl.ImpConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: STUDY)
+    study: StudyFlags = field(default_factory=lambda: STUDY)
+
+
+_KEYS = ["target", "source", "carried", "level"]
 
 
 @dataclass(frozen=True)
@@ -86,18 +84,18 @@ class Job:
 
 
 def run(config: Config) -> Tables:
-    """``networks``: one row a trained network. ``contrasts``: paired differences in test error, with p-values.
+    """``networks``: one row per trained network. ``contrasts``: paired differences in test error, with p-values.
 
     Raises:
-        ValueError: Settings of different input shapes, levels, seeds or steps that a run does not have, a run
+        Refused: Settings of different input shapes, levels, seeds or steps that a run does not have, a run
             directory of no setting, or a layer of a ticket without a live weight.
     """
     wanted, targets = _wanted(config), config.targets or config.sources
     words = dict.fromkeys((*config.sources, *targets))
-    device = config.device
+    device = device_of(config)
     settings = [setting(w, config.study, resize=config.resize, grey=config.grey, device=device) for w in words]
     found = tickets(settings, config.study, wanted, config.theta_k, runs=config.runs, store=config.store)
-    networks = pd.concat([_train(config, found, target) for target in targets], ignore_index=True)
+    networks = joined(table for target in dict.fromkeys(targets) for table in _train(config, found, target))
     networks.insert(0, "model", config.study.model)
     return {"networks": networks, "contrasts": contrasts(networks)}
 
@@ -109,31 +107,25 @@ def _wanted(config: Config) -> tuple[int, ...]:
         raise Refused(f"tasks are named by sources and targets: got task {study.task!r}. Use --sources instead.")
     if len(study.init_seeds) < 2:
         raise Refused(f"a mask is carried to another seed's network: two init seeds at least, got {study.init_seeds}.")
-    wanted = (max(1, study.levels // 2), study.levels) if config.at_levels is None else config.at_levels
-    if not wanted or min(wanted) < 1:
-        raise Refused(f"at_levels must be levels from 1 on, whose tickets are carried: got {wanted}.")
+    last = max([study.levels, *(tl.load_run(folder).config.levels for folder in config.runs)])
+    wanted = chosen_levels(config.at_levels, last, {max(1, study.levels // 2), study.levels}, first=1)
     if not 0 <= config.theta_k < study.recipe.steps:
         raise Refused(f"theta_k must lie in 0..{study.recipe.steps - 1}, before training ends: got {config.theta_k}.")
-    return tuple(dict.fromkeys(wanted))
+    return tuple(sorted(wanted))
 
 
-def _train(config: Config, found: dict[str, Tickets], target: str) -> pd.DataFrame:
+def _train(config: Config, found: dict[str, Tickets], target: str) -> Iterator[pd.DataFrame]:
     """All networks of one target, in one stack for each first step."""
     here = found[target].setting
     model = tl.initialise(partial(_build, config, here), 0)
     jobs = list(_jobs(config, found, target))
-    tables = []
     for first_step in sorted({job.first_step for job in jobs}):
         group = [job for job in jobs if job.first_step == first_step]
-        masks = stack([job.start.masks for job in group])
-        begun = stack_states([job.start.state for job in group])
-        orders = [job.start.order_seed for job in group]
-        what = f"to {target}, from step {first_step}"
-        outcome = tl.train(model, begun, masks, here.task, here.recipe, orders, first_step=first_step, description=what)
+        starts, label = [job.start for job in group], f"to {target}, from step {first_step}"
+        outcome = tl.train(model, starts, here.task, here.recipe, first_step=first_step, progress=label)
         rows = pd.DataFrame([job.row | _described(job.start.masks, here.recipe) for job in group])
         rows["first_step"] = first_step
-        tables.append(pd.concat([rows, outcome.metrics.drop(columns="replica")], axis=1))
-    return pd.concat(tables, ignore_index=True)
+        yield pd.concat([rows, outcome.metrics.drop(columns="replica")], axis=1)
 
 
 def _build(config: Config, here: Setting) -> nn.Module:
@@ -147,13 +139,16 @@ def _jobs(config: Config, found: dict[str, Tickets], target: str) -> Iterator[Jo
     build = partial(_build, config, here.setting)
     fresh = {seed: tl.state(tl.initialise(build, seed)).to(some.device, some.dtype) for seed in seeds}
     model = tl.initialise(build, 0)
-    everything = {name: mask.to(some.device) for name, mask in mask_ops.ones(model).items()}
+    everything = {name: mask.to(some.device) for name, mask in mask_ops.ones(model, here.pruned).items()}
     for seed in seeds:
         about = {"source": "none", "target": target, "carried": "none", "control": "dense", "level": 0}
         order = here.order_seeds[seed]
         yield Job(about | _seeds(seed, seed, order), Start(fresh[seed], everything, order))
     for source, level in product(dict.fromkeys((*config.sources, target)), next(iter(found.values())).levels):
+        finite = survivors(found[source].levels[level])
         for seed, other in zip(seeds, (*seeds[1:], seeds[0]), strict=True):
+            if seed not in finite:
+                continue
             order = here.order_seeds[seed]
             about = {"source": source, "target": target, "level": level}
             masks = found[source].levels[level].select(init_seed=seed).masks
@@ -205,22 +200,19 @@ def contrasts(networks: pd.DataFrame) -> pd.DataFrame:
     Differences of the networks of one source seed, with the mean's 95 % interval (Student's t). ``p_value`` is
     unadjusted, ``p_holm`` corrected for the whole table.
     """
-    errors = networks.set_index(["target", "source", "carried", "level", "control", "source_seed"])[
-        "test_error"
-    ].sort_index()
+    errors = dict(iter(networks.set_index("source_seed").groupby([*_KEYS, "control"])["test_error"]))
+    none = pd.Series(dtype=float)  # where all tickets of a source diverged
     rows = []
-    tickets = networks.loc[networks["control"] == "ticket", ["target", "source", "carried", "level"]]
+    tickets = networks.loc[networks["control"] == "ticket", _KEYS]
     for target, source, what, level in tickets.drop_duplicates().itertuples(index=False):
         against = {
-            "layerwise_shuffle": errors[
-                target, source, "mask" if what == "theta0" else what, level, "layerwise_shuffle"
-            ],
-            "own_ticket": errors[target, target, "theta0", level, "ticket"],
-            "dense": errors[target, "none", "none", 0, "dense"],
+            "layerwise_shuffle": (target, source, "mask" if what == "theta0" else what, level, "layerwise_shuffle"),
+            "own_ticket": (target, target, "theta0", level, "ticket"),
+            "dense": (target, "none", "none", 0, "dense"),
         }
         for name, other in against.items():
             about = {"target": target, "source": source, "carried": what, "level": level, "against": name}
-            gap = errors[target, source, what, level, "ticket"] - other
+            gap = errors[target, source, what, level, "ticket"] - errors.get(other, none)
             rows.append(about | interval(gap, "error_above"))
     return with_holm(pd.DataFrame(rows))
 

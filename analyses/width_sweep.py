@@ -12,18 +12,16 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import Tables, main
+from analyses.command import Places, Tables, device_of, main
 from analyses.intervals import interval
 from figures.width_sweep import draw
 from ticketlab import ntk
@@ -34,7 +32,7 @@ SLOPES = {"lambda_min": None, "relative_movement": -0.5, "kernel_change": -0.5}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Places):
     """lambda_min, movement of the weights and change of the kernel against width, under NTK scaling."""
 
     task: str = "digits"
@@ -49,8 +47,6 @@ class Config:
     """Gradient descent steps at half the largest stable rate of the widest kernel."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Networks at each width."""
-    out: Path = Path("results")
-    """Folder for tables and figures."""
 
     def __post_init__(self) -> None:
         if min(self.widths) < 1 or len(set(self.widths)) < 3:
@@ -79,8 +75,8 @@ def network(inputs: int, width: int, depth: int) -> nn.Module:
 
 
 def run(config: Config) -> Tables:
-    """``widths``: one row a width and seed. ``slopes``: log-log slopes over the widths with intervals."""
-    task = tl.load_task(config.task, dtype=torch.float64).limit(train=config.n_examples)
+    """``widths``: one row per width and seed. ``slopes``: log-log slopes over the widths with intervals."""
+    task = tl.load_task(config.task, dtype=torch.float64, device=device_of(config)).limit(train=config.n_examples)
     x, y = task.train.x, (task.train.y % 2).double()[:, None] * 2 - 1
     x = x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * math.sqrt(x[0].numel())  # unit mean square
     rows = []
@@ -93,37 +89,37 @@ def run(config: Config) -> Tables:
 
 
 def _largest(x: Tensor, width: int, config: Config) -> float:
-    model = tl.initialise(lambda: network(x[0].numel(), width, config.depth), 0).double()
-    return float(ntk.spectrum(ntk.kernel(model, tl.state(model).params, x, outputs="sum_logits")).eigenvalues[0])
+    model = _network(x, width, config.depth, 0)
+    return float(ntk.spectrum(ntk.kernel(model, tl.state(model), x, outputs="sum_logits")).eigenvalues[0])
 
 
 def _measure(x: Tensor, y: Tensor, width: int, seed: int, rate: float, config: Config) -> dict[str, float]:
-    model = tl.initialise(lambda: network(x[0].numel(), width, config.depth), seed).double()
-    start = tl.state(model).params
-    end, loss = _descend(model, start, x, y, rate, config.steps)
-    kernels = [ntk.kernel(model, params, x, outputs="sum_logits") for params in (start, end)]
-    moved = sum(float((end[n] - p).square().sum()) for n, p in start.items())
-    return {
-        "lambda_min": float(ntk.spectrum(kernels[0]).eigenvalues[-1]),
-        "relative_movement": math.sqrt(moved / sum(float(p.square().sum()) for p in start.values())),
-        "kernel_change": float(ntk.drift(*kernels).relative_change),
-        "loss": loss,
-    }
+    model = _network(x, width, config.depth, seed)
+    start = tl.state(model)
+    kernel = ntk.kernel(model, start, x, outputs="sum_logits")
+    measured = {"lambda_min": float(ntk.spectrum(kernel).eigenvalues[-1]), "loss": _descend(model, x, y, rate, config)}
+    if not math.isfinite(measured["loss"]):
+        return measured | dict.fromkeys(("relative_movement", "kernel_change"), math.nan)
+    end = tl.state(model)
+    moved = sum(float((end.params[n] - p).square().sum()) for n, p in start.params.items())
+    size = sum(float(p.square().sum()) for p in start.params.values())
+    change = ntk.drift(kernel, ntk.kernel(model, end, x, outputs="sum_logits")).relative_change
+    return measured | {"relative_movement": math.sqrt(moved / size), "kernel_change": float(change)}
 
 
-def _descend(
-    model: nn.Module, start: tl.functional.Params, x: Tensor, y: Tensor, rate: float, steps: int
-) -> tuple[tl.functional.Params, float]:
+def _network(x: Tensor, width: int, depth: int, seed: int) -> nn.Module:
+    return tl.initialise(lambda: network(x[0].numel(), width, depth), seed).to(x.device, x.dtype)
+
+
+def _descend(model: nn.Module, x: Tensor, y: Tensor, rate: float, config: Config) -> float:
     """Gradient descent on half the sum of squared errors; the loss is that of the last point."""
-    params = {name: p.clone().requires_grad_() for name, p in start.items()}
-    for _ in range(steps):
-        loss = 0.5 * (functional_call(model, params, (x,)) - y).square().sum()
-        gradients = torch.autograd.grad(loss, list(params.values()))
+    params = list(model.parameters())
+    for _ in range(config.steps):
+        gradients = torch.autograd.grad(0.5 * (model(x) - y).square().sum(), params)
         with torch.no_grad():
-            for p, g in zip(params.values(), gradients, strict=True):
+            for p, g in zip(params, gradients, strict=True):
                 p.sub_(g, alpha=rate)
-    end = {name: p.detach() for name, p in params.items()}
-    return end, float(0.5 * (functional_call(model, end, (x,)) - y).square().sum())
+    return float(0.5 * (model(x) - y).square().sum())
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:
@@ -134,7 +130,8 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
     logs = np.log2(table.pivot(index="width", columns="seed", values=list(SLOPES)))
     rows = []
     for column, expected in SLOPES.items():
-        fits = np.polyfit(np.log2(logs.index), logs[column].to_numpy(), 1)  # [slope and intercept, seed]
+        known = logs[column].dropna(axis=1)  # seeds that diverged at no width
+        fits = np.polyfit(np.log2(logs.index), known.to_numpy(), 1)  # [slope and intercept, seed]
         about = {"intercept": fits[1].mean(), "theory": expected}
         rows.append({"measure": column, **interval(pd.Series(fits[0]), "slope"), **about})
     return pd.DataFrame(rows).drop(columns="p_value")  # against a slope of 0, which nobody expects

@@ -1,4 +1,4 @@
-"""How a stack of replicas is best computed: a loop over replicas, or ``vmap``. What ``functional.resolve`` rests on.
+"""How a stack of replicas is best computed: a loop over replicas, or ``vmap``. What ``network.resolve`` rests on.
 
 Each case trains R replicas for a segment of steps both ways, in the same rounds, on random inputs of the task's shape.
 """
@@ -18,7 +18,7 @@ import tyro
 
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
-from ticketlab.engine.training import _loop, _vmap
+from ticketlab.engine.training import Start, _loop, _vmap
 from ticketlab.network import resolve
 from ticketlab.state import stack, stack_states
 
@@ -49,9 +49,10 @@ def segment(
     x, y = torch.randn(3000, *shape, generator=generator), torch.randint(0, 10, (3000,), generator=generator)
     task = tl.Task.from_tensors(x, y, n_classes=10).to(config.device)
     nets = [tl.initialise(partial(tl.models.build, name, shape, 10), r) for r in range(replicas)]
-    masks = {n: m.to(task.device) for n, m in stack([tl.masks.ones(net) for net in nets]).items()}
-    live = stack_states([tl.state(net) for net in nets]).to(task.device, task.dtype)
-    advance = make(nets[0], live, masks, task, tl.Recipe(steps=10**6), range(replicas))
+    masks = {n: m.to(task.device) for n, m in tl.masks.ones(nets[0]).items()}
+    starts = [Start(tl.state(net).to(task.device, task.dtype), masks, r) for r, net in enumerate(nets)]
+    live, every = stack_states([start.begun for start in starts]), stack([masks] * replicas)
+    advance = make(nets[0], live, every, starts, task, tl.Recipe(steps=10**6))
     return lambda: advance(range(config.steps), range(replicas))
 
 
@@ -61,7 +62,7 @@ def run(config: Config) -> pd.DataFrame:
     for name, shape in CASES:
         model = tl.initialise(partial(tl.models.build, name, shape, 10), 0)
         for r in config.replicas:
-            ways = {"loop": _loop, "vmap": _vmap}
+            ways = {"loop": partial(_loop, copies=True), "vmap": _vmap}
             seconds = alternate({w: segment(make, name, shape, r, config) for w, make in ways.items()}, config.rounds)
             ms = {f"{w}_ms": 1e3 * statistics.median(s) / config.steps / r for w, s in seconds.items()}
             rows.append(

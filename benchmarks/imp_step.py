@@ -26,10 +26,10 @@ import tyro
 
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
-from ticketlab.engine.training import _loop, _vmap
-from ticketlab.network import resolve
+from ticketlab.engine.training import Start, _loop, _vmap
 from ticketlab.models import mlp
-from ticketlab.state import Masks, State, stack, stack_states
+from ticketlab.network import resolve
+from ticketlab.state import Masks, stack, stack_states
 
 MATRIX = 1024  # side of the square product that gives the matrix-product rate
 REPEATS = 10  # products or copies in one timing
@@ -93,13 +93,12 @@ def plain(task: tl.Task, config: Config, batch_size: int, *, fused: bool | None 
 def engine(task: tl.Task, config: Config, batch_size: int, replicas: int) -> Callable[[], None]:
     """A segment between two evaluations, as ``train`` runs it."""
     nets = [tl.initialise(lenet, r) for r in range(replicas)]
-    masks = stack([masks_of(nets[0], config.density, r) for r in range(replicas)])
-    masks = {n: m.to(task.device) for n, m in masks.items()}
-    start = stack_states([tl.state(net) for net in nets]).to(task.device, task.dtype)
-    live = State({n: p * masks[n] if n in masks else p for n, p in start.params.items()}, start.buffers)
-    recipe = tl.Recipe(steps=10**6, batch_size=batch_size)
-    make = {"loop": _loop, "vmap": _vmap}[resolve("auto", nets[0], task.device, replicas)]
-    advance = make(nets[0], live, masks, task, recipe, range(replicas))
+    every = [{n: m.to(task.device) for n, m in masks_of(net, config.density, r).items()} for r, net in enumerate(nets)]
+    states = [tl.state(net).to(task.device, task.dtype) for net in nets]
+    starts = [Start(state, masks, r) for r, (state, masks) in enumerate(zip(states, every, strict=True))]
+    recipe, live = tl.Recipe(steps=10**6, batch_size=batch_size), stack_states([start.begun for start in starts])
+    make = {"loop": partial(_loop, copies=True), "vmap": _vmap}[resolve("auto", nets[0], task.device, replicas)]
+    advance = make(nets[0], live, stack(every), starts, task, recipe)
     return lambda: advance(range(config.steps), range(replicas))
 
 

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from figures.style import (
-    LABELS,
-    LOOKS,
     TWO_COLUMNS,
     density_axis,
+    label_of,
+    look_of,
     mean_and_replicas,
     name_task,
     paper,
@@ -44,8 +44,8 @@ def _certificates(axes: Axes, table: pd.DataFrame, hypothesis: str, title: str) 
     for treatment in treatments(shown):
         rows = shown[(shown["treatment"] == treatment) | (shown["level"] == 0)]
         certified = rows[rows["bound"] == "binomial_tail"]
-        look = LOOKS[treatment]
-        mean_and_replicas(axes, certified["level_density"], 100 * certified["value"], label=LABELS[treatment], **look)
+        look = look_of(treatment)
+        mean_and_replicas(axes, certified["level_density"], 100 * certified["value"], label=label_of(treatment), **look)
         true = 100 * certified.groupby("level_density")["test_error"].mean()
         axes.plot(true.index, true, markerfacecolor="white", **look)  # type: ignore[arg-type]
     _finish(axes, table, title)
@@ -58,7 +58,7 @@ def _terms(axes: Axes, table: pd.DataFrame) -> None:
     shown = table[(table["hypothesis"] == "quantised") & (table["bound"] == "binomial_tail")]
     for treatment in treatments(shown):
         rows = shown[(shown["treatment"] == treatment) | (shown["level"] == 0)]
-        look = LOOKS[treatment]
+        look = look_of(treatment)
         for term, face in (("complexity", look["color"]), ("empirical", "white")):
             mean = 100 * rows.groupby("level_density")[term].mean()
             axes.plot(mean.index, mean, markerfacecolor=face, **look)  # type: ignore[arg-type]

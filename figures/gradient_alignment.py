@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from figures.style import (
-    LOOKS,
     TWO_COLUMNS,
     against_density,
     density_axis,
+    look_of,
     name_task,
     paper,
     treatments,
@@ -95,7 +95,7 @@ def _predicted(axes: Axes, networks: pd.DataFrame) -> None:
     """The first order of each treatment as open markers, over the realised decrease."""
     for treatment in treatments(networks):
         mean = _rows(networks, treatment).groupby("level_density")["first_order_nats"].mean()
-        look = {**LOOKS[treatment], "linestyle": "none", "markerfacecolor": "white", "markersize": 2.5}
+        look = {**look_of(treatment), "linestyle": "none", "markerfacecolor": "white", "markersize": 2.5}
         axes.plot(mean.index, mean, **look)  # type: ignore[arg-type]
 
 

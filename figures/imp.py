@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import LABELS, LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import TWO_COLUMNS, density_axis, label_of, look_of, mean_and_replicas, name_task, paper, treatments
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -38,11 +38,10 @@ def _panel(axes: Axes, table: pd.DataFrame, column: str, scale: float, ylabel: s
     spread = dense.std() if len(dense) > 1 else 0.0
     axes.axhspan(dense.mean() - spread, dense.mean() + spread, color="0.85", lw=0, label="dense, mean ± sd")
     densities = table.loc[table["treatment"] == "ticket"].groupby("level")["density"].first()
-    shown = [t for t in LOOKS if t in set(table["treatment"]) and t != "sibling"]
-    for treatment in shown:
+    for treatment in [t for t in treatments(table) if t != "sibling"]:
         rows = table[(table["treatment"] == treatment) | (table["level"] == 0)]
         # Where a control keeps all weights, it still stands at the density of its level.
         x = rows["level"].map(densities)
-        mean_and_replicas(axes, x, scale * rows[column].astype(float), label=LABELS[treatment], **LOOKS[treatment])
+        mean_and_replicas(axes, x, scale * rows[column].astype(float), label=label_of(treatment), **look_of(treatment))
     density_axis(axes, np.asarray(densities))
     axes.set_ylabel(ylabel)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.style import LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import TWO_COLUMNS, density_axis, look_of, mean_and_replicas, name_task, paper
 
 START_END, SIBLINGS = "theta_k to theta_T", "siblings"
 INDEPENDENT, MATCHED = "independent", "independent, matched"
@@ -54,7 +54,7 @@ def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> N
     row[1].set_ylim(top=1.9 * row[1].get_ylim()[1])
     row[0].set_title("two init seeds, as trained")
     row[1].set_title("two init seeds, hidden units matched")
-    for question, look in ((INDEPENDENT, LOOKS["reinit"]), (MATCHED, LOOKS["ticket"])):
+    for question, look in ((INDEPENDENT, look_of("reinit")), (MATCHED, look_of("ticket"))):
         rows = barriers[(barriers["question"] == question) & (barriers["split"] == "test")]
         rows = rows[(rows["metric"] == "error") & (rows["baseline"] == "mean")]
         label = "as trained" if question == INDEPENDENT else "matched"
@@ -102,7 +102,7 @@ def _heights(
     scale = 100 if metric == "error" else 1
     baseline = "mean" if question == SIBLINGS else "linear"
     steps = {k: position for position, k in enumerate(sorted(rows["rewind_step"].unique()))}  # spaced evenly
-    for split, look in (("test", LOOKS["ticket"]), ("train", LOOKS["reinit"])):
+    for split, look in (("test", look_of("ticket")), ("train", look_of("reinit"))):
         chosen = rows[(rows["split"] == split) & (rows["baseline"] == baseline)]
         x = chosen["density"] if against == "density" else chosen["rewind_step"].map(steps.get)
         mean_and_replicas(axes, x, scale * chosen["barrier"], label=split, **look)

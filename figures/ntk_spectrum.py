@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import LABELS, LOOKS, TWO_COLUMNS, against_density, density_axis, name_task, paper, treatments
+from figures.style import TWO_COLUMNS, against_density, density_axis, label_of, look_of, name_task, paper, treatments
 
 PANELS = {
     "effective_rank": "effective rank",
@@ -42,8 +42,8 @@ def _spectra(axes: Axes, spectra: pd.DataFrame) -> None:
     dense, last = spectra[spectra["level"] == 0], spectra[spectra["level"] == spectra["level"].max()]
     shown = [("dense", dense, {"color": "0.45", "linestyle": "-", "linewidth": 2.2})]
     for treatment in treatments(last):
-        look = {k: v for k, v in LOOKS[treatment].items() if k != "marker"}
-        shown.append((LABELS[treatment], last[last["treatment"] == treatment], look))
+        look = {k: v for k, v in look_of(treatment).items() if k != "marker"}
+        shown.append((label_of(treatment), last[last["treatment"] == treatment], look))
     for label, rows, look in shown:
         share = rows["eigenvalue"] / rows.groupby("init_seed")["eigenvalue"].transform("sum")
         curve = np.exp(np.log(share).groupby(rows["rank"]).mean())
@@ -58,7 +58,7 @@ def _errors(axes: Axes, kernels: pd.DataFrame) -> None:
     """Kernel regression (open markers) beside the trained network (filled)."""
     for treatment in treatments(kernels):
         rows = kernels[(kernels["treatment"] == treatment) | (kernels["level"] == 0)]
-        look = LOOKS[treatment]
+        look = look_of(treatment)
         for column, face in (("regression_error", "white"), ("test_error", look["color"])):
             mean = 100 * rows.groupby("level_density")[column].mean()
             axes.plot(mean.index, mean, markerfacecolor=face, **look)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from figures.style import LABELS, LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import TWO_COLUMNS, density_axis, label_of, look_of, mean_and_replicas, name_task, paper
 
 KEPT = ("ticket", "reinit_keep_sign", "reshuffle_keep_sign", "signed_constant")
 LOST = ("reinit", "reshuffle", "random_sign", "random_constant")
@@ -42,7 +42,7 @@ def _signs(axes: Axes, table: pd.DataFrame) -> None:
     """Every start on the ticket's mask: blue keeps the signs, vermilion draws them anew."""
     for group, dashes in ((KEPT, "-"), (LOST, "--")):
         for treatment in _shown(table, group):
-            look = {**LOOKS[treatment], "color": SHADES[treatment], "linestyle": dashes}
+            look = {**look_of(treatment), "color": SHADES[treatment], "linestyle": dashes}
             _against_density(axes, table, treatment, look)
     axes.legend(title="solid: signs kept; dashed: lost", title_fontsize=6, **BELOW)
     axes.set_ylim(bottom=0)
@@ -52,7 +52,7 @@ def _signs(axes: Axes, table: pd.DataFrame) -> None:
 
 def _pruned(axes: Axes, table: pd.DataFrame) -> None:
     for treatment in _shown(table, PRUNED):
-        _against_density(axes, table, treatment, LOOKS[treatment], "pruned weights zero" * (treatment == "ticket"))
+        _against_density(axes, table, treatment, look_of(treatment), "pruned weights zero" * (treatment == "ticket"))
     axes.set_ylim(bottom=0)
     axes.legend(**BELOW)
     axes.set_title("what pruned weights become")
@@ -68,7 +68,7 @@ def _sparsest(axes: Axes, table: pd.DataFrame) -> None:
         face = "white" if treatment in LOST else color
         axes.plot(errors, [place] * len(errors), linestyle="none", marker=marker, color=color, markerfacecolor=face)
         axes.plot([errors.mean()] * 2, [place - 0.3, place + 0.3], color="black", linewidth=1.2)
-    axes.set_yticks(range(len(order)), [LABELS[t] for t in order], fontsize=6)
+    axes.set_yticks(range(len(order)), [label_of(t) for t in order], fontsize=6)
     axes.set_xlabel("test error at the end (%)")
     axes.set_xlim(left=0)
     density = last.loc[last["treatment"] == "ticket", "density"].iloc[0]
@@ -86,5 +86,5 @@ def _against_density(
     axes: Axes, table: pd.DataFrame, treatment: str, look: Mapping[str, object], label: str = ""
 ) -> None:
     rows = table[(table["treatment"] == treatment) | (table["level"] == 0)]
-    mean_and_replicas(axes, rows["density"], 100 * rows["test_error"], label=label or LABELS[treatment], **look)
+    mean_and_replicas(axes, rows["density"], 100 * rows["test_error"], label=label or label_of(treatment), **look)
     density_axis(axes, np.asarray(table["density"]))

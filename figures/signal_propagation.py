@@ -14,10 +14,10 @@ from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from figures.style import (
-    LABELS,
-    LOOKS,
     TWO_COLUMNS,
     against_density,
+    label_of,
+    look_of,
     mean_and_replicas,
     name_task,
     paper,
@@ -51,7 +51,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def _line(treatment: str) -> dict[str, object]:
-    return {k: v for k, v in LOOKS[treatment].items() if k != "marker"}
+    return {k: v for k, v in look_of(treatment).items() if k != "marker"}
 
 
 def _against_density(axes: Axes, table: pd.DataFrame, column: str, label: str) -> None:
@@ -116,7 +116,7 @@ def _spectra(axes: Axes, densities: pd.DataFrame, level: int) -> None:
     """Histograms as lines; thin dots: Gaussian weights of the same sigma_w^2."""
     shown = [("dense", densities[densities["level"] == 0], DENSE)]
     at = densities[densities["level"] == level]
-    shown += [(LABELS[t], at[at["treatment"] == t], _line(t)) for t in treatments(at)]
+    shown += [(label_of(t), at[at["treatment"] == t], _line(t)) for t in treatments(at)]
     for label, rows, look in shown:
         axes.plot(rows["singular_value"], rows["density_per_log"], label=label, **look)  # type: ignore[arg-type]
         axes.plot(rows["singular_value"], rows["theory_per_log"], color=look["color"], lw=0.7, ls=(0, (1, 1)))
@@ -132,7 +132,7 @@ def _theory(axes: Axes, networks: pd.DataFrame) -> None:
     for treatment in treatments(networks):
         rows = networks[(networks["treatment"] == treatment) | (networks["level"] == 0)]
         mean = rows.groupby("level_density")["mean_squared_theory"].mean()
-        axes.plot(mean.index, mean, color=LOOKS[treatment]["color"], lw=0.7, ls=(0, (1, 1)))  # type: ignore[arg-type]
+        axes.plot(mean.index, mean, color=look_of(treatment)["color"], lw=0.7, ls=(0, (1, 1)))  # type: ignore[arg-type]
     axes.set_title(r"fine dots: product of $\chi_1$", fontsize=7)
 
 
@@ -143,7 +143,7 @@ def _by_layer(axes: Axes, layers: pd.DataFrame, column: str, label: str) -> None
     axes.plot(dense.index, dense, label="dense", **DENSE)  # type: ignore[arg-type]
     for treatment in treatments(last):
         rows = last[last["treatment"] == treatment]
-        mean_and_replicas(axes, rows["depth"], rows[column], label=LABELS[treatment], **LOOKS[treatment])
+        mean_and_replicas(axes, rows["depth"], rows[column], label=label_of(treatment), **look_of(treatment))
     names = layers.drop_duplicates("depth").set_index("depth")["layer"].sort_index()
     axes.set_xticks(names.index, names)
     axes.set_yscale("log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,15 +100,33 @@ def density_axis(axes: Axes, densities: np.ndarray) -> None:
 
 
 def treatments(table: pd.DataFrame) -> list[str]:
-    """Those that a table has, in the order of ``LOOKS``."""
-    return [t for t in LOOKS if t in set(table["treatment"])]
+    """Those that a table has, in the order of ``LOOKS``, others behind."""
+    found = dict.fromkeys(table["treatment"])
+    return [t for t in {**LOOKS, **found} if t in found]
+
+
+def look_of(treatment: str) -> dict[str, object]:
+    """Colour, marker and dashes: those above, or of a treatment that is not there some of its own, from its name."""
+    n = zlib.crc32(treatment.encode())
+    colors, markers = sorted({str(look["color"]) for look in LOOKS.values()}), ("d", "8", "2", "3", "4", "|", "_")
+    dashes = (0, (1 + n % 9, 1 + n // 9 % 4, 1, 1 + n // 36 % 4))
+    own: dict[str, object] = {
+        "color": colors[n % len(colors)],
+        "marker": markers[n // 8 % len(markers)],
+        "linestyle": dashes,
+    }
+    return LOOKS.get(treatment, own)
+
+
+def label_of(treatment: str) -> str:
+    return LABELS.get(treatment, treatment.replace("_", " "))
 
 
 def against_density(axes: Axes, table: pd.DataFrame, column: str, label: str) -> None:
     """A column of networks, a line a treatment; the dense networks, from which all of them come, belong to each."""
     for treatment in treatments(table):
         rows = table[(table["treatment"] == treatment) | (table["level"] == 0)]
-        mean_and_replicas(axes, rows["level_density"], rows[column], label=LABELS[treatment], **LOOKS[treatment])
+        mean_and_replicas(axes, rows["level_density"], rows[column], label=label_of(treatment), **look_of(treatment))
     density_axis(axes, table["level_density"].to_numpy())
     axes.set_ylabel(label)
 

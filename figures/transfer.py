@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import LOOKS, TASKS, TWO_COLUMNS, paper
+from figures.style import TASKS, TWO_COLUMNS, look_of, paper
 
 CARRIED = {"mask": "mask", "theta0": r"$\theta_0$", "theta_k": r"$\theta_{k}$"}
 SHOWN = {"ticket": "carried ticket", "layerwise_shuffle": "shuffled in layers", "random_mask": "random mask"}
@@ -79,7 +79,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, names: Mapping[str, str], *, named: b
 def _networks(axes: Axes, x: float, errors: pd.Series, control: str, label: str, first: bool) -> None:
     if errors.dropna().empty:
         return
-    look = LOOKS[control]
+    look = look_of(control)
     dots = x + 0.05 * (np.arange(len(errors)) - (len(errors) - 1) / 2)
     axes.plot(
         dots, errors, linestyle="none", marker=str(look["marker"]), color=str(look["color"]), alpha=0.7,

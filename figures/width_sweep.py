@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from figures.style import LOOKS, TASKS, TWO_COLUMNS, mean_and_replicas, paper
+from figures.style import TASKS, TWO_COLUMNS, look_of, mean_and_replicas, paper
 
 PANELS = {
     "lambda_min": r"$\lambda_{\min}$ of the kernel at $\theta_0$",
@@ -24,7 +24,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     with paper():
         figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.5))
         for place, (column, label) in zip(axes, PANELS.items(), strict=True):
-            mean_and_replicas(place, widths["width"], widths[column], label="mean; dots: networks", **LOOKS["ticket"])
+            mean_and_replicas(place, widths["width"], widths[column], label="mean; dots: networks", **look_of("ticket"))
             fit = slopes.loc[column]
             x = np.array(sorted(widths["width"].unique()), dtype=float)
             place.plot(x, 2 ** (fit["intercept"] + fit["slope"] * np.log2(x)), color="0.4", lw=0.9, label="fit")

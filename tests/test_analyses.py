@@ -30,7 +30,7 @@ def command(module, tmp_path, *flags):
 
 def test_imp_writes_its_table_config_and_figure(tmp_path, capsys):
     assert command(imp, tmp_path, "--treatments", "ticket", "reinit", "dense_restart") == 0
-    out = tmp_path / "results" / "imp"
+    (out,) = (tmp_path / "results" / "imp").iterdir()
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "imp.pdf", "imp.png", "levels.csv"]
     table = pd.read_csv(out / "levels.csv")
     assert len(table) == 2 + 2 * 6
@@ -43,7 +43,7 @@ def test_imp_writes_its_table_config_and_figure(tmp_path, capsys):
 def test_mode_connectivity_makes_a_run_then_only_reads_it(tmp_path, capsys):
     flags = ("--snapshot-steps", "10", "--n-alphas", "5")
     assert command(mode_connectivity, tmp_path, *flags) == 0
-    out = tmp_path / "results" / "mode_connectivity"
+    (out,) = (tmp_path / "results" / "mode_connectivity").iterdir()
     first = pd.read_csv(out / "barriers.csv")
     folder = next((tmp_path / "runs").iterdir())
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
@@ -51,8 +51,10 @@ def test_mode_connectivity_makes_a_run_then_only_reads_it(tmp_path, capsys):
     module = mode_connectivity
     assert main("mode_connectivity", module.Config, module.run, module.draw, module.summary, argv) == 0
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
-    pd.testing.assert_frame_equal(first, pd.read_csv(tmp_path / "again" / "mode_connectivity" / "barriers.csv"))
-    described = json.loads((tmp_path / "again" / "mode_connectivity" / "config.json").read_text())
+    (again,) = (tmp_path / "again" / "mode_connectivity").iterdir()
+    assert again.name.startswith(folder.name)
+    pd.testing.assert_frame_equal(first, pd.read_csv(again / "barriers.csv"))
+    described = json.loads((again / "config.json").read_text())
     assert described["study"]["recipe"]["steps"] == 40 and described["study"]["levels"] == 2
     # 2 questions at (level 0, k = 0), (level 0, k = 10), level 1 and level 2; 2 seeds, 2 splits, 2 metrics, 3 baselines
     assert len(first) == 2 * 4 * 2 * 2 * 2 * 3
@@ -93,7 +95,7 @@ def test_siblings_are_trained_where_the_run_has_none(tmp_path):
 def test_ntk_spectrum_measures_every_network_against_its_dense_kernel(tmp_path, capsys):
     flags = ("--n-spectrum", "6", "--n-regression", "30", "--treatments", "ticket", "reinit", "sibling")
     assert command(ntk_spectrum, tmp_path, *flags) == 0
-    out = tmp_path / "results" / "ntk_spectrum"
+    (out,) = (tmp_path / "results" / "ntk_spectrum").iterdir()
     kernels, spectra = pd.read_csv(out / "kernels.csv"), pd.read_csv(out / "spectra.csv")
     # levels 0 and 2; 2 seeds; a sibling starts as its ticket does
     assert kernels.groupby(["level", "treatment"]).size().to_dict() == {

@@ -81,7 +81,7 @@ def test_the_command_writes_tables_and_figure_and_extends_by_steps(tmp_path, cap
     argv = [*flags, "--store", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     module = dynamic_sparsity
     assert main("dynamic_sparsity", module.Config, module.run, module.draw, module.summary, argv) == 0
-    out = tmp_path / "out" / "dynamic_sparsity"
+    (out,) = (tmp_path / "out" / "dynamic_sparsity").iterdir()
     names = ["config.json", "contrasts.csv", "dynamic_sparsity.pdf", "dynamic_sparsity.png", "layers.csv"]
     assert sorted(p.name for p in out.iterdir()) == [*names, "networks.csv"]
     networks = pd.read_csv(out / "networks.csv")
@@ -96,8 +96,8 @@ def test_the_command_writes_tables_and_figure_and_extends_by_steps(tmp_path, cap
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ({"at_levels": (3,)}, r"at_levels must lie in 1\.\.2"),
-        ({"at_levels": (0,)}, r"at_levels must lie in 1\.\.2"),
+        ({"at_levels": (3,)}, r"levels must lie in 1\.\.2"),
+        ({"at_levels": (0,)}, r"levels must lie in 1\.\.2"),
         ({"at_levels": (2,), "extend_at": (1,)}, r"extend_at must be among the compared levels \[2\]"),
         ({"n_seeds": 1}, "n_seeds must be 2 to the run's 2"),
         ({"n_seeds": 3}, "n_seeds must be 2 to the run's 2"),

@@ -13,7 +13,7 @@ import pytest
 
 from figures import imp, mode_connectivity, ntk_spectrum, width_sweep
 from figures.__main__ import Config, draw_all
-from figures.style import LABELS, LOOKS, save
+from figures.style import LABELS, LOOKS, look_of, save, treatments
 from ticketlab.engine.treatments import TREATMENTS
 
 ABOUT = {"task": "digits", "model": "mlp_100_50"}
@@ -139,9 +139,16 @@ def test_the_same_bytes_each_time(draw, tmp_path):
 
 
 def test_every_treatment_has_a_look_that_survives_grey():
-    assert set(LOOKS) == set(TREATMENTS) == set(LABELS)
-    for one, other in itertools.combinations(LOOKS.values(), 2):
+    assert set(LOOKS) == set(LABELS)
+    looks = [look_of(name) for name in (*TREATMENTS, "mine", "another_of_mine")]  # the last two, as new ones have it
+    for one, other in itertools.combinations(looks, 2):
         assert one["marker"] != other["marker"] and one["linestyle"] != other["linestyle"]
+
+
+def test_a_new_treatment_is_drawn_without_being_named_here():
+    table = levels_table().replace({"treatment": {"reinit": "of_my_own"}})
+    assert treatments(table) == ["ticket", "dense_restart", "of_my_own"]
+    assert "of my own" in texts(imp.draw({"levels": table}))
 
 
 def test_all_committed_studies_are_drawn(tmp_path):

@@ -51,7 +51,7 @@ def test_mask_overlap_holds_tickets_against_chance(tmp_path):
 
 def test_mask_overlap_refuses_one_seed_and_levels_that_are_not_pruned(tmp_path):
     study = replace(mask_overlap.STUDY, levels=1, recipe=TINY)
-    with pytest.raises(ValueError, match=r"at_levels must lie in 1 to 1, the pruned levels: got \[0\]"):
+    with pytest.raises(ValueError, match=r"levels must lie in 1\.\.1, those of the run: got \[0\]"):
         mask_overlap.run(mask_overlap.Config(study=study, at_levels=(0,), store=tmp_path))
     with pytest.raises(ValueError, match="at least two init seeds"):
         mask_overlap.run(mask_overlap.Config(study=replace(study, init_seeds=(0,)), store=tmp_path))
@@ -105,7 +105,7 @@ def test_align_takes_the_levels_it_is_given_and_refuses_others_and_a_single_seed
     config = mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3, align=True, align_levels=(1,))
     barriers = mode_connectivity.run(config)["barriers"]
     assert barriers.dropna(subset="pairing")["level"].unique().tolist() == [1] and set(barriers["level"]) == {0, 1}
-    with pytest.raises(ValueError, match=r"align_levels must lie in 0 to 1, the run's levels: got \[2\]"):
+    with pytest.raises(ValueError, match=r"levels must lie in 0\.\.1, those of the run: got \[2\]"):
         mode_connectivity.run(replace(config, align_levels=(2,)))
     with pytest.raises(ValueError, match="says what --align measures"):
         mode_connectivity.run(replace(config, align=False, align_levels=(1,)))

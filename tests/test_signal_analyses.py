@@ -32,7 +32,7 @@ def test_every_network_is_measured_at_its_start(tmp_path, capsys):
     flags += ["--store", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     module = signal_propagation
     assert main("signal_propagation", module.Config, module.run, module.draw, module.summary, flags) == 0
-    out = tmp_path / "results" / "signal_propagation"
+    (out,) = (tmp_path / "results" / "signal_propagation").iterdir()
     networks, layers, densities = (pd.read_csv(out / f"{name}.csv") for name in ("networks", "layers", "densities"))
     # a sibling starts as its ticket does
     assert networks.groupby(["level", "treatment"]).size().to_dict() == {
@@ -54,7 +54,7 @@ def test_a_row_holds_what_the_measures_give(tmp_path):
     model, task = tl.model_and_task(TINY)
     level = list(tl.imp(TINY, store=tmp_path))[2].select(treatment="reinit", init_seed=1)
     params = {n: p.double() for n, p in level.theta_start.items()}
-    s = signal.jacobian_singular_values(model, params, task.train.x[:9].double(), level.masks)
+    s = signal.jacobian_singular_values(model, params, task.train.x[:9].double(), masks=level.masks)
     assert row["mean_squared"].item() == pytest.approx(float((s**2).mean()), rel=1e-10)
     assert row["condition_number"].item() == pytest.approx(float((s[:, 0] / s[:, -1]).median()), rel=1e-8)
 

@@ -35,7 +35,8 @@ def study(tmp_path_factory):
 def test_sign_and_value_tables_every_start_and_its_gaps(study, tmp_path, capsys):
     module, argv = sign_and_value, ["--run", str(study), "--out", str(tmp_path)]
     assert main("sign_and_value", module.Config, module.run, module.draw, module.summary, argv) == 0
-    starts, gaps = (pd.read_csv(tmp_path / "sign_and_value" / f"{name}.csv") for name in ("starts", "gaps"))
+    out = tmp_path / "sign_and_value" / study.name
+    starts, gaps = (pd.read_csv(out / f"{name}.csv") for name in ("starts", "gaps"))
     assert starts[starts["level"] > 0].groupby(["level", "treatment"]).size().tolist() == [2] * 2 * len(module.STARTS)
     assert len(gaps) == 2 * len(module.STARTS) and (gaps["n"] == 2).all()
     errors = starts[starts["level"] == 2].set_index(["treatment", "init_seed"])["test_error"]
@@ -134,7 +135,7 @@ def test_supermasks_are_of_the_initialisation_where_tickets_rewind_to_a_later_st
         _, error = tl.evaluate(model, first.params, task.test.x, task.test.y, masks=masks)
         assert tables["untrained"].query("criterion == @criterion")["error"].item() == pytest.approx(float(error))
     problem = supermasks.Problem(run_config, config, model, task, dense=tl.load_run(tl.run_folder(config, tmp_path))[0])
-    assert torch.equal(problem.starts("init").params["fc1.weight"][0], first.params["fc1.weight"])
+    assert torch.equal(problem.starts("init", (0,)).params["fc1.weight"][0], first.params["fc1.weight"])
 
 
 @pytest.mark.parametrize(
@@ -166,12 +167,13 @@ def test_learned_supermasks_write_tables_and_a_figure(study, tmp_path, capsys):
     argv = ["--run", str(study), "--out", str(tmp_path), *flags, "--learned-densities", "0.4", "0.2"]
     module = supermasks
     assert main("supermasks", module.Config, module.run, module.draw, module.summary, argv) == 0
-    learned = pd.read_csv(tmp_path / "supermasks" / "learned.csv")
+    (out,) = (tmp_path / "supermasks").iterdir()
+    learned = pd.read_csv(out / "learned.csv")
     sizes = learned.groupby(["method", "values", "evaluation"]).size().to_dict()
     assert set(sizes.values()) == {2, 4} and sizes["bernoulli", "init", "sampled"] == 2 * 2
     popup = learned[learned["method"] == "edge_popup"]
     np.testing.assert_allclose(popup["density"], popup["target_density"], atol=1e-3)
-    assert (tmp_path / "supermasks" / "supermasks.png").exists()
+    assert (out / "supermasks.png").exists()
     assert "signed_constant" in capsys.readouterr().out
 
 

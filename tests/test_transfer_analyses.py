@@ -165,7 +165,7 @@ def test_the_command_takes_stored_runs_across_optimizers(tmp_path, folder, table
     flags += ["--snapshot-steps", "10", "--theta-k", "0", "--at-levels", "1"]
     argv = [*words, *flags, "--store", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert main("transfer", transfer.Config, transfer.run, transfer.draw, transfer.summary, argv) == 0
-    out = tmp_path / "out" / "transfer"
+    (out,) = (tmp_path / "out" / "transfer").iterdir()
     names = ["config.json", "contrasts.csv", "networks.csv", "transfer.pdf", "transfer.png"]
     assert sorted(p.name for p in out.iterdir()) == names
     networks = pd.read_csv(out / "networks.csv")
@@ -179,8 +179,8 @@ def test_the_command_takes_stored_runs_across_optimizers(tmp_path, folder, table
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ({"at_levels": (3,)}, r"levels \(3,\): it has 0 to 2"),
-        ({"at_levels": (0,)}, "at_levels must be levels from 1 on"),
+        ({"at_levels": (3,)}, r"levels must lie in 1\.\.2, those of the run: got \[3\]"),
+        ({"at_levels": (0,)}, r"levels must lie in 1\.\.2"),
         ({"theta_k": 7}, r"weights at step theta_k = 7: it has those at \[0, 10\]"),
         ({"theta_k": 20}, r"theta_k must lie in 0\.\.19"),
         ({"study": replace(STUDY, init_seeds=(0,))}, "two init seeds at least"),
@@ -195,8 +195,11 @@ def test_flags_that_make_no_sense_are_refused(tmp_path, flags, match):
 
 
 def test_inputs_of_another_size_need_a_stated_resize(tmp_path, monkeypatch):
+    x = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    colourful = tl.Task.from_tensors(x, torch.arange(20) % 2, name="colours")
+
     def load_task(name, **_):
-        return colourful() if name == "colours" else tl.load_task(name)
+        return colourful if name == "colours" else tl.load_task(name)
 
     monkeypatch.setattr(settings, "load", load_task)
     words = ("digits", "colours")
