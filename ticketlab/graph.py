@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ticketlab import masks as mask_ops
 from ticketlab.errors import Refused
@@ -37,11 +38,10 @@ def output_layers(model: nn.Module, x: Tensor) -> tuple[str, ...]:
     """
     with lent(model, None, None), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         leaf = probe(x)
-        leaf = leaf.requires_grad_() if leaf.is_floating_point() else leaf
-        y = model(leaf.clone())  # which it may write into
+        y = attempt(model, leaf.requires_grad_(leaf.is_floating_point()))
         names = {id(p): n for n, p in model.named_parameters()}
         matrices = {n for n, p in model.named_parameters() if p.ndim > 1}
-        found = _nearest_matrices(y.grad_fn, names, matrices) if isinstance(y, Tensor) and y.grad_fn else ()
+        found = _nearest_matrices(y.grad_fn, names, matrices) if y.grad_fn else ()
     if not found:
         raise Refused("the output must depend on a matrix of the model, differentiably: no graph leads to one.")
     order = [n for n in names.values() if n in found]
@@ -60,11 +60,20 @@ def _nearest_matrices(root: Any, names: Mapping[int, str], matrices: set[str]) -
         if used and not alone:
             found |= used
             continue
+        _refuse_hidden(node)
         for child in children:
             if child not in seen:
                 seen.add(child)
                 stack.append(child)
     return found
+
+
+def _refuse_hidden(node: Any) -> None:
+    if node.name() == "CheckpointFunctionBackward":
+        raise Refused(
+            "layers are told apart by the autograd graph, of which a checkpoint with use_reentrant=True hides a part: "
+            "use checkpoint(..., use_reentrant=False)."
+        )
 
 
 def _matrices_alone(leaves: frozenset[int], names: Mapping[int, str], matrices: set[str]) -> set[str]:
@@ -76,8 +85,8 @@ def _matrices_alone(leaves: frozenset[int], names: Mapping[int, str], matrices: 
 
 def owner(name: str) -> str:
     """The module that a parameter belongs to, also where a parametrization holds it."""
-    module, parametrized, _ = name.partition(".parametrizations.")
-    return module if parametrized else name.rpartition(".")[0]
+    module, parametrized, _ = f".{name}".partition(".parametrizations.")
+    return module[1:] if parametrized else name.rpartition(".")[0]
 
 
 def input_layers(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[str, ...]:
@@ -90,11 +99,12 @@ def input_layers(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[str
     """
     with lent(model, None, None), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         leaf = probe(x)
-        y = model((leaf.requires_grad_() if leaf.is_floating_point() else leaf).clone())
+        y = attempt(model, leaf.requires_grad_(leaf.is_floating_point()))
         own = {id(p): n for n, p in model.named_parameters()}
-        below = leaves_below(y.grad_fn) if isinstance(y, Tensor) and y.grad_fn else {}
+        below = leaves_below(y.grad_fn) if y.grad_fn else {}
     found = set[str]()
     for node in below:
+        _refuse_hidden(node)
         children = [below[child] for child, _ in node.next_functions if child is not None]
         used = set[str]().union(*(_matrices_alone(leaves, own, set(names)) for leaves in children))
         # What the matrices meet here: leaves of other modules, and the inputs.
@@ -219,14 +229,13 @@ def uses(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, float]:
     """How often one example uses each weight: 1 in a linear layer, height * width in a convolution.
 
     Counted in the matrix products and convolutions of a forward pass of ``x[:1]``, whatever module or function makes
-    them: a weight used twice, tied, sliced or multiplied by hand counts for what is computed with it. A weight that
-    is copied or computed before it is used (a parametrization) is not seen: it counts 0.
+    them: a weight used twice, tied, sliced, scaled by a parametrization or multiplied by hand counts for what is
+    computed with it. Products of a module's own parameters and buffers alone, such as for a norm, do not count.
     """
     with lent(model, None, None), torch.random.fork_rng(devices=[]):
         named = dict(model.named_parameters())
-        places = {_place(named[name]): name for name in names}
-        with torch.enable_grad(), attention_as_products(), _Products(places) as products:  # no fused inference paths
-            model(x[:1].clone())
+        with torch.enable_grad(), attention_as_products(), _Products(model, names) as products:  # no fused inference
+            attempt(model, x[:1])
     return {name: products.macs[name] / named[name].numel() for name in names}
 
 
@@ -235,11 +244,15 @@ def _place(tensor: Tensor) -> int:
 
 
 class _Products(TorchDispatchMode):
-    """Multiply-adds of every product in which a weight takes part."""
+    """Multiply-adds of every product in which a weight takes part, itself or what is computed from it alone."""
 
-    def __init__(self, places: Mapping[int, str]) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.places = places
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self.sizes = {name: t.numel() for name, t in tensors if name in names}
+        self.weights = {_place(t): name for name, t in tensors if name in names}
+        self.owners = {_place(t): frozenset({owner(name)}) for name, t in tensors}  # of what no input has touched
+        self.held: list[Tensor] = []  # so that no other tensor gets its place
         self.macs: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -247,20 +260,34 @@ class _Products(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv"):
             a, b = args[-2:] if name in ("mm", "bmm", "mv") else args[1:3]
-            self._note((a, b), math.prod(a.shape) * (b.shape[-1] if b.ndim > 1 else 1))
+            macs = math.prod(a.shape) * (b.shape[-1] if b.ndim > 1 else 1)
+            self._note(a, b, macs)
+            self._note(b, a, macs)
         elif "convolution" in name:
             x, weight = args[:2]
             transposed = bool(args[6]) if len(args) > 6 else False
-            self._note((weight,), (x if transposed else output).numel() * math.prod(weight.shape[1:]))
+            self._note(weight, x, (x if transposed else output).numel() * math.prod(weight.shape[1:]))
         elif name == "mkldnn_rnn_layer":
             for weight in args[1:3]:
-                self._note((weight,), math.prod(args[0].shape[:2]) * weight.numel())
+                self._note(weight, args[0], math.prod(args[0].shape[:2]) * weight.numel())
         elif name == "_trilinear":
-            self._note((args[1],), output.numel() * math.prod(args[1].shape[1:]))
+            self._note(args[1], args[0], output.numel() * math.prod(args[1].shape[1:]))
+        self._follow([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], output)
         return output
 
-    def _note(self, operands: tuple[Tensor, ...], macs: int) -> None:
-        for operand in operands:
-            name = self.places.get(_place(operand))
-            if name is not None:
-                self.macs[name] += macs
+    def _note(self, weight: Tensor, other: Tensor, macs: int) -> None:
+        name = self.weights.get(_place(weight))
+        if name is not None and self.owners.get(_place(other)) != {owner(name)}:
+            self.macs[name] += macs
+
+    def _follow(self, operands: list[Tensor], output: Any) -> None:
+        """What is computed from parameters and buffers alone, and which of the weights it stands for."""
+        places = [_place(t) for t in operands]
+        if not places or not all(place in self.owners for place in places):
+            return
+        for tensor in (t for t in tree_leaves(output) if isinstance(t, Tensor)):
+            self.held.append(tensor)
+            self.owners.setdefault(_place(tensor), frozenset[str]().union(*(self.owners[p] for p in places)))
+            for name in {self.weights[p] for p in places if p in self.weights}:
+                if tensor.numel() == self.sizes[name]:
+                    self.weights.setdefault(_place(tensor), name)
