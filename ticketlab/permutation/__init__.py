@@ -6,9 +6,9 @@ and masks alike, :func:`align` does all of it and checks that the function is th
 
 from __future__ import annotations
 
-from ticketlab.permutation.groups import Groups, Permutations, groups
+from ticketlab.permutation.groups import groups
 from ticketlab.permutation.matching import Alignment, Matching, align, match
-from ticketlab.permutation.permute import assert_same_function, permute, random
+from ticketlab.permutation.permute import Groups, Permutations, assert_same_function, permute, random
 
 __all__ = [
     "Alignment",

@@ -13,7 +13,11 @@ Axis = tuple[int, ...]
 
 
 class Axes:
-    """All atoms of one traced network. Atoms of size 1 do not exist: their axis is the empty tuple."""
+    """All atoms of one traced network.
+
+    Atoms of size 1 do not exist: their axis is the empty tuple. An atom of size 0 stands for a length that is not
+    known, or for nothing at all, and is pinned.
+    """
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -25,7 +29,7 @@ class Axes:
             return ()
         self.sizes.append(size)
         atom = len(self.sizes) - 1
-        if pinned:
+        if pinned or size == 0:
             self._pinned.add(atom)
         return (atom,)
 
@@ -48,7 +52,7 @@ class Axes:
         Where no common factorisation exists both are pinned: that is always right, and the least that is.
         """
         left, right = self.atoms(one), self.atoms(other)
-        while left and right:
+        while left and right and all(self.sizes[atom] for atom in left + right):
             a, b = left[0], right[0]
             if a == b or self.sizes[a] == self.sizes[b]:
                 self._become(b, (a,))
@@ -56,10 +60,10 @@ class Axes:
                 continue
             large, small = (a, b) if self.sizes[a] > self.sizes[b] else (b, a)
             if self.sizes[large] % self.sizes[small]:
-                self.pin(left + right)
-                return
+                break
             self._become(large, self.new(self.sizes[small]) + self.new(self.sizes[large] // self.sizes[small]))
             left, right = self.atoms(left), self.atoms(right)
+        self.pin(left + right)
 
     def _become(self, atom: int, parts: Axis) -> None:
         if parts == (atom,):

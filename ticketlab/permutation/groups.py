@@ -7,39 +7,17 @@ as channels x positions, and the statistics of a batch norm go with its channels
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import Node
 
 from ticketlab.errors import Refused
-from ticketlab.functional import evaluating
-from ticketlab.permutation.axes import Axes, Axis
-from ticketlab.permutation.rules import RULES, opaque, pointwise
-
-Factors = tuple[tuple[str | None, int], ...]
-"""What one tensor axis is a row-major product of: (group, length), None where the order is fixed."""
-Permutations = dict[str, Int[Tensor, "*replica units"]]
-"""For each group, the old index of each new unit."""
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The permutable groups of hidden units of one architecture."""
-
-    sizes: dict[str, int]
-    """Units of each group, named after the first layer that computes them; in the order of the forward pass."""
-    axes: dict[str, tuple[Factors, ...]]
-    """For every parameter and buffer, the factors of each of its axes."""
-
-    def of(self, name: str) -> set[str]:
-        """The groups that a tensor takes part in."""
-        return {group for axis in self.axes[name] for group, _ in axis if group is not None}
+from ticketlab.permutation.axes import Axis
+from ticketlab.permutation.permute import Factors, Groups, difference, permute
+from ticketlab.permutation.trace import Trace, trace
+from ticketlab.seeds import stream
+from ticketlab.state import State, state
 
 
 def groups(model: nn.Module, x: Tensor) -> Groups:
@@ -47,106 +25,105 @@ def groups(model: nn.Module, x: Tensor) -> Groups:
 
     Every operation ties axes together (a linear layer its input to its weight's columns, an addition its two
     summands, a grouped convolution both its ends); the axes of ``x`` and of the output, and all that an unknown
-    operation touches, keep their order. What is found is always a symmetry; it can miss some: channels that are
-    concatenated or zero-padded keep their order, grouped channels may trade places only as whole groups and, inside
-    them, in the same way in every group.
+    operation touches, keep their order. What is found is always a symmetry, and was tried: units of perturbed
+    weights trade places on ``x``, and a group that changes the outputs is dropped. It can miss some: channels that
+    are concatenated to others of another number or zero-padded keep their order, grouped channels may trade places
+    only as whole groups and, inside them, in the same way in every group.
 
     Args:
         model: Any module that ``torch.export`` can trace; not changed.
         x: An example input [n, ...]; its values do not matter.
 
     Raises:
-        Refused: The module cannot be traced, or has no hidden units to permute.
+        Refused: The module cannot be traced, computes something random, or has no hidden units to permute.
     """
-    with evaluating(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecated internals of torch.export
-        try:
-            with torch.no_grad():
-                model(x)  # an input that does not fit fails here, with a shorter story
-            program = torch.export.export(model, (x,))
-        except Exception as error:
-            raise Refused(
-                f"the model must be traceable by torch.export on an input of shape {tuple(x.shape)}: {error}. "
-                "Check the input's shape and dtype; control flow that depends on values cannot be traced."
-            ) from error
-    axes, tensors, unknown = _trace(program)
-    found = _named(axes, tensors)
+    traced = trace(model, x)
+    found = _confirmed(model, x, _named(traced))
     if not found.sizes:
+        difference(model, state(model), state(model), x)  # refuses networks that compute something random, as such
         raise Refused(
-            f"{type(model).__name__} must have hidden units that can be permuted: every axis is tied to the input, "
-            f"the output or an operation without a rule (here: {', '.join(unknown) or 'none'}). Write such an "
-            "operation as others, or give it a rule in ticketlab.permutation.rules."
+            f"{type(model).__name__} must have hidden units that can be permuted: every axis is tied to the input, the "
+            "output, a constant, an operation in which order matters or an operation without a rule (here: "
+            f"{', '.join(traced.ordered) or 'none'}). Write it as others, or give it a rule in "
+            "ticketlab.permutation.rules."
         )
     return found
 
 
-def _trace(program: ExportedProgram) -> tuple[Axes, dict[str, list[Axis]], list[str]]:
-    """Run the graph on axes instead of numbers.
-
-    Returns:
-        The axes of every parameter and buffer that it uses, and the names of the operations that have no rule.
-    """
-    axes, tensors, unknown = Axes(), {}, list[str]()
-    own = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
-    known: dict[Node, object] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta["val"]
-            is_own = node.name in own and len(node.users) > 0
-            known[node] = [axes.new(n, pinned=not is_own) for n in getattr(value, "shape", ())]
-            if node.name in own:
-                tensors[own[node.name]] = known[node]
-        elif node.op == "output":
-            for one in node.all_input_nodes:
-                opaque(axes, {"output": known[one]}, ())
-        elif node.op == "call_function":
-            known[node] = _call(axes, node, known, unknown)
-    return axes, tensors, unknown  # type: ignore[return-value]
-
-
-def _call(axes: Axes, node: Node, known: Mapping[Node, object], unknown: list[str]) -> object:
-    """The axes of one operation's result; a list of them where it has several results.
-
-    The name of an operation without a rule is added to ``unknown``.
-    """
-    operation: object = node.target
-    if not isinstance(operation, torch._ops.OpOverload):  # taking one of several results
-        source, index = node.args
-        return known[source][index]  # type: ignore[index]
-    names = [argument.name for argument in operation._schema.arguments]
-    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    arguments = {name: arguments[name] for name in names if name in arguments}
-    given = torch.fx.node.map_arg(arguments, known.__getitem__)  # type: ignore[arg-type]
-    result, name = node.meta.get("val"), operation.overloadpacket.__name__
-    if name == "_assert_tensor_metadata":  # torch.export's own, in front of a change of dtype
-        return None
-    is_pointwise = torch.Tag.pointwise in operation.tags
-    rule = RULES.get(name, pointwise if is_pointwise else opaque) if isinstance(result, Tensor) else opaque
-    if rule is opaque and node.all_input_nodes and name not in unknown:
-        unknown.append(name)
-    if not isinstance(result, Tensor):
-        opaque(axes, given, ())
-        return [opaque(axes, {}, tuple(getattr(r, "shape", ()))) for r in result or ()]
-    return rule(axes, given, tuple(result.shape))
-
-
-def _named(axes: Axes, tensors: Mapping[str, list[Axis]]) -> Groups:
+def _named(traced: Trace) -> Groups:
     """Names for the free atoms: the layer whose first axis they are first."""
+    axes, tensors = traced.axes, traced.tensors
+    firsts = [(atom, name) for name, own in tensors.items() for axis in own[:1] for atom in axes.atoms(axis)]
+    layers = {atom: name.rpartition(".")[0] or name for atom, name in reversed(firsts)}
     names: dict[int, str] = {}
-    for only_first in (True, False):
-        for name, own in tensors.items():
-            for axis in own[:1] if only_first else own:
-                for atom in axes.atoms(axis):
-                    if axes.is_free(atom) and atom not in names:
-                        stem = name.rpartition(".")[0] or name
-                        taken = sum(n.partition("#")[0] == stem for n in names.values())
-                        names[atom] = f"{stem}#{taken + 1}" if taken else stem
+    for name in traced.read:
+        for atom in (atom for axis in tensors[name] for atom in axes.atoms(axis)):
+            if axes.is_free(atom) and atom not in names:
+                stem = layers.get(atom, name.rpartition(".")[0] or name)
+                taken = sum(other.partition("#")[0] == stem for other in names.values())
+                names[atom] = f"{stem}#{taken + 1}" if taken else stem
 
     def factors(axis: Axis) -> Factors:
-        atoms = axes.atoms(axis)
-        return tuple((names.get(atom) if axes.is_free(atom) else None, axes.sizes[atom]) for atom in atoms)
+        return tuple((names.get(atom), axes.sizes[atom]) for atom in axes.atoms(axis))
 
-    return Groups(
-        {name: axes.sizes[atom] for atom, name in names.items()},
-        {name: tuple(factors(axis) for axis in own) for name, own in tensors.items()},
+    sizes = {name: axes.sizes[atom] for atom, name in names.items()}
+    return Groups(sizes, {name: tuple(factors(axis) for axis in own) for name, own in tensors.items()})
+
+
+def _confirmed(model: nn.Module, x: Tensor, found: Groups) -> Groups:
+    """The groups that stand a trial: one that the rules let through by mistake is found by bisection and dropped."""
+    own = state(model)
+    try:
+        broken = _broken(model, x, found, _perturbed(own, found))
+    except Refused:  # the perturbed weights have left the domain, as of a logarithm
+        broken = _broken(model, x, found, own)
+    if not broken:
+        return found
+    kept = {name: size for name, size in found.sizes.items() if name not in broken}
+    axes = {
+        name: tuple(tuple((group if group in kept else None, size) for group, size in axis) for axis in own)
+        for name, own in found.axes.items()
+    }
+    return Groups(kept, axes, tuple(broken))
+
+
+def _broken(model: nn.Module, x: Tensor, found: Groups, probe: State) -> list[str]:
+    """The groups whose units, trading places in the network ``probe``, change its outputs."""
+
+    def change(names: list[str]) -> bool:
+        chosen = {name: _moved(found.sizes[name], list(found.sizes).index(name)) for name in names}
+        moved = State(*(permute(found, part, chosen) for part in probe))
+        gap, scale, rounding = difference(model, probe, moved, x)
+        return not gap <= rounding * scale
+
+    def bisected(names: list[str]) -> list[str]:
+        if not names or not change(names):
+            return []
+        half = len(names) // 2
+        return names if half == 0 else bisected(names[:half]) + bisected(names[half:])
+
+    broken = bisected(list(found.sizes))
+    rest = [name for name in found.sizes if name not in broken]
+    return list(found.sizes) if broken and change(rest) else broken
+
+
+def _perturbed(own: State, found: Groups) -> State:
+    """Weights that differ from one another, where initial ones may all be 0 or 1, and statistics that stay positive."""
+    generator = stream("perturbed weights", 0)
+
+    def moved(name: str, tensor: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+        if not tensor.is_floating_point() or not found.of(name):
+            return tensor
+        noise = draw(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        return tensor.nan_to_num(0, 0, 0) + 0.05 * noise
+
+    return State(
+        {name: moved(name, p, torch.randn) for name, p in own.params.items()},
+        {name: moved(name, b, torch.rand) for name, b in own.buffers.items()},
     )
+
+
+def _moved(size: int, seed: int) -> Tensor:
+    """A random permutation that leaves no unit in its place: one cycle through all."""
+    order = torch.randperm(size, generator=stream("trial permutation", seed))
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))

@@ -14,10 +14,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused
-from ticketlab.functional import masked
-from ticketlab.permutation.groups import Groups, Permutations
+from ticketlab.masks import masked
 from ticketlab.permutation.groups import groups as groups_of
-from ticketlab.permutation.permute import assert_same_function, is_stacked, permute
+from ticketlab.permutation.permute import Groups, Permutations, assert_same_function, is_stacked, permute
 from ticketlab.seeds import stream
 from ticketlab.state import Buffers, Masks, Params, state
 

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ticketlab.errors import Refused
-from ticketlab.functional import apply
-from ticketlab.permutation.groups import Factors, Groups, Permutations
+from ticketlab.network import Network, network, output_shape, watching_generators
 from ticketlab.seeds import stream
+from ticketlab.state import state
+
+Factors = tuple[tuple[str | None, int], ...]
+"""What one tensor axis is a row-major product of: (group, length), None where the order is fixed."""
+Permutations = dict[str, Int[Tensor, "*replica units"]]
+"""For each group, the old index of each new unit."""
+Tensors = tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]
+"""Parameters (times their masks) and buffers, of one network or a stack; buffers None: the model's own."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The permutable groups of hidden units of one architecture."""
+
+    sizes: dict[str, int]
+    """Units of each group, named after the first layer that computes them; in the order of the forward pass."""
+    axes: dict[str, tuple[Factors, ...]]
+    """For every parameter and buffer, the factors of each of its axes; a tied tensor under each of its names."""
+    refuted: tuple[str, ...] = ()
+    """Groups that the rules gave and a trial did not confirm; they keep their order. A rule is at fault: report it."""
+
+    def of(self, name: str) -> set[str]:
+        """The groups that a tensor takes part in."""
+        return {group for axis in self.axes[name] for group, _ in axis if group is not None}
 
 
 def permute(groups: Groups, tensors: Mapping[str, Tensor], permutations: Permutations) -> dict[str, Tensor]:
@@ -67,35 +95,98 @@ def random(groups: Groups, seed: int) -> Permutations:
     return {group: torch.randperm(size, generator=generator) for group, size in groups.sizes.items()}
 
 
-@torch.no_grad()
-def assert_same_function(
-    model: nn.Module,
-    a: tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None],
-    b: tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None],
-    x: Tensor,
-    *,
-    rtol: float | None = None,
-) -> None:
-    """Raise unless two networks compute the same function on ``x``, up to the rounding of their dtype.
+def assert_same_function(model: nn.Module, a: Tensors, b: Tensors, x: Tensor, *, rtol: float | None = None) -> None:
+    """Raise unless two networks compute the same function on ``x``, up to rounding.
+
+    Both are computed in float64, parts that a model casts to less included, where its operations exist in float64.
 
     Args:
         model: Lends its forward pass.
         a: Parameters (times their mask) and buffers, one network or a stack; buffers None: the model's own.
         b: The other, such as the first one permuted.
         x: Inputs [n, ...].
-        rtol: Largest difference allowed, relative to the largest output; None: 1e-9 in float64, 1e-4 below.
+        rtol: Largest difference allowed, relative to the largest output; None: 1e-9 in float64, below it the square
+            root of the spacing of numbers at 1.
 
     Raises:
-        Refused: They differ; the permutation is then no symmetry of the network.
+        Refused: They differ, and the permutation is no symmetry of the network; or outputs that are random or not
+            finite, which nothing can be held against.
     """
-    f, g = (apply(model, dict(params), x, buffers=buffers) for params, buffers in (a, b))
-    allowed = rtol if rtol is not None else 1e-9 if f.dtype == torch.float64 else 1e-4
-    gap, scale = float((f - g).abs().max()), float(f.abs().max())
-    if not gap <= allowed * max(scale, torch.finfo(f.dtype).tiny):
+    gap, scale, rounding = difference(model, a, b, x)
+    if not gap <= (rounding if rtol is None else rtol) * scale:
         raise Refused(
             f"a permuted network must compute the same function: outputs differ by {gap:.3g} at a scale of "
             f"{scale:.3g}. An operation of the model depends on the order of its hidden units; report its name."
         )
+
+
+@torch.no_grad()
+def difference(model: nn.Module, a: Tensors, b: Tensors, x: Tensor) -> tuple[float, float, float]:
+    """The largest difference between two networks' outputs, their largest entry, and what rounding may do to it.
+
+    Raises:
+        Refused: Tensors or inputs that do not fit the model; outputs of ``a`` that are random, or not finite.
+    """
+    own = state(model).buffers
+    nets = [network(model, params, buffers=buffers or own, finite=False) for params, buffers in (a, b)]
+    with watching_generators(x.device) as drawn:
+        f, again, g = _outputs(nets, x)
+        is_random = drawn()
+    rounding = 1e-9 if f.dtype in _DOUBLE.values() else torch.finfo(f.dtype).eps ** 0.5
+    scale = float(f.abs().masked_fill(f.isinf(), 0).max().clamp_min(torch.finfo(f.dtype).tiny))
+    if not scale < torch.inf:
+        raise Refused("outputs must be numbers to be compared: got NaN. Check x and the weights.")
+    # Equal infinities, as of logits that are masked out, are equal.
+    noise, gap = (float((f - other).abs().masked_fill(f == other, 0).max()) for other in (again, g))
+    if is_random or not noise <= rounding * scale:
+        raise Refused(
+            "outputs must be the same twice to be compared: in evaluation mode they depend on chance. Give F.dropout "
+            "its training=self.training, and take out what adds noise."
+        )
+    return gap, scale, rounding
+
+
+def _outputs(nets: Sequence[Network], x: Tensor) -> tuple[Tensor, ...]:
+    """Of the first network, of the first again, and of the second; in float64 where the model runs in it."""
+    first, second = nets
+    try:
+        first, second = (replace(n, params=_double(n.params), buffers=_double(n.buffers)) for n in nets)
+        with _Doubled():
+            return tuple(net(_double(x), "loop") for net in (first, first, second))
+    except Exception:  # whatever an operation raises that does not exist in float64
+        first, second = nets
+    try:
+        return tuple(net(x, "loop") for net in (first, first, second))
+    except Exception:
+        output_shape(first, x)  # refuses by name what the model does not take
+        raise
+
+
+_DOUBLE = {
+    **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64, torch.complex128), torch.complex128),
+}
+
+
+def _double(values: Any) -> Any:
+    """Floating tensors, and the names of their dtypes, in double precision; anything else as it is."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(_DOUBLE.get(value.dtype, value.dtype))
+        return _DOUBLE.get(value, value) if isinstance(value, torch.dtype) else value
+
+    return tree_map(one, values)
+
+
+class _Doubled(TorchDispatchMode):
+    """Double precision wherever a forward pass asks for less: a difference that is left is not rounding."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda v: v if isinstance(v, Tensor) else _double(v), (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        is_new = isinstance(result, Tensor) and not any(isinstance(v, Tensor) for v in tree_leaves((args, kwargs)))
+        return _double(result) if is_new else result
 
 
 def _length(axis: Factors) -> int:

@@ -1,21 +1,26 @@
 """How each operation of a traced network ties the axes of its inputs, weights and output together.
 
-A rule takes the axes of every argument and gives those of the result. What has no rule pins all it touches, so
-that an unknown operation costs symmetries, never correctness.
+A rule takes the axes of every argument and gives those of the result. What has no rule, and is not made of
+operations that have, pins all it touches: an unknown operation costs symmetries, never correctness.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from math import prod
 from typing import Any
 
 from ticketlab.permutation.axes import Axes, Axis
 
-Shape = tuple[int, ...]
-Rule = Callable[[Axes, Mapping[str, Any], Shape], list[Axis]]
-"""(axes, arguments by their names in the operation's schema with tensors replaced by their axes, output shape)."""
+Shape = Any
+"""Of a result: a tuple of lengths; a list of shapes for several tensors, None for what is no tensor or is not used."""
+Result = list[Any]
+"""Axes for each dimension; a list of those for several tensors."""
+Rule = Callable[[Axes, Mapping[str, Any], Shape], Result | None]
+"""(axes, arguments by their names in the operation's schema with tensors replaced by their axes, output shape);
+None where it does not apply."""
 
 
 def linear(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
@@ -58,7 +63,7 @@ def channel_wise(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axi
     """Batch and instance norm, PReLU: a weight, a bias and statistics for each channel, or one weight for all."""
     x = next(iter(given.values()))
     for name in ("weight", "bias", "running_mean", "running_var"):
-        if given.get(name) and len(x) > 1:
+        if given.get(name) and axes.atoms(given[name][0]):
             axes.join(x[1], given[name][0])
     return x
 
@@ -67,14 +72,6 @@ def group_norm(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]
     x, groups = given["input"], given["num_groups"]
     axes.join(x[1], axes.new(groups) + axes.new(shape[1] // groups))
     return channel_wise(axes, given, shape)
-
-
-def layer_norm(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
-    x, n = given["input"], len(given["normalized_shape"])
-    for name in ("weight", "bias"):
-        for own, axis in zip(given.get(name) or [], x[-n:], strict=False):
-            axes.join(own, axis)
-    return x
 
 
 def pool(spatial: int, axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
@@ -129,29 +126,10 @@ def reduction(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
 
 
 def matmul(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
+    """Of matrices, batches of them, or vectors."""
     a, b = list(given.values())[:2]
-    if min(len(a), len(b)) < 2:
-        return opaque(axes, given, shape)
-    axes.join(a[-1], b[-2])
-    return [*_broadcast(axes, [a[:-2], b[:-2]], shape[:-2]), a[-2], b[-1]]
-
-
-def added_matmul(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
-    bias, a, b = list(given.values())[:3]
-    return _broadcast(axes, [bias, matmul(axes, {"a": a, "b": b}, shape)], shape)
-
-
-def einsum(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
-    """Axes with one letter are one axis."""
-    terms, arrow, result = given["equation"].replace(" ", "").partition("->")
-    if not arrow or "." in terms:
-        return opaque(axes, given, shape)
-    found: dict[str, Axis] = {}
-    for letters, x in zip(terms.split(","), given["tensors"], strict=True):
-        for letter, axis in zip(letters, x, strict=True):
-            if axes.atoms(axis):  # not of length 1
-                axes.join(found.setdefault(letter, axis), axis)
-    return [found.get(letter, ()) for letter in result]
+    axes.join(a[-1], b[-2:][0])
+    return [*_broadcast(axes, [a[:-2], b[:-2]], shape[: max(len(a), len(b)) - 2]), *a[-2:-1], *b[-1:][: len(b) - 1]]
 
 
 def embedding(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
@@ -160,35 +138,101 @@ def embedding(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
 
 
 def along_one_axis(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
-    """Slicing, selecting or splitting along ``dim``, where order then matters; other axes pass."""
+    """Slicing or selecting along ``dim``; other axes pass.
+
+    A slice may be permuted inside, if all slices of its length are in the same way: as the gates of a recurrent
+    net, or the queries, keys and values that one layer makes.
+    """
     x = next(iter(given.values()))
     dim = given.get("dim", 0) % len(x)
     if len(shape) < len(x):
         axes.pin(x[dim])
         return [*x[:dim], *x[dim + 1 :]]
-    if _size(axes, x[dim]) == shape[dim]:
+    length, size = shape[dim], _size(axes, x[dim])
+    if length == size:
         return x
-    axes.pin(x[dim])
-    return [*x[:dim], *_pinned(axes, shape[dim : dim + 1]), *x[dim + 1 :]]
+    start = given.get("start") or 0
+    if not length or size % length or start % length or given.get("step", 1) != 1:
+        axes.pin(x[dim])
+        return [*x[:dim], *_pinned(axes, shape[dim : dim + 1]), *x[dim + 1 :]]
+    inside = axes.new(length)
+    axes.join(x[dim], axes.new(size // length, pinned=True) + inside)
+    return [*x[:dim], inside, *x[dim + 1 :]]
+
+
+def pieces(axes: Axes, given: Mapping[str, Any], shape: Shape) -> Result:
+    """One after another along ``dim``, or each of its places alone."""
+    dim = given.get("dim", 0)
+    if len(shape[0]) < len(given["self"]):
+        return [along_one_axis(axes, given, one) for one in shape]
+    starts = accumulate((one[dim] for one in shape), initial=0)
+    return [along_one_axis(axes, {**given, "start": start}, one) for start, one in zip(starts, shape, strict=False)]
 
 
 def concatenation(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
-    """The joint axis is pinned: a direct sum of permutations is not among those looked for."""
-    tensors, dim = given["tensors"], given.get("dim", 0) % len(shape)
+    """Parts of one length are permuted in the same way; a direct sum of permutations is not looked for."""
+    dim = given.get("dim", 0) % len(shape)
+    # Empty tensors hold nothing; one of shape [0] may stand beside any other. An unknown length is 0 in the result too.
+    tensors = [x for x in given["tensors"] if len(x) == len(shape) and _size(axes, x[dim])]
+    lengths = {_size(axes, x[dim]) for x in tensors}
     for x in tensors:
-        axes.pin(x[dim])
+        if len(lengths) > 1:
+            axes.pin(x[dim])
         for d, (one, other) in enumerate(zip(tensors[0], x, strict=True)):
-            if d != dim:
+            if d != dim or len(lengths) == 1:
                 axes.join(one, other)
-    return [*tensors[0][:dim], *_pinned(axes, shape[dim : dim + 1]), *tensors[0][dim + 1 :]]
+    joint = axes.new(len(tensors), pinned=True) + tensors[0][dim]
+    return [*tensors[0][:dim], joint if len(lengths) == 1 else _pinned(axes, shape)[dim], *tensors[0][dim + 1 :]]
 
 
-def stacking(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
-    tensors, dim = given["tensors"], given.get("dim", 0) % len(shape)
-    for x in tensors[1:]:
-        for one, other in zip(tensors[0], x, strict=True):
-            axes.join(one, other)
-    return [*tensors[0][:dim], *_pinned(axes, shape[dim : dim + 1]), *tensors[0][dim:]]
+def extremes(axes: Axes, given: Mapping[str, Any], shape: Shape) -> Result:
+    """Larger or smaller entries of two tensors, the largest or smallest of one, or those along an axis and where."""
+    if "other" in given:
+        return pointwise(axes, given, shape)
+    return ordered(axes, given, shape) if "dim" in given else reduction(axes, given, shape)
+
+
+def several(axes: Axes, given: Mapping[str, Any], shape: Shape) -> Result:
+    """Statistics along one and the same axes."""
+    return [reduction(axes, given, one) for one in shape]
+
+
+def ordered(axes: Axes, given: Mapping[str, Any], shape: Shape) -> Result:
+    """Sorting, shifting or picking along axes where order then matters; other axes pass."""
+    if isinstance(shape, list):
+        return [ordered(axes, given, one) for one in shape]
+    x = next(iter(given.values()))
+    dims = given.get("dims", given.get("dim", -1))
+    moved = {d % len(x) for d in ([dims] if isinstance(dims, int) else dims or range(len(x)))}
+    axes.pin(sum((x[d] for d in moved), sum(given.get("index") or [], ())))
+    if len(shape) < len(x):
+        return [axis for d, axis in enumerate(x) if d not in moved]
+    return [axes.new(shape[d], pinned=True) if d in moved else axis for d, axis in enumerate(x)]
+
+
+def indexing(axes: Axes, given: Mapping[str, Any], shape: Shape) -> Result | None:
+    """Picking by tensors of indices along neighbouring axes, the places of which the indices' own axes take."""
+    x, indices = given["self"], given["indices"]
+    moved = [d for d, index in enumerate(indices) if index is not None]
+    if moved != list(range(moved[0], moved[-1] + 1)):
+        return None
+    opaque(axes, ([x[d] for d in moved], indices), None)
+    before, after = x[: moved[0]], x[moved[-1] + 1 :]
+    return [*before, *_pinned(axes, shape[len(before) : len(shape) - len(after)]), *after]
+
+
+def constant(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
+    """A tensor of equal entries may be permuted as whatever it meets."""
+    return [axes.new(size) for size in shape]
+
+
+def bilinear(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
+    one, other, weight, bias = given["input1"], given["input2"], given["weight"], given.get("bias")
+    axes.join(one[-1], weight[1])
+    axes.join(other[-1], weight[2])
+    if bias:
+        axes.join(bias[0], weight[0])
+    return [*_broadcast(axes, [one[:-1], other[:-1]], shape[:-1]), weight[0]]
 
 
 def same(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
@@ -199,15 +243,39 @@ def pointwise(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
     return _broadcast(axes, [value for value in given.values() if is_axes(value)], shape)
 
 
-def opaque(axes: Axes, given: Mapping[str, Any], shape: Shape) -> list[Axis]:
-    for value in given.values():
-        for x in [value] if is_axes(value) else value if isinstance(value, list) else []:  # one tensor or several
-            axes.pin(sum(x, ()) if is_axes(x) else ())
-    return _pinned(axes, shape)
+def opaque(axes: Axes, given: Any, shape: Shape) -> Any:
+    """Order matters along every axis: of all tensors, wherever among the arguments they are, and of the results."""
+    for x in tensors_in(given):
+        axes.pin(sum(x, ()))
+    if isinstance(shape, list):
+        return [opaque(axes, (), one) for one in shape]
+    return None if shape is None else _pinned(axes, shape)
+
+
+def tie(axes: Axes, one: list[Axis], other: list[Axis]) -> None:
+    """Two tensors of one shape have one order."""
+    for a, b in zip(one, other, strict=True):
+        axes.join(a, b)
+
+
+def tensors_in(value: Any) -> Iterator[list[Axis]]:
+    if is_axes(value):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(one)
+
+
+def fits(axes: Axes, result: Any, shape: Shape) -> bool:
+    """Whether a rule's result is one for this shape."""
+    if isinstance(shape, list):
+        same_length = isinstance(result, list | tuple) and len(result) == len(shape)
+        return same_length and all(fits(axes, one, own) for one, own in zip(result, shape, strict=True))
+    return shape is None or (is_axes(result) and [_size(axes, axis) for axis in result] == list(shape))
 
 
 def is_axes(value: object) -> bool:
-    """Whether an argument stands for a tensor: the only lists of tuples there are."""
+    """Whether a value stands for a tensor: the only lists of tuples there are."""
     return isinstance(value, list) and all(isinstance(axis, tuple) for axis in value)
 
 
@@ -236,7 +304,6 @@ _NAMES: dict[Rule, str] = {
     transposed_convolution: "conv_transpose1d conv_transpose2d conv_transpose3d",
     channel_wise: "batch_norm instance_norm prelu",
     group_norm: "group_norm",
-    layer_norm: "layer_norm rms_norm",
     partial(pool, 1): "max_pool1d avg_pool1d adaptive_avg_pool1d "
     "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d",
     partial(pool, 2): "max_pool2d avg_pool2d adaptive_avg_pool2d "
@@ -244,18 +311,28 @@ _NAMES: dict[Rule, str] = {
     partial(pool, 3): "max_pool3d avg_pool3d adaptive_avg_pool3d "
     "upsample_nearest3d _upsample_nearest_exact3d upsample_trilinear3d",
     padding: "pad constant_pad_nd",
-    reshape: "view reshape flatten unflatten unsqueeze squeeze _unsafe_view",
+    reshape: "view reshape flatten unflatten unsqueeze unsqueeze_ squeeze squeeze_ _unsafe_view",
     expansion: "expand expand_as",
-    transpose: "transpose t permute swapaxes",
-    reduction: "mean sum amax amin var std linalg_vector_norm logsumexp",
-    matmul: "matmul mm bmm",
-    added_matmul: "addmm baddbmm",
-    einsum: "einsum",
+    transpose: "transpose transpose_ t t_ permute swapaxes swapaxes_ swapdims swapdims_",
+    reduction: "mean sum nansum prod any all count_nonzero amax amin var std norm linalg_vector_norm logsumexp",
+    several: "var_mean std_mean aminmax",
+    extremes: "max min",
+    ordered: "topk sort argsort argmax argmin median mode kthvalue index_select roll flip",
+    matmul: "matmul mm bmm mv dot vdot",
     embedding: "embedding",
-    along_one_axis: "select slice",
+    along_one_axis: "select slice narrow",
+    pieces: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split unbind",
+    indexing: "index",
+    constant: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty",
+    bilinear: "bilinear",
     concatenation: "cat concat",
-    stacking: "stack",
-    pointwise: "_weight_norm",  # of v and g; the norm of v does not depend on order
-    same: "dropout dropout_ feature_dropout alpha_dropout contiguous clone detach alias to softmax log_softmax",
+    pointwise: "_weight_norm where copy_ masked_fill masked_fill_ complex polar",  # a norm of v has no order
+    same: "fill_ zero_ dropout dropout_ feature_dropout alpha_dropout contiguous clone detach detach_ alias lift_fresh "
+    "lift_fresh_copy to type_as _to_copy softmax _softmax _safe_softmax log_softmax _log_softmax real imag conj "
+    "resolve_conj resolve_neg",
 }
 RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+JOINING: set[Rule | None] = {
+    *(linear, convolution, transposed_convolution, channel_wise, group_norm, matmul, embedding, bilinear, pointwise),
+}
+"""Rules that pin what they tie to something pinned, such as the input: no news."""
