@@ -130,6 +130,42 @@ def test_weights_used_through_functions_count_and_those_unseen_are_named():
     assert forward_macs(uses, {"experts": 30, "raw": 40, "unused.weight": 9}) == 15 + 40
 
 
+PARAMETRIZED = {
+    "spectral_norm": (nn.utils.parametrizations.spectral_norm, "parametrizations.weight.original"),
+    "weight_norm": (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original1"),
+    "spectral_norm_by_hooks": (nn.utils.spectral_norm, "weight_orig"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "name"), PARAMETRIZED.values(), ids=PARAMETRIZED.keys())
+def test_weights_under_a_parametrization_count_what_is_computed_with_them(wrap, name):
+    """48 positions of a convolution, whatever it costs to normalise its weight."""
+    model = make(lambda: wrap(nn.Conv2d(2, 4, 3, padding=1)))
+    for module in (model, model.eval()):
+        assert positions(module, torch.zeros(1, 2, 8, 6)) == {name: 48}
+
+
+class Latents(nn.Module):
+    """A weight that meets learned queries, one cast to another dtype, one masked by a buffer, all by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.project = nn.Embedding(5, 4), nn.Linear(4, 4)
+        self.cast, self.masked = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.masked.register_buffer("kept", torch.ones(3, 4))
+
+    def forward(self, x):
+        x = x + self.project(self.queries.weight)
+        x = (x.half() @ self.cast.weight.half().T).float()
+        return (x @ (self.masked.weight * self.masked.kept).T).mean(1)
+
+
+def test_weights_that_are_cast_masked_or_meet_no_input_count():
+    names = ("project.weight", "cast.weight", "masked.weight")
+    uses = positions(make(Latents), torch.zeros(2, 5, 4), names)
+    assert uses == dict.fromkeys(names, 5)
+
+
 def test_recurrent_weights_count_once_a_step():
     uses = positions(make(lambda: Last(nn.LSTM(4, 6, batch_first=True))), torch.zeros(2, 9, 4))
     assert uses == {"rnn.weight_ih_l0": 9, "rnn.weight_hh_l0": 9}

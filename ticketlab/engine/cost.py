@@ -24,7 +24,7 @@ def positions(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -
         names: Weights to count; the prunable ones when None.
 
     Warns:
-        UserWarning: Weights that no product shows, such as those of a parametrization: they count 0.
+        UserWarning: Weights that no product shows, such as those of a head that evaluation leaves out: they count 0.
     """
     own, names = state(model), prunable(model) if names is None else names
     dtype = x.dtype if x.is_floating_point() else next(iter(own.params.values())).dtype
@@ -34,7 +34,7 @@ def positions(model: nn.Module, x: Tensor, names: Sequence[str] | None = None) -
     if unseen:
         warnings.warn(
             f"multiply-adds leave out {len(unseen)} of {len(uses)} weights, which no matrix product or convolution "
-            f"shows: {unseen[:4]}. They are not used in evaluation, or computed anew before they are.",
+            f"shows: {unseen[:4]}. Evaluation does not use them, or not in a product.",
             UserWarning,
             stacklevel=2,
         )
