@@ -29,24 +29,22 @@ def refuse(
     match: str, net: nn.Module | None = None, x1: torch.Tensor = X, x2: torch.Tensor | None = None, **kw
 ) -> None:
     net = net or model()
-    params = kw.pop("params", None) or state(net)[0]
+    given = kw.pop("given", None) or state(net)
     with pytest.raises(ValueError, match=match):
-        ntk.kernel(net, params, x1, x2, **kw)
+        ntk.kernel(net, given, x1, x2, **kw)
 
 
-def test_batch_norm_that_uses_the_batch() -> None:
-    net = normalised()
-    refuse(r"batch norm '1' is in training mode.*model\.eval\(\)", net)
-    net.eval()
-    assert ntk.kernel(net, state(net)[0], X).shape == (3, 2, 3, 2)
+def test_batch_norm_without_running_statistics() -> None:
     refuse(r"batch norm '1' keeps no running statistics", normalised(track_running_stats=False).eval())
 
 
-def test_training_mode_without_batch_norm_is_evaluated() -> None:
-    net = initialise(lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 2)), 0).train()
-    params = state(net)[0]
-    assert torch.equal(ntk.kernel(net, params, X), ntk.kernel(net, params, X))
+@pytest.mark.parametrize("middle", [lambda: nn.BatchNorm1d(5), lambda: nn.Dropout(0.5)])
+def test_training_mode_is_evaluated(middle: Callable[[], nn.Module]) -> None:
+    net = initialise(lambda: nn.Sequential(nn.Linear(4, 5), middle(), nn.Linear(5, 2)), 0).train()
+    found = ntk.kernel(net, state(net), X)
     assert net.training
+    assert net[1].training
+    assert torch.equal(found, ntk.kernel(net.eval(), state(net), X))
 
 
 class Coupled(nn.Module):
@@ -74,21 +72,25 @@ COUPLINGS = {
 @pytest.mark.parametrize("method", ["auto", "generic"])
 def test_examples_that_act_on_one_another(name: str, method: str) -> None:
     net = initialise(lambda: Coupled(COUPLINGS[name]), 0).eval()
-    match = "each input must pass through the network by itself"
+    match = "each example must pass through the network by itself|Expected more than 1 value per channel"
     refuse(match, net, method=method)
     refuse(match, net, X[:1], X[1:], method=method)
     for other in (ntk.jacobian, ntk.operator):
         with pytest.raises(ValueError, match=match):
-            other(net, state(net)[0], X)
+            other(net, state(net), X)
 
 
 def test_masks_that_do_not_fit() -> None:
     masks = mk.ones(model())
-    refuse("masks must cover every prunable parameter.*'2.weight'", masks={"0.weight": masks["0.weight"]})
+    refuse(r"masks must name parameters of the model: unknown \['x'\]", masks={**masks, "x": masks["0.weight"]})
     refuse(r"masks\['0.weight'\] must have shape", masks={**masks, "0.weight": masks["0.weight"].T})
     refuse("must be bool", masks={n: m.float() for n, m in masks.items()})
     two = stack([masks, masks])
-    refuse(r"one replica axis.*\[2, 3\]", params=stack([state(model())[0]] * 3), masks=two)
+    refuse(
+        r"one replica axis: got lengths \{'params': \{3\}, 'masks': \{2\}\}",
+        given=stack([state(model()).params] * 3),
+        masks=two,
+    )
 
 
 def test_coordinates_that_do_not_fit() -> None:
@@ -97,6 +99,12 @@ def test_coordinates_that_do_not_fit() -> None:
     refuse(r"coordinates\['0.bias'\] must be bool of shape \(5,\)", coordinates={"0.bias": torch.ones(2).bool()})
     refuse("coordinates must name at least one trainable parameter.*'0.bias'", coordinates={})
     refuse("requires_grad_", model().requires_grad_(False))
+    coordinates = {"0.bias": torch.ones(2, 5).bool()}
+    refuse(
+        r"share one replica axis: got lengths \[2, 3\]",
+        given=stack([state(model()).params] * 3),
+        coordinates=coordinates,
+    )
 
 
 def test_names_and_numbers() -> None:
@@ -108,31 +116,100 @@ def test_names_and_numbers() -> None:
 
 
 def test_inputs_that_do_not_fit() -> None:
-    refuse(r"one shape and dtype: got \(3, 4\).*\(3, 5\)", x2=torch.zeros(3, 5))
+    refuse(r"one shape and dtype on one device: got \(3, 4\).*\(3, 5\)", x2=torch.zeros(3, 5))
     refuse("one shape and dtype", x2=X.double())
-    refuse(r"x1 must have the dtype of params, torch.float32: got torch.float64. Cast", x1=X.double())
-    refuse("at least one input", x1=X[:0])
+    refuse(r"x must have the dtype of params, torch.float32: got torch.float64. Cast", x1=X.double())
+    refuse("x must hold at least one example", x1=X[:0])
+    refuse("x must hold at least one example", x2=X[:0])
+    refuse("x must hold at least one example.*list", x1=X.tolist())
+    refuse("Sequential fails on examples of shape", x1=X[:, :3])
+    with torch.inference_mode():
+        within = X.clone()
+        refuse("outside of torch.inference_mode alone")
+    refuse(r"made outside of torch.inference_mode.*x\.clone\(\)", x2=within)
 
 
-def test_kernels_that_are_not_finite() -> None:
-    refuse(r"the kernel must be finite: \d+ of its 36 entries", x1=X * float("inf"))
-    params = {n: p * 1e30 for n, p in state(model())[0].items()}
-    refuse("wider dtype than torch.float32", params=params)
+@pytest.mark.parametrize("call", [ntk.kernel, ntk.jacobian, ntk.operator])
+@pytest.mark.parametrize("place", ["params", "x"])
+def test_what_is_not_finite_goes_no_further(call: Callable, place: str) -> None:
+    params, x = state(model()).params, X.clone()
+    (params["0.weight"] if place == "params" else x)[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=rf"{place}.* must be finite: 1 of \d+ entries are NaN"):
+        call(model(), params, x)
 
 
-def test_factors_that_are_not_finite() -> None:
-    net = model()
-    params = state(net)[0]
-    params["0.weight"][0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"the Jacobian must be finite: \d+ of its \d+ entries"):
-        ntk.jacobian(net, params, X)
-    operator = ntk.operator(net, params, X)
-    with pytest.raises(ValueError, match="the product with the kernel must be finite: 6 of its 6 entries"):
+def test_the_second_inputs_are_finite_too() -> None:
+    refuse("x must be finite: 12 of 24", x2=X * float("inf"))
+
+
+def test_results_that_overflow() -> None:
+    params = state(model()).params
+    params["2.weight"] *= 1e20
+    refuse("the kernel must be finite: .*wider dtype", given=params)
+    operator = ntk.operator(model(), params, X)
+    with pytest.raises(ValueError, match="the product with the kernel must be finite"):
         operator.product(torch.ones(6))
-    with pytest.raises(ValueError, match="the trace must be finite"):
-        operator.trace()
     with pytest.raises(ValueError, match=r"vector must have shape \(6,\), \[n \* out\]: got \(3,\)"):
         operator.product(torch.ones(3))
+
+
+class Complex(nn.Module):
+    """A Fourier layer with complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(4, 4), nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft(torch.fft.rfft(self.first(x)) * self.weight, n=4)
+
+
+def test_complex_numbers() -> None:
+    net = initialise(Complex, 0)
+    refuse(r"coordinates must be real: \['weight'\] are complex", net)
+    net.weight.requires_grad_(False)
+    assert ntk.kernel(net, state(net), X).dtype == torch.float32
+
+
+class Counts(nn.Module):
+    """A module that is another function at every call: by a buffer in place, a rebound one, or an attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.how, self.calls = nn.Linear(4, 2), how, 0
+        self.register_buffer("n", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "attribute":
+            self.calls += 1
+            return self.first(x) * self.calls
+        if self.how == "in place":
+            self.n += 1
+        else:
+            self.n = self.n + 1
+        return self.first(x) * self.n
+
+
+@pytest.mark.parametrize("how", ["in place", "rebound", "attribute"])
+def test_a_model_that_changes_as_it_is_called(how: str) -> None:
+    refuse(
+        "each example must pass through the network by itself, the same each time", initialise(lambda: Counts(how), 0)
+    )
+
+
+class Squeezes(nn.Module):
+    """One example alone loses its axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x).squeeze()
+
+
+def test_a_model_that_takes_no_single_example() -> None:
+    refuse(r"first axis is the 1 examples: got shape \(2,\)", initialise(Squeezes, 0))
 
 
 def test_a_model_that_returns_something_else() -> None:
@@ -144,23 +221,27 @@ def test_a_model_that_returns_something_else() -> None:
         def forward(self, x: torch.Tensor) -> tuple:
             return self.layer(x), x
 
-    refuse("must return one tensor whose first axis is the 2 inputs: got tuple", initialise(Pair, 0))
+    refuse("must return one floating tensor whose first axis is the 3 examples: got tuple", initialise(Pair, 0))
 
 
 def test_buffers_that_do_not_fit() -> None:
     net = normalised().eval()
-    refuse(r"buffers\['mean'\] must have a name among", net, buffers={"mean": torch.zeros(5)})
-    refuse(r"buffers\['1.running_mean'\] must have shape \(5,\)", net, buffers={"1.running_mean": torch.zeros(4)})
     params, buffers = state(net)
+    refuse(r"buffers\['mean'\] must have a name among", net, buffers={**buffers, "mean": torch.zeros(5)})
+    wrong = {**buffers, "1.running_mean": torch.zeros(4)}
+    refuse(r"buffers\['1.running_mean'\] must have shape \(5,\)", net, buffers=wrong)
+    other = {n: 2 * p for n, p in params.items()}
+    refuse("forward pass reads buffers", net, given=other)
+    assert ntk.kernel(net, other, X, buffers=buffers).shape == (3, 2, 3, 2)
     for replicas in (1, 3):
-        match = rf"buffers must share one replica axis: got lengths \[{min(2, replicas)}, {max(2, replicas)}\]"
-        refuse(match, net, params=stack([params] * 2), buffers=stack([buffers] * replicas))
+        match = rf"one replica axis: got lengths \{{'params': \{{2\}}, 'buffers': \{{{replicas}\}}\}}"
+        refuse(match, net, given=stack([params] * 2), buffers=stack([buffers] * replicas))
 
 
 def test_stacks_that_share_no_jacobian() -> None:
     net = model()
     masks = stack([mk.ones(net), {n: torch.zeros_like(m) for n, m in mk.ones(net).items()}])
     with pytest.raises(ValueError, match=r"equal numbers of live coordinates.*\[37, 7\]"):
-        ntk.jacobian(net, state(net)[0], X, masks=masks)
+        ntk.jacobian(net, state(net), X, masks=masks)
     with pytest.raises(ValueError, match="an operator is one network: got a stack of 2"):
-        ntk.operator(net, state(net)[0], X, masks=masks)
+        ntk.operator(net, state(net), X, masks=masks)

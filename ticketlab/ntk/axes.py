@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ticketlab.errors import Refused
-
-
-def check_finite(what: str, values: Tensor) -> None:
-    """Raise a ValueError unless every entry of a kernel, or of what is made of one, is finite."""
-    if not values.sum().isfinite() and not values.isfinite().all():  # the sum first: one pass less
-        raise Refused(
-            f"the {what} must be finite: {int((~values.isfinite()).sum())} of its {values.numel()} entries are not. "
-            f"Look at the parameters and inputs, or use a wider dtype than {values.dtype}."
-        )
+from ticketlab.state import check_finite
 
 
 def by_output(kernel: Tensor) -> Tensor:
@@ -50,8 +42,7 @@ def square_matrix(kernel: Tensor) -> Tensor:
             f"the kernel must be that of one set of inputs with itself: got shape {tuple(kernel.shape)}. "
             "Compute it without x2."
         )
-    if not matrix.isfinite().all():
-        raise Refused(f"the kernel must be finite: {int((~matrix.isfinite()).sum())} entries are not.")
+    check_finite("the kernel", matrix)
     gap, largest = (matrix - matrix.mT).abs().amax(), matrix.abs().amax()
     if gap > 1e-3 * largest:
         raise Refused(f"the kernel must be symmetric: it misses by {gap / largest:.1e} of its largest entry.")

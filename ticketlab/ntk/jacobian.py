@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import vjp
 
+from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused
-from ticketlab.functional import evaluating, transformable
 from ticketlab.ntk import generic
-from ticketlab.ntk.axes import check_finite
 from ticketlab.ntk.blocks import n_fitting
+from ticketlab.ntk.features import features
 from ticketlab.ntk.gather import columns_of_jacobian
-from ticketlab.ntk.layers import Features, Layer, features, find_layers
+from ticketlab.ntk.layers import Features, Layer, find_layers, retried
 from ticketlab.ntk.plan import block_size
-from ticketlab.ntk.problem import Coordinates, Problem, check_inputs, problems
+from ticketlab.ntk.problem import Coordinates, Problem, problems
+from ticketlab.state import State, check_finite
 
 
 @dataclass(frozen=True)
@@ -47,42 +47,63 @@ class KernelOperator:
 
         J times a vector is the derivative of u -> J' u, which is linear in u: it needs no forward-mode rule,
         and those are missing for more operations (fused attention among them) than second derivatives are.
+        Where those are missing too, or wrong, J is made explicitly, a block at a time.
 
         Raises:
             Refused: A vector of another shape, or a product that is not finite.
         """
         if vector.shape != (self.size,):
             raise Refused(f"vector must have shape ({self.size},), [n * out]: got {tuple(vector.shape)}.")
-        names = list(self.problem.live)
-        point = generic.live_vector(self.problem, names)
         parts = vector.view(len(self.x), self.n_outputs).split(self.block_size)
-
-        def pull(x: Tensor, part: Tensor) -> Tensor:
-            outputs = vjp(lambda v: self.problem.forward(generic.scattered(self.problem, names, v), x), point)[1]
-            return outputs(part)[0]
-
-        with evaluating(self.problem.model), transformable():
-            blocks = list(zip(self.x.split(self.block_size), parts, strict=True))
-            step = torch.zeros_like(point)
-            for x, part in blocks:
-                step += pull(x, part)
-            pushed = [vjp(lambda part, x=x: pull(x, part), part)[1](step)[0] for x, part in blocks]
-        found = torch.cat(pushed).flatten()
-        check_finite("product with the kernel", found)
+        with self.problem.net.lent() as weights, torch.enable_grad():
+            found = _twice(self.problem, weights, list(zip(self.x.split(self.block_size), parts, strict=True)))
+        if found is None:
+            pulled = [torch.einsum("nok,no->k", j, part) for j, part in zip(self._blocks(), parts, strict=True)]
+            step = torch.stack(pulled).sum(0)
+            found = torch.cat([(j @ step).flatten() for j in self._blocks()])
+        check_finite("the product with the kernel", found)
         return found
 
     def trace(self) -> Float[Tensor, ""]:
         """The sum of the squared live gradients, a block of J at a time."""
-        with evaluating(self.problem.model):
-            blocks = (_rows(self.problem, x) for x in self.x.split(self.block_size))
-            found = torch.stack([rows.double().square().sum() for rows in blocks]).sum()
-        check_finite("trace", found)
+        found = torch.stack([j.double().square().sum() for j in self._blocks()]).sum()
+        check_finite("the trace", found)
         return found
+
+    def _blocks(self) -> Iterator[Float[Tensor, "n out k"]]:
+        return (_rows(self.problem, x) for x in self.x.split(self.block_size))
+
+
+def _twice(problem: Problem, weights: Mapping[str, Tensor], blocks: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """J (J' v) by two derivatives; None where autograd lacks the second, or it is not the adjoint of the first."""
+    inner, live = list(weights.values()), [problem.live.get(name) for name in weights]
+
+    def pull(x: Tensor, part: Tensor, twice: bool = False) -> tuple[Tensor, ...]:
+        return pullback(problem.forward(x), inner, part, create_graph=twice)
+
+    def push(x: Tensor, part: Tensor) -> Tensor:
+        u = torch.zeros_like(part, requires_grad=True)
+        pairs = [(g, step) for g, step in zip(pull(x, u, True), steps, strict=True) if g.requires_grad]
+        along = [(g * step).sum() for g, step in pairs]
+        return pullback(torch.stack(along).sum(), [u])[0] if along else torch.zeros_like(part)
+
+    try:
+        steps = [torch.zeros_like(weight) for weight in inner]
+        for x, part in blocks:
+            for step, mask, gradient in zip(steps, live, pull(x, part), strict=True):
+                step.add_(0 if mask is None else gradient * mask)
+        found = torch.cat([push(x, part) for x, part in blocks])
+    except (RuntimeError, Refused):
+        return None
+    vector = torch.cat([part for _, part in blocks])
+    gap = (found * vector).sum() - torch.stack([step.square().sum() for step in steps]).sum()
+    rounding = torch.finfo(found.dtype).eps ** (1 / 3) * found.norm() * vector.norm()
+    return found.flatten() if gap.abs() <= rounding else None
 
 
 def jacobian(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
     *,
     masks: Mapping[str, Tensor] | None = None,
@@ -97,24 +118,22 @@ def jacobian(
     Raises:
         Refused: As for the kernel, or replicas with different numbers of live coordinates.
     """
-    found, stacked = problems(model, params, masks, coordinates, buffers, "full")
-    check_inputs(found[0], x, None)
+    found, stacked = problems(model, state, x, masks=masks, coordinates=coordinates, buffers=buffers)
     counts = [sum(int(live.sum()) for live in problem.live.values()) for problem in found]
     if len(set(counts)) > 1:
         raise Refused(
             f"stacked replicas must have equal numbers of live coordinates to share one array: got {counts}. "
             "Call jacobian for one replica at a time."
         )
-    with evaluating(model):
-        rows = [torch.cat([_rows(p, block) for block in x.split(_block_size(p, x))]) for p in found]
+    rows = [torch.cat([_rows(p, block) for block in x.split(_block_size(p, x)[1])]) for p in found]
     values = torch.stack(rows) if stacked else rows[0]
-    check_finite("Jacobian", values)
+    check_finite("the Jacobian", values)
     return LiveJacobian(values)
 
 
 def operator(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x: Float[Tensor, "n *shape"],
     *,
     masks: Mapping[str, Tensor] | None = None,
@@ -126,31 +145,33 @@ def operator(
     Raises:
         Refused: As for the kernel, or a stack of replicas.
     """
-    found, stacked = problems(model, params, masks, coordinates, buffers, "full")
+    found, stacked = problems(model, state, x, masks=masks, coordinates=coordinates, buffers=buffers)
     if stacked:
         raise Refused(f"an operator is one network: got a stack of {len(found)}. Select one replica of each dict.")
-    check_inputs(found[0], x, None)
-    with evaluating(model):
-        n_outputs = find_layers(found[0], x)[1]
-        return KernelOperator(found[0], x, n_outputs, _block_size(found[0], x))
+    return KernelOperator(found[0], x, *_block_size(found[0], x))
 
 
-def _block_size(problem: Problem, x: Tensor) -> int:
-    layers, n_outputs = find_layers(problem, x)
+def _block_size(problem: Problem, x: Tensor) -> tuple[int, int]:
+    """The number of outputs, and of examples whose Jacobian is made at once."""
+    with problem.net.lent():
+        layers, n_outputs = find_layers(problem, x)
     k = sum(int(live.sum()) for live in problem.live.values())
-    return block_size(layers, ["gather"] * len(layers), n_outputs, k, problem.dtype)
+    return n_outputs, block_size(layers, ["gather"] * len(layers), n_outputs, k, problem.dtype)
 
 
 def _rows(problem: Problem, x: Tensor) -> Float[Tensor, "n out k"]:
-    layers, n_outputs = find_layers(problem, x)
-    parts: dict[str, Tensor] = {}
-    for layer, one in zip(layers, features(problem, layers, x) if layers else [], strict=True):
-        parts |= _by_name(layer, one)
-    rest = [name for name in problem.live if name not in parts]
-    if rest:
-        sizes = [int(problem.live[name].sum()) for name in rest]
-        parts |= dict(zip(rest, generic.jacobian(problem, rest, n_outputs, x).split(sizes), strict=True))
-    return torch.cat([parts[name] for name in problem.live]).permute(2, 1, 0)
+    def from_layers(layers: list[Layer]) -> Tensor:
+        parts: dict[str, Tensor] = {}
+        for layer, one in zip(layers, features(problem, layers, x), strict=True):
+            parts |= _by_name(layer, one)
+        rest = [name for name in problem.live if name not in parts]
+        if rest:
+            sizes = [int(problem.live[name].sum()) for name in rest]
+            parts |= dict(zip(rest, generic.jacobian(problem, rest, x).split(sizes), strict=True))
+        return torch.cat([parts[name] for name in problem.live]).permute(2, 1, 0)
+
+    with problem.net.lent():
+        return retried(from_layers, find_layers(problem, x)[0])
 
 
 def _by_name(layer: Layer, features: Features) -> dict[str, Tensor]:

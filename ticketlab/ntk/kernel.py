@@ -2,8 +2,7 @@
 
 >>> import torch, ticketlab as tl
 >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
->>> params, _ = tl.state(model)
->>> tl.ntk.kernel(model, params, torch.randn(5, 4), masks=tl.masks.ones(model)).shape
+>>> tl.ntk.kernel(model, tl.state(model), torch.randn(5, 4), masks=tl.masks.ones(model)).shape
 torch.Size([5, 2, 5, 2])
 """
 
@@ -18,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused, nearest
-from ticketlab.functional import evaluating
 from ticketlab.ntk import gather, generic, rows, structured
-from ticketlab.ntk.axes import check_finite
-from ticketlab.ntk.layers import Features, Layer, features, find_layers
+from ticketlab.ntk.features import features
+from ticketlab.ntk.layers import Features, Layer, find_layers, retried
 from ticketlab.ntk.plan import Method, Plan, plan
-from ticketlab.ntk.problem import Coordinates, Outputs, Problem, check_inputs, problems
+from ticketlab.ntk.problem import Coordinates, Outputs, Problem, problems
+from ticketlab.state import State, check_finite
 
 _ADD = {"structured": structured.add, "rows": rows.add, "gather": gather.add}
 
@@ -46,11 +45,12 @@ class _Work:
     rest: list[str]
     n_outputs: int
     trace: bool
+    """Summed over the outputs; the sum of the outputs is one output, and its kernel its own trace."""
     plan: Plan
 
     def block(self, x: Tensor) -> _Block:
-        rest = generic.jacobian(self.problem, self.rest, self.n_outputs, x) if self.rest else None
-        return _Block(len(x), features(self.problem, self.layers, x) if self.layers else [], rest)
+        layers = features(self.problem, self.layers, x)
+        return _Block(len(x), layers, generic.jacobian(self.problem, self.rest, x) if self.rest else None)
 
     def tile(self, a: _Block, b: _Block) -> Tensor:
         """The kernel between two blocks, [out, n, out', m] or [n, m]; where they are one, half of it."""
@@ -65,7 +65,7 @@ class _Work:
 
 def kernel(
     model: nn.Module,
-    params: Mapping[str, Tensor],
+    state: State | Mapping[str, Tensor],
     x1: Float[Tensor, "n *shape"],
     x2: Float[Tensor, "m *shape"] | None = None,
     *,
@@ -87,8 +87,8 @@ def kernel(
     Args:
         model: Any module that maps inputs [n, ...] to outputs [n, ...]; axes after the first are flattened to
             ``out``. Each example must be treated on its own.
-        params: The model's parameters, or a stack of replicas.
-        x1: Inputs, in the dtype and on the device of ``params`` (or integer tokens).
+        state: Parameters and buffers, or a dict of parameters alone; one network or a stack of replicas.
+        x1: Inputs, in the dtype and on the device of the parameters (or integer tokens).
         x2: Further inputs; ``x1`` again when None, and then the result is exactly symmetric.
         masks: True = kept, one for each prunable parameter; stacked or not. The levels of one network are a
             stack of masks over unstacked parameters.
@@ -102,15 +102,14 @@ def kernel(
             alone serves as the slow oracle for everything.
         block_size: Examples whose features are held at once; None keeps below a memory cap. It need not
             divide anything, and does not change the result beyond rounding.
-        buffers: The model's own when None; stacked or not.
+        buffers: In place of those in ``state``; stacked or not.
 
     Returns:
         [n, out, m, out] for ``full``, else [n, m]; behind a leading replica axis if anything was stacked.
 
     Raises:
-        Refused: Outputs that depend on the rest of the batch (batch norm that uses its statistics, say), masks,
-            buffers or coordinates that do not fit, inputs of two shapes, pruned weights with ``structured``, a
-            layer that is used in one way for the first examples and in another later, or a kernel that is not finite.
+        Refused: As :func:`ticketlab.network.network`, for all inputs; coordinates that do not fit, complex numbers,
+            pruned weights with ``structured``, or a kernel that is not finite.
 
     See Also:
         :func:`ticketlab.ntk.jacobian`: the factor J of this kernel, for its small eigenvalues.
@@ -123,27 +122,29 @@ def kernel(
     _check_choice("method", method, get_args(Method))
     if block_size is not None and block_size < 1:
         raise Refused(f"block_size must be at least 1 example, or None: got {block_size}.")
-    found, stacked = problems(model, params, masks, coordinates, buffers, outputs)
-    check_inputs(found[0], x1, x2)
-    with evaluating(model):
-        kernels = [_kernel(problem, x1, x2, outputs, method, block_size) for problem in found]
+    found, stacked = problems(
+        model, state, x1, x2, masks=masks, coordinates=coordinates, buffers=buffers, sum_logits=outputs == "sum_logits"
+    )
+    kernels = [_kernel(problem, x1, x2, outputs != "full", method, block_size) for problem in found]
     return torch.stack(kernels) if stacked else kernels[0]
 
 
 def _kernel(
-    problem: Problem, x1: Tensor, x2: Tensor | None, outputs: Outputs, method: Method, block_size: int | None
+    problem: Problem, x1: Tensor, x2: Tensor | None, trace: bool, method: Method, block_size: int | None
 ) -> Tensor:
-    layers, n_outputs = find_layers(problem, x1, x2)
-    layers = [] if method == "generic" else layers
-    covered = {name for layer in layers for name in layer.names}
-    rest = [name for name, live in problem.live.items() if name not in covered and bool(live.any())]
-    n_rest = sum(int(problem.live[name].sum()) for name in rest)
-    trace = outputs != "full"  # the sum of the outputs is one output, and its kernel its own trace
     n, m = len(x1), len(x1 if x2 is None else x2)
-    sizes = (n_outputs, n_rest, problem.dtype, n, m)
-    steps = plan(layers, method, *sizes, trace=trace, symmetric=x2 is None, blocks_of=block_size)
-    theta = _filled(_Work(problem, layers, rest, n_outputs, trace, steps), x1, x2)
-    check_finite("kernel", theta)
+
+    def from_layers(layers: list[Layer]) -> Tensor:
+        covered = {name for layer in layers for name in layer.names}
+        rest = [name for name, live in problem.live.items() if name not in covered and bool(live.any())]
+        sizes = (n_outputs, sum(int(problem.live[name].sum()) for name in rest), problem.dtype, n, m)
+        steps = plan(layers, method, *sizes, trace=trace, symmetric=x2 is None, blocks_of=block_size)
+        return _filled(_Work(problem, layers, rest, n_outputs, trace, steps), x1, x2)
+
+    with problem.net.lent():
+        layers, n_outputs = find_layers(problem, x1)
+        theta = retried(from_layers, [] if method == "generic" else layers)
+    check_finite("the kernel", theta)
     return theta
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ticketlab.errors import Refused
-from ticketlab.ntk.axes import as_matrix, check_finite, square_matrix
+from ticketlab.ntk.axes import as_matrix, square_matrix
+from ticketlab.state import check_finite
 
 
 def kernel_regression(
@@ -32,7 +33,7 @@ def kernel_regression(
     Args:
         k_train: [n, n], or [n, out, n, out], stacked or not.
         y_train: Targets, real; one-hot for classes.
-        k_test: [m, n], or [m, out, n, out]: ``kernel(model, params, x_test, x_train)``.
+        k_test: [m, n], or [m, out, n, out]: ``kernel(model, state, x_test, x_train)``.
         ridge: rho, in the units of the kernel.
         f_train: Outputs of the network on the training inputs; zero when None.
         f_test: Outputs of the network on the test inputs; zero when None.
@@ -94,9 +95,9 @@ def _predict(
         raise Refused(
             "k_test must have the test inputs first and the training inputs second, with the output axes of k_train: "
             f"got {tuple(k_test.shape)} for {tuple(k_train.shape)}. "
-            "Compute it as kernel(model, params, x_test, x_train)."
+            "Compute it as kernel(model, state, x_test, x_train)."
         )
-    check_finite("kernel k_test", k_test)
+    check_finite("k_test", k_test)
     test = (k_test.shape[-2 - 2 * int(has_outputs)], y_train.shape[1])
     for name, f, shape in (("f_train", f_train, tuple(y_train.shape)), ("f_test", f_test, test)):
         if f is not None and (f.ndim not in (2, 3) or f.shape[-2:] != shape):

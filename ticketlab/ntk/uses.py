@@ -20,7 +20,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ticketlab.ntk.problem import Problem
-from ticketlab.seeds import stream
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ def record(problem: Problem, x: Tensor) -> tuple[Tensor, list[Use], dict[str, in
 
     A use for something else, such as an auxiliary head or a detached copy, has no part in the derivatives.
     """
-    leaves = {n: w.detach().requires_grad_(w.is_floating_point()) for n, w in problem.weights.items()}
-    with torch.enable_grad(), _Recorder({id(leaf): name for name, leaf in leaves.items()}) as recorder:
-        y = problem.forward(leaves, x.detach())
+    names = {id(p): name for name, p in problem.net.model.named_parameters()}
+    with torch.enable_grad(), _Recorder(names) as recorder:
+        y = problem.forward(x)
     reached, edges = _graph(y)
-    counts = {name: edges[id(leaf)] for name, leaf in leaves.items()}
+    counts = {name: edges[key] for key, name in names.items()}
     return y, [use for use in recorder.uses if use.output.node in reached], counts
 
 
@@ -114,31 +113,6 @@ def _graph(y: Tensor) -> tuple[set[Any], Counter[int]]:
                 seen.add(node)
                 stack.append(node)
     return seen, edges
-
-
-def apart(y: Tensor, uses: Sequence[Use]) -> list[bool]:
-    """Whether row n of each use serves the outputs of example n alone: not another's, as after a sort or a routing.
-
-    Where it does, the gradient of sum_n c_n y_n in row n is c_n times that of sum_n y_n. The c_n are powers of
-    two, all different, which scale a gradient without rounding.
-    """
-    if not uses:
-        return []
-    n = len(y)
-    c = 2.0 ** (torch.arange(n, device=y.device, dtype=y.dtype) - n // 2)
-    # Outputs are weighed at random, for their plain sum may be constant, as softmax's is.
-    v = torch.randn(y.shape[1], generator=stream("weights of outputs", 0)).to(y)
-    edges = [use.output for use in uses]
-    plain, scaled = (
-        torch.autograd.grad(y, edges, each[:, None] * v, retain_graph=True, materialize_grads=True)
-        for each in (torch.ones_like(c), c)
-    )
-    return [is_plain(use, n) and _proportional(p, s, c) for use, p, s in zip(uses, plain, scaled, strict=True)]
-
-
-def _proportional(plain: Tensor, scaled: Tensor, c: Float[Tensor, " n"]) -> bool:
-    gap = (scaled / c.view(-1, *[1] * (plain.ndim - 1)) - plain).abs()
-    return not bool((gap > torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().amax()).any())
 
 
 def is_plain(use: Use, n: int) -> bool:
