@@ -13,6 +13,9 @@ class Refused(ValueError):
     """
 
 
+Refused.__name__ = "ValueError"  # to whoever asks an error for its name it is what it says: a bad value
+
+
 def nearest(kind: str, given: str, known: Sequence[str]) -> str:
     """The message for an unknown name: what was given, the closest known one, and all of them."""
     close = get_close_matches(str(given), known, n=1, cutoff=0.4)
