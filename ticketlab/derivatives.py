@@ -159,7 +159,8 @@ def pullback(
         )
         if any(g is None for g in found):
             _refuse_hidden_backward(y)
-        return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(found, inner, strict=True))
+        dense = [g.to_dense() if g is not None and g.layout == torch.sparse_coo else g for g in found]  # embeddings
+        return tuple(torch.zeros_like(w) if g is None else g for g, w in zip(dense, inner, strict=True))
     except (RuntimeError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         if not any(fault in why for fault in _FAULTS_OF_MODEL):
