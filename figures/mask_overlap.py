@@ -92,7 +92,7 @@ def _over_aligned_chance(axes: Axes, aligned: pd.DataFrame) -> None:
         spread = (1.96 * rows["null_sd"] / rows["null_mean"])[~free].groupby(rows["density"][~free]).mean()
         axes.fill_between(spread.index, 1 - spread, 1 + spread, color=look["color"], alpha=0.12, lw=0)
     draws = aligned["draws"].iloc[0]
-    title = f"over random masks aligned alike ({draws} draws)\nopen: live weights of inputs given"
+    title = f"over random masks aligned alike ({draws} draws)\nopen: live weights of units and inputs given"
     _finish(axes, aligned["density"], "shared / expected, aligned", title)
 
 

@@ -92,6 +92,21 @@ def test_given_inputs_or_units_explains_an_overlap_that_they_make():
     assert abs(of(overlap.compare(*transposed, given="unit"), "fc")["z"]) < 3
 
 
+def test_a_layer_without_a_live_weight_shares_nothing_and_the_rest_is_compared():
+    full, half = ({"fc": layer(*live), "output": layer(0, 1, 5)} for live in ((), (1, 2)))
+    rest = {"output": layer(0, 1, 5)}
+    for a, b, jaccard in ((full, half, 0), (full, full, np.nan)):
+        table = overlap.compare(a, b)
+        row = of(table, "fc")
+        assert row["intersection"] == row["expected"] == row["variance"] == 0 and row["p_value"] == 1
+        assert np.isnan(row["z"]) and row["jaccard"] == pytest.approx(jaccard, nan_ok=True)
+        for column in ("intersection", "expected", "z", "p_value"):
+            assert of(table, "output")[column] == of(overlap.compare(rest, rest), "output")[column]
+            assert of(table, "all")[column] == pytest.approx(of(overlap.compare(rest, rest), "output")[column])
+    rows = overlap.survival([half, full, full]).set_index(["layer", "a", "b"])["survival"]
+    assert rows["fc", 0, 1] == 0 and np.isnan(rows["fc", 1, 2]) and rows["all", 0, 1] == 3 / 5
+
+
 # Against scipy and simulation
 
 
@@ -312,6 +327,18 @@ def heterogeneous(units, inputs, density, generator, pixels):
     return torch.rand(units, inputs, generator=generator, dtype=torch.float64) < torch.sigmoid(odds - level)
 
 
+@pytest.mark.parametrize("given_", ["layer", "unit", "input"])
+def test_an_empty_layer_is_aligned_along_with_the_rest(given_):
+    model = build(small_mlp)
+    groups = permutation.groups(model, torch.zeros(2, 6, dtype=torch.float64))
+    a, b = (half_masks(model, seed) for seed in (0, 1))
+    a["fc2.weight"][:] = b["fc2.weight"][:] = False
+    table = overlap.aligned(groups, a, b, given=given_, draws=3, restarts=1)
+    row = of(table, "fc2.weight")
+    assert row["intersection"] == row["null_mean"] == 0 and row["p_value"] == 1 and np.isnan(row["ratio"])
+    assert of(table, "all")["ratio"] > 0.5
+
+
 def test_masks_of_both_margins_keep_both_exactly():
     generator = torch.Generator().manual_seed(0)
     masks = {"fc": heterogeneous(9, 20, 0.2, generator, torch.randn(20, generator=generator, dtype=torch.float64))}
@@ -399,8 +426,6 @@ def test_what_cannot_be_compared_is_refused():
         overlap.compare(masks, {"fc": layer(0, shape=(4, 3))})
     with pytest.raises(ValueError, match=r"must be bool, True = kept: got torch\.float32"):
         overlap.compare(masks, {"fc": layer(0).float()})
-    with pytest.raises(ValueError, match="every layer must have a live weight: 'fc' has none"):
-        overlap.compare(masks, {"fc": layer()})
     with pytest.raises(ValueError, match="must name at least one layer"):
         overlap.compare({}, {})
     with pytest.raises(ValueError, match="at least two masks: got 1"):

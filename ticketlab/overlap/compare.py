@@ -45,11 +45,12 @@ def compare(masks_a: Masks, masks_b: Masks, *, stacked: bool = False, given: Giv
 
     Returns:
         One row a layer, and one, ``all``, for the whole; a replica each where stacked. Columns: total, kept_a,
-        kept_b, density_a, density_b, intersection, jaccard, expected (intersection), variance, expected_jaccard
-        (that of the expected intersection), z (NaN where the null leaves no choice), p_value.
+        kept_b, density_a, density_b, intersection, jaccard (NaN where both masks have nothing), expected
+        (intersection), variance, expected_jaccard (that of the expected intersection), z (NaN where the null leaves no
+        choice, as in a layer that is empty or dense), p_value (1 there).
 
     Raises:
-        Refused: Masks of different names, shapes or replicas, not bool, or with an empty layer.
+        Refused: Masks of different names, shapes or replicas, or not bool.
     """
     a, b = (dict(masks) if stacked else {n: m[None] for n, m in masks.items()} for masks in (masks_a, masks_b))
     check([a, b])
@@ -97,7 +98,7 @@ def gram(masks: Bool[Tensor, "n ..."]) -> Int[np.ndarray, "n n"]:
 
 
 def check(stacks: Sequence[Mapping[str, Tensor]]) -> None:
-    """Raise a ValueError unless stacked masks are of one model and leave every layer a live weight."""
+    """Refuse stacked masks that are not of one model."""
     if not stacks or not stacks[0]:
         raise Refused("masks must name at least one layer: got none. Build them with masks.ones(model).")
     first = stacks[0]
@@ -105,7 +106,7 @@ def check(stacks: Sequence[Mapping[str, Tensor]]) -> None:
     if len(replicas) > 1:
         raise Refused(
             f"masks must have one replica axis in front, of one length: got {sorted(replicas)}. Stack single networks "
-            "with functional.stack."
+            "with ticketlab.state.stack."
         )
     for masks in stacks:
         if set(masks) != set(first):
@@ -122,11 +123,6 @@ def check(stacks: Sequence[Mapping[str, Tensor]]) -> None:
                 raise Refused(
                     f"masks[{name!r}] must have equal shapes and as many replicas: "
                     f"got {tuple(first[name].shape)} and {tuple(mask.shape)}, replica axis first."
-                )
-            if not mask.flatten(1).any(1).all():
-                raise Refused(
-                    f"every layer must have a live weight: {name!r} has none, and the overlap of nothing is undefined. "
-                    "Leave that layer out of all masks, or compare a denser level."
                 )
 
 
@@ -168,8 +164,9 @@ def _rows(
     for part in np.array_split(few, 1 + len(few) * len(sizes) // _COUNTS):
         p_value[part] = exact_p(x[part], sizes, kept_a[a[part]], kept_b[b[part]])
     n_a, n_b, total = kept_a.sum(1)[a], kept_b.sum(1)[b], int(sizes.sum())
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0 of empty layers
         z = np.where(variance > 0, (x - mean) / np.sqrt(variance), np.nan)
+        jaccard, expected_jaccard = (shared / (n_a + n_b - shared) for shared in (x, mean))
     return pd.DataFrame(
         {
             "layer": layer,
@@ -179,10 +176,10 @@ def _rows(
             "density_a": n_a / total,
             "density_b": n_b / total,
             "intersection": x,
-            "jaccard": x / (n_a + n_b - x),
+            "jaccard": jaccard,
             "expected": mean,
             "variance": variance,
-            "expected_jaccard": mean / (n_a + n_b - mean),
+            "expected_jaccard": expected_jaccard,
             "z": z,
             "p_value": p_value,
         }

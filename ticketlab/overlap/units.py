@@ -86,7 +86,8 @@ def survival(levels: Sequence[Masks], *, stacked: bool = False) -> pd.DataFrame:
         stacked: Whether there is a replica axis in front; without it a stack is taken for one network, see `compare`.
 
     Returns:
-        One row for every two positions a <= b of ``levels``, layer (``all`` for the whole) [and replica]: survival.
+        One row for every two positions a <= b of ``levels``, layer (``all`` for the whole) [and replica]: survival;
+        NaN where nothing is alive at a.
     """
     stacks = [dict(masks) if stacked else {n: m[None] for n, m in masks.items()} for masks in levels]
     check(stacks)
@@ -95,7 +96,8 @@ def survival(levels: Sequence[Masks], *, stacked: bool = False) -> pd.DataFrame:
         live = {n: m.flatten(1).sum(1).cpu().numpy() for n, m in first.items()}
         for b, later in enumerate(stacks[a:], start=a):
             both = {n: (m & later[n]).flatten(1).sum(1).cpu().numpy() for n, m in first.items()}
-            share = {n: both[n] / live[n] for n in first} | {WHOLE: sum(both.values()) / sum(live.values())}
+            with np.errstate(invalid="ignore"):  # 0 / 0 of empty layers
+                share = {n: both[n] / live[n] for n in first} | {WHOLE: sum(both.values()) / sum(live.values())}
             found = [pd.DataFrame({"a": a, "b": b, "layer": n, "survival": s}) for n, s in share.items()]
             blocks += [rows.assign(replica=rows.index) if stacked else rows for rows in found]
     return pd.concat(blocks, ignore_index=True)
