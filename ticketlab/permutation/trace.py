@@ -27,6 +27,7 @@ from ticketlab.errors import Refused
 from ticketlab.network import attention_as_products, check_output, lent
 from ticketlab.permutation.axes import Axes, Axis
 from ticketlab.permutation.rules import JOINING, RULES, Result, Rule, Shape, fits, opaque, pointwise, tensors_in, tie
+from ticketlab.seeds import kept_generators
 
 _REGIONS = ("wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint")
 """Higher-order operators that do nothing but call a submodule on the operands that follow it."""
@@ -78,8 +79,7 @@ def _exported(
     model: nn.Module, x: Tensor, named: Mapping[str, Tensor]
 ) -> tuple[ExportedProgram, dict[fx.Node, Tensor]]:
     """The graph of one forward pass, and the parameters and buffers among its inputs."""
-    cuda = [x.device] if x.device.type == "cuda" else []
-    with lent(model, None, None), torch.random.fork_rng(devices=cuda):
+    with lent(model, None, None), kept_generators(x.device):
         try:
             with torch.no_grad():
                 y = model(x.clone())  # an input that does not fit fails here, with a shorter story
