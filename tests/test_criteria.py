@@ -13,7 +13,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ticketlab import masks as mask_ops
-from ticketlab.engine.criteria import CRITERIA, ZHOU, Criterion, Evidence, ZeroScoresError, draw_examples, refuse_too_large, score
+from ticketlab.engine.criteria import (
+    CRITERIA,
+    ZHOU,
+    Evidence,
+    ZeroScoresError,
+    draw_examples,
+    refuse_too_large,
+    score,
+)
 from ticketlab.engine.criteria.gradients import synflow
 from ticketlab.engine.criteria.second_order import EXACT_LIMIT
 from ticketlab.state import State, stack_states, state
@@ -387,7 +395,7 @@ def test_labels_and_inputs_that_do_not_fit_the_model_are_refused(name):
         score(name, evidence(x=x[:, :5], y=y))
     with pytest.raises(ValueError, match="x must have the dtype of params"):
         score(name, evidence(x=x.float(), y=y))
-    with pytest.raises(ValueError, match="'synflow': .*x must be what the model takes"):
+    with pytest.raises(ValueError, match=r"'synflow': .*x must be what the model takes"):
         score("synflow", evidence(x=x[:, :5], y=None))
 
 

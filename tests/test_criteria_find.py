@@ -17,7 +17,7 @@ from torch import nn
 import ticketlab as tl
 from ticketlab import masks as mask_ops
 from ticketlab.engine import store
-from ticketlab.engine.criteria import CRITERIA, Evidence, ZeroScoresError, find, find_counts, keep, score
+from ticketlab.engine.criteria import CRITERIA, Evidence, ZeroScoresError, find, keep, score
 from ticketlab.models import mlp
 from ticketlab.state import State, state
 

@@ -151,6 +151,6 @@ def refuse_too_large(criterion: AnyCriterion, model: nn.Module, prunable: Sequen
 def _refuse_above_limit(name: str, record: Criterion, live: int) -> None:
     if record.limit is not None and live > record.limit:
         raise Refused(
-            f"criterion {name!r} needs at most {record.limit} live weights: got {live}. Take another: for the curvature "
+            f"criterion {name!r} needs at most {record.limit} live weights: got {live}. Take another: of curvature "
             "'obd_gauss_newton', the same as 'obd_exact' with ReLU, or 'obd_fisher'."
         )
