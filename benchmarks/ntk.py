@@ -84,7 +84,7 @@ class Case:
         model = initialise(lambda: tl.models.build(self.model, (1, 28, 28), 10), 0).eval()
         generator = torch.Generator().manual_seed(1)
         masks = {n: torch.rand(m.shape, generator=generator) < self.density for n, m in tl.masks.ones(model).items()}
-        return model, state(model)[0], None if self.density == 1 else masks, inputs(self.n)
+        return model, state(model).params, None if self.density == 1 else masks, inputs(self.n)
 
 
 def inputs(n: int) -> Tensor:
@@ -128,8 +128,9 @@ def contestants(case: Case, config: Config) -> dict[str, Callable[[], Tensor]]:
     """What can run this case within the limits, by name; the tutorial first."""
     model, params, masks, x = case.build()
     found: dict[str, Callable[[], Tensor]] = {}
-    (problem,), _ = problems(model, params, masks, "live", None, "full")
-    layers, n_outputs = find_layers(problem, x)
+    (problem,), _ = problems(model, params, x, masks=masks)
+    with problem.net.lent():
+        layers, n_outputs = find_layers(problem, x)
     k, total = sum(int(live.sum()) for live in problem.live.values()), sum(p.numel() for p in params.values())
     rows = case.n * n_outputs
     full = case.outputs == "full"

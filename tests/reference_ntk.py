@@ -25,7 +25,7 @@ def one_gradient_at_a_time(
             grads = torch.autograd.grad(
                 value, [own[n] for n in live], retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            rows.append(torch.cat([grad[mask] for grad, mask in zip(grads, live.values(), strict=True)]))
+            rows.append(torch.cat([grad.to_dense()[mask] for grad, mask in zip(grads, live.values(), strict=True)]))
     return torch.stack(rows).view(len(x), -1, len(rows[0]))
 
 

@@ -285,6 +285,46 @@ class Trimmed(nn.Module):
         return self.head((self.inside(self.embed(x)).tanh() * kept[..., None]).sum(1))
 
 
+class TokensToExperts(nn.Module):
+    """Every position goes to one of two layers, across examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.a, self.b, self.head = nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        share = self.router(flat).softmax(-1)
+        out = torch.zeros_like(flat)
+        for k, expert in enumerate((self.a, self.b)):
+            at = (share.argmax(-1) == k).nonzero()[:, 0]
+            out = out.index_add(0, at, expert(flat[at]).tanh() * share[at, k, None])
+        return self.head(out.view_as(x).mean(1))
+
+
+class Ragged(nn.Module):
+    """A nested tensor inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ragged = torch.nested.nested_tensor(list(x), layout=torch.jagged)
+        return self.head(torch.stack([hidden.tanh().mean(0) for hidden in self.inside(ragged).unbind()]))
+
+
+class Row(nn.Module):
+    """A linear map to one number, whose weight has one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.head = nn.Parameter(torch.ones(6)), nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(x, self.row)[:, None].tanh())
+
+
 class SwapsInside(nn.Module):
     """Two of the inner rows change places in large batches alone: neither a few examples nor the ends show it."""
 
@@ -350,6 +390,10 @@ def instance_norm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.Flatten(), nn.Linear(100, 3))
 
 
+def sparse_embedding() -> nn.Module:
+    return nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Flatten(), nn.Linear(20, 3))
+
+
 def map_output() -> nn.Module:
     return nn.Conv2d(4, 2, 3, padding=1, stride=3)
 
@@ -395,6 +439,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Tensor]]] =
     "spectral norm": (spectral, vectors(6)),
     "instance norm": (instance_norm, images),
     "map": (map_output, images),
+    "sparse embedding": (sparse_embedding, tokens),
+    "tokens to experts": (TokensToExperts, vectors(3, 4)),
+    "ragged": (Ragged, vectors(3, 4)),
+    "row": (Row, vectors(6)),
     "swapped inside": (SwapsInside, vectors(6)),
     **{name: (factory, inputs) for name, (factory, inputs, _) in USERS_MODELS.items()},
 }

@@ -1,7 +1,14 @@
 """The restricted empirical neural tangent kernel: what a masked network learns with, at the cost of the mask.
 
-:func:`kernel` computes it, :func:`jacobian` and :func:`operator` give its factor where the kernel itself is
-too coarse or too large, :func:`spectrum` and the comparisons read it, and the predictions train with it.
+problem            one network at m * theta, the coordinates that it is differentiated in, one output or all
+  uses             every use of a parameter as a weight in a forward pass, and what the graph says of it
+  layers           linear layers and convolutions that meet each example by itself: those with a fast path
+  features         their inputs and output deltas for a block of examples, proven against plain autograd
+  plan             which method for which layer, in blocks of how many examples
+  structured | rows | gather   the three ways to a layer's kernel: nothing pruned, unit by unit, live columns
+  generic          rows of the Jacobian of whatever is left, and the oracle
+kernel, jacobian   the whole: the kernel, its factor, and its product with vectors
+spectrum, compare, predict   what is read off it
 """
 
 from __future__ import annotations

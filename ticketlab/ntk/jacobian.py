@@ -16,7 +16,7 @@ from ticketlab.ntk.blocks import n_fitting
 from ticketlab.ntk.features import features
 from ticketlab.ntk.gather import columns_of_jacobian
 from ticketlab.ntk.layers import Features, Layer, find_layers, retried
-from ticketlab.ntk.plan import block_size
+from ticketlab.ntk.plan import largest_block
 from ticketlab.ntk.problem import Coordinates, Problem, problems
 from ticketlab.state import State, check_finite
 
@@ -156,7 +156,7 @@ def _block_size(problem: Problem, x: Tensor) -> tuple[int, int]:
     with problem.net.lent():
         layers, n_outputs = find_layers(problem, x)
     k = sum(int(live.sum()) for live in problem.live.values())
-    return n_outputs, block_size(layers, ["gather"] * len(layers), n_outputs, k, problem.dtype)
+    return n_outputs, largest_block(layers, ["gather"] * len(layers), n_outputs, k, problem.dtype)
 
 
 def _rows(problem: Problem, x: Tensor) -> Float[Tensor, "n out k"]:

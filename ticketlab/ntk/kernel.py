@@ -8,7 +8,7 @@ torch.Size([5, 2, 5, 2])
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -20,7 +20,7 @@ from ticketlab.errors import Refused, nearest
 from ticketlab.ntk import gather, generic, rows, structured
 from ticketlab.ntk.features import features
 from ticketlab.ntk.layers import Features, Layer, find_layers, retried
-from ticketlab.ntk.plan import Method, Plan, plan
+from ticketlab.ntk.plan import LayerMethod, Method, choose, largest_block
 from ticketlab.ntk.problem import Coordinates, Outputs, Problem, problems
 from ticketlab.state import State, check_finite
 
@@ -42,11 +42,14 @@ class _Work:
 
     problem: Problem
     layers: list[Layer]
+    methods: list[LayerMethod]
     rest: list[str]
+    """Parameters without a layer."""
     n_outputs: int
     trace: bool
     """Summed over the outputs; the sum of the outputs is one output, and its kernel its own trace."""
-    plan: Plan
+    block_size: int
+    """Examples whose features are held at once."""
 
     def block(self, x: Tensor) -> _Block:
         layers = features(self.problem, self.layers, x)
@@ -56,7 +59,7 @@ class _Work:
         """The kernel between two blocks, [out, n, out', m] or [n, m]; where they are one, half of it."""
         shape = (a.n, b.n) if self.trace else (self.n_outputs, a.n, self.n_outputs, b.n)
         out = torch.zeros(shape, dtype=self.problem.dtype, device=self.problem.device)
-        for layer, method, left, right in zip(self.layers, self.plan.methods, a.layers, b.layers, strict=True):
+        for layer, method, left, right in zip(self.layers, self.methods, a.layers, b.layers, strict=True):
             _ADD[method](out, layer, left, right, trace=self.trace, symmetric=a is b)
         if a.rest is not None and b.rest is not None:
             gather.add_jacobian(out, a.rest, b.rest, trace=self.trace, symmetric=a is b)
@@ -118,8 +121,9 @@ def kernel(
         Jacot, Gabriel, Hongler 2018 (arXiv:1806.07572). Structured derivatives: Novak, Sohl-Dickstein,
         Schoenholz 2022 (arXiv:2206.08720).
     """
-    _check_choice("outputs", outputs, get_args(Outputs))
-    _check_choice("method", method, get_args(Method))
+    for name, given, known in (("outputs", outputs, get_args(Outputs)), ("method", method, get_args(Method))):
+        if given not in known:
+            raise Refused(nearest(name, given, known))
     if block_size is not None and block_size < 1:
         raise Refused(f"block_size must be at least 1 example, or None: got {block_size}.")
     found, stacked = problems(
@@ -137,9 +141,10 @@ def _kernel(
     def from_layers(layers: list[Layer]) -> Tensor:
         covered = {name for layer in layers for name in layer.names}
         rest = [name for name, live in problem.live.items() if name not in covered and bool(live.any())]
-        sizes = (n_outputs, sum(int(problem.live[name].sum()) for name in rest), problem.dtype, n, m)
-        steps = plan(layers, method, *sizes, trace=trace, symmetric=x2 is None, blocks_of=block_size)
-        return _filled(_Work(problem, layers, rest, n_outputs, trace, steps), x1, x2)
+        n_rest = sum(int(problem.live[name].sum()) for name in rest)
+        methods = choose(layers, method, n_outputs, n, m, trace=trace, symmetric=x2 is None)
+        size = block_size or largest_block(layers, methods, n_outputs, n_rest, problem.dtype)
+        return _filled(_Work(problem, layers, methods, rest, n_outputs, trace, min(size, max(n, m))), x1, x2)
 
     with problem.net.lent():
         layers, n_outputs = find_layers(problem, x1)
@@ -150,7 +155,7 @@ def _kernel(
 
 def _filled(work: _Work, x1: Tensor, x2: Tensor | None) -> Tensor:
     """All pairs of blocks. Blocks of the second side are made again for each of the first: one pair is held."""
-    size, symmetric, other = work.plan.block_size, x2 is None, x1 if x2 is None else x2
+    size, symmetric, other = work.block_size, x2 is None, x1 if x2 is None else x2
     n, m, o = len(x1), len(other), work.n_outputs
     shape = (n, m) if work.trace else (n, o, m, o)
     theta = torch.empty(shape, dtype=work.problem.dtype, device=work.problem.device)
@@ -173,8 +178,3 @@ def _filled(work: _Work, x1: Tensor, x2: Tensor | None) -> Tensor:
             if symmetric:
                 at(j, i).copy_(mirrored)
     return theta
-
-
-def _check_choice(name: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise Refused(nearest(name, given, known))

@@ -7,7 +7,6 @@ moves memory rather than multiplies is charged at its measured exchange rate.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,16 +29,6 @@ _THIN = 3.0
 """A multiply-add of a product with a short side."""
 _STEP = 1.2e6
 """One turn of a Python loop over a few torch calls."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What :func:`ticketlab.ntk.kernel` does, decided before it starts."""
-
-    methods: tuple[LayerMethod, ...]
-    """One a layer."""
-    block_size: int
-    """Examples whose features are held at once."""
 
 
 def multiply_adds(
@@ -105,7 +94,7 @@ def choose(
     return found
 
 
-def block_size(
+def largest_block(
     layers: Sequence[Layer], methods: Sequence[LayerMethod], n_outputs: int, n_generic: int, dtype: torch.dtype
 ) -> int:
     """The most examples whose features, on both sides, stay under the memory cap."""
@@ -118,22 +107,3 @@ def block_size(
             # One example against a block is the least that these hold: T m T' entries and their products.
             size = min(size, MEMORY_BYTES // (4 * layer.positions**2 * n_outputs * dtype.itemsize))
     return max(1, size)
-
-
-def plan(
-    layers: Sequence[Layer],
-    method: Method,
-    n_outputs: int,
-    n_generic: int,
-    dtype: torch.dtype,
-    n: int,
-    m: int,
-    *,
-    trace: bool,
-    symmetric: bool,
-    blocks_of: int | None,
-) -> Plan:
-    """Methods and blocks for a kernel of n by m examples; ``blocks_of`` is the user's own block size."""
-    methods = choose(layers, method, n_outputs, n, m, trace=trace, symmetric=symmetric)
-    size = blocks_of or block_size(layers, methods, n_outputs, n_generic, dtype)
-    return Plan(tuple(methods), min(size, max(n, m)))

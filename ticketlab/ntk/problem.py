@@ -84,7 +84,12 @@ def problems(
         )
     nets = list(net.each()) if net.replicas is not None else [net] * max(axes, default=1)
     found = [Problem(one, _coordinates(one, coordinates, r), sum_logits) for r, one in enumerate(nets)]
-    _refuse_complex(found[0])
+    unreal = [name for name in found[0].live if net.params[name].is_complex()]
+    if unreal:
+        raise Refused(
+            f"coordinates must be real: {unreal} are complex. Hold each as a real tensor of two parts "
+            "(torch.view_as_real), or freeze it with requires_grad_(False)."
+        )
     return found, bool(axes)
 
 
@@ -128,12 +133,3 @@ def _check_coordinates(own: Mapping[str, torch.Size], coordinates: Mapping[str, 
                 f"coordinates[{name!r}] must be bool of shape {shape} or [replica, *{shape}]: "
                 f"got {mask.dtype} {tuple(mask.shape)}."
             )
-
-
-def _refuse_complex(problem: Problem) -> None:
-    names = [name for name in problem.live if problem.net.params[name].is_complex()]
-    if names:
-        raise Refused(
-            f"coordinates must be real: {names} are complex. Hold each as a real tensor of two parts "
-            "(torch.view_as_real), or freeze it with requires_grad_(False)."
-        )

@@ -70,7 +70,8 @@ class _Recorder(TorchFunctionMode):
         self, output: Tensor, how: dict[str, Any] | None, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> None:
         name = self.names.get(id(weight))
-        if name is None or not output.requires_grad:
+        plain = input.layout == torch.strided and not input.is_nested and weight.ndim > 1
+        if name is None or not output.requires_grad or not plain:
             return
         self.uses.append(
             Use(
