@@ -117,7 +117,8 @@ def _nowhere(origin: Origin) -> Start:
 def _next_masks(study: Study, ticket: Level, init_seed: int, number: int, lost: bool) -> Masks:
     counts = mask_ops.counts_after(ticket.masks, study.rates)
     if lost:  # so many, by index: which, no scores can tell
-        return mask_ops.keep(ticket.masks, {n: torch.zeros(m.shape) for n, m in ticket.masks.items()}, counts)
+        nothing = {n: torch.zeros_like(m, dtype=torch.float32) for n, m in ticket.masks.items()}
+        return mask_ops.keep(ticket.masks, nothing, counts)
     seed, loss = derived_seed("criterion", init_seed, number), LOSSES[study.task.loss]
     x, y = draw_examples(study.task, study.config.score_examples, init_seed)
     start = ticket.start

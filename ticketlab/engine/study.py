@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ticketlab import data, graph, models
 from ticketlab import masks as mask_ops
 from ticketlab.data import Task
+from ticketlab.engine import cost
 from ticketlab.engine import store as runs
 from ticketlab.engine.config import LATER_FIELDS, ImpConfig
 from ticketlab.engine.criteria import CRITERIA, Criterion, Evidence, as_criterion, refuse_too_large
@@ -26,7 +27,7 @@ from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
 from ticketlab.errors import Refused, nearest
 from ticketlab.losses import LOSSES
 from ticketlab.network import Execution, attempt, lent
-from ticketlab.seeds import Factory, derived_seed, initialise
+from ticketlab.seeds import Factory, derived_seed, initialise, kept_generators
 from ticketlab.state import State, moved, state
 
 OwnCriteria = Mapping[str, Criterion | Callable[[Evidence], dict[str, Tensor]]]
@@ -124,7 +125,7 @@ class Study:
     @cached_property
     def uses(self) -> dict[str, float]:
         """How often one example uses each prunable weight."""
-        return graph.uses(self.model, self.task.train.x, self.names)
+        return cost.positions(self.model, self.task.train.x, self.names)
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -222,7 +223,7 @@ class Study:
             n = len(self.task.train)
             raise Refused(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
         self._check_seeds()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), lent(self.model, None, None):
+        with torch.no_grad(), kept_generators(), lent(self.model, None, None):
             x, y = self.task.train.x[:2], self.task.train.y[:2]
             LOSSES[self.task.loss].check(y, len(x), attempt(self.model, x).shape[1:])
         self._check_levels()

@@ -102,9 +102,11 @@ def _masked(when: State, masks: Masks) -> Params:
 
 
 def draw_examples(task: Task, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """``n`` training examples at random with their targets; all, where there are fewer."""
+    """``n`` training examples at random with their targets; all, where there are fewer. One that is not finite tells a
+    criterion nothing, and is left out."""
     some = torch.randperm(len(task.train), generator=stream("score examples", seed))[:n].to(task.device)
-    return task.train.x[some], task.train.y[some]
+    finite = task.train.x[some].flatten(1).isfinite().all(1)
+    return task.train.x[some[finite]], task.train.y[some[finite]]
 
 
 def _nothing(n_examples: int, n_outputs: int, n_weights: int) -> float:
