@@ -140,6 +140,17 @@ def after_three(m, x):
     return m.o(torch.tanh(m.b(m.c(m.hidden(x)).tanh())))
 
 
+@torch.library.custom_op("ticketlab_tests::relu", mutates_args=())
+def named_as_another(h: torch.Tensor) -> torch.Tensor:
+    """Of a user's own, by the name of an operation that has a rule."""
+    return h.cumsum(1)
+
+
+@named_as_another.register_fake
+def _(h):
+    return torch.empty_like(h)
+
+
 def nothing(m):
     pass
 
@@ -195,6 +206,11 @@ SYMMETRIC = {
         lambda m, x: m.o(torch.cat([F.glu(m.b(m.hidden(x))), m.a(x).chunk(2, 1)[0]], 1)),
         nothing,
         {"a": 6},
+    ),
+    "swapaxes": (
+        lambda m, x: m.o(m.hidden(x).view(-1, 2, 2, 3).swapaxes(1, 2).mean(1).flatten(1).repeat(1, 2)),
+        nothing,
+        {"a": 2, "a#2": 2, "a#3": 3, "o": 2},
     ),
     "unbind": (lambda m, x: m.o(torch.cat(threes(m, x).unbind(1)[::-1], 1)), nothing, {"a": 4}),
     "maxout": (
@@ -285,6 +301,8 @@ REFUSED = {
     "topk": (lambda m, x: m.o(m.hidden(x).topk(12, 1)[0]), r"here: topk\)"),
     "uneven": (lambda m, x: m.o(torch.cat(m.hidden(x).split([4, 8], 1)[::-1], 1)), r"here: split_with_sizes\)"),
     "roll": (lambda m, x: m.o(m.hidden(x).roll(1, 1)), r"here: roll\)"),
+    "rolled_weights": (lambda m, x: m.o((m.hidden(x) @ m.b.weight.roll(1)).tanh()), r"here: roll\)"),
+    "custom": (lambda m, x: m.o(named_as_another(m.hidden(x))), r"here: relu\)"),
     "row": (rows, r"here: select\)"),
     "through_views": (through_views, r"here: none\)"),
     "index_put": (lambda m, x: m.o(m.a(x).index_put((torch.arange(4),), x[0].sum())), r"here: index_put\)"),

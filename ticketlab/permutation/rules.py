@@ -15,7 +15,7 @@ from typing import Any
 from ticketlab.permutation.axes import Axes, Axis
 
 Shape = Any
-"""Of a result: a tuple of lengths; a list of shapes for several tensors, None for what is no tensor or is not used."""
+"""Of a result: a tuple of lengths; a list of shapes for several tensors, None for a number."""
 Result = list[Any]
 """Axes for each dimension; a list of those for several tensors."""
 Rule = Callable[[Axes, Mapping[str, Any], Shape], Result | None]
@@ -202,7 +202,7 @@ def ordered(axes: Axes, given: Mapping[str, Any], shape: Shape) -> Result:
     if isinstance(shape, list):
         return [ordered(axes, given, one) for one in shape]
     x = next(iter(given.values()))
-    dims = given.get("dims", given.get("dim", -1))
+    dims = given.get("dims") if "shifts" in given else given.get("dims", given.get("dim", -1))  # rolled without: all
     moved = {d % len(x) for d in ([dims] if isinstance(dims, int) else dims or range(len(x)))}
     axes.pin(sum((x[d] for d in moved), sum(given.get("index") or [], ())))
     if len(shape) < len(x):
@@ -313,7 +313,7 @@ _NAMES: dict[Rule, str] = {
     padding: "pad constant_pad_nd",
     reshape: "view reshape flatten unflatten unsqueeze unsqueeze_ squeeze squeeze_ _unsafe_view",
     expansion: "expand expand_as",
-    transpose: "transpose transpose_ t t_ permute swapaxes swapaxes_ swapdims swapdims_",
+    transpose: "transpose transpose_ t t_ permute swapdims swapdims_",
     reduction: "mean sum nansum prod any all count_nonzero amax amin var std norm linalg_vector_norm logsumexp",
     several: "var_mean std_mean aminmax",
     extremes: "max min",
@@ -321,7 +321,7 @@ _NAMES: dict[Rule, str] = {
     matmul: "matmul mm bmm mv dot vdot",
     embedding: "embedding",
     along_one_axis: "select slice narrow",
-    pieces: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split unbind",
+    pieces: "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk unbind",
     indexing: "index",
     constant: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty",
     bilinear: "bilinear",

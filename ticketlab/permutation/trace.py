@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import decomposition_table
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -133,10 +133,10 @@ def _call(axes: Axes, node: fx.Node, known: dict[fx.Node, Any], ordered: list[st
     kwargs: Any = fx.node.map_arg(dict(node.kwargs), known.__getitem__)
     if operation is operator.getitem:
         return args[0][args[1]] if isinstance(args[0], list | tuple) else None
-    name = getattr(operation, "overloadpacket", operation).__name__
+    name = getattr(getattr(operation, "overloadpacket", operation), "__name__", str(operation))
     if name in _ABOUT_SHAPES:
         return None
-    if name in _REGIONS:
+    if isinstance(operation, HigherOrderOperator) and name in _REGIONS:
         place = next(i for i, arg in enumerate(args) if isinstance(arg, fx.GraphModule))
         return _run(axes, args[place], list(args[place + 1 :]), ordered)
     free = [atom for x in tensors_in((args, kwargs)) for axis in x for atom in axes.atoms(axis) if axes.is_free(atom)]
@@ -158,8 +158,8 @@ def _followed(axes: Axes, node: fx.Node, args: Any, kwargs: Any, known: dict[fx.
         return None
     found = None
     if rule is not None:
-        with contextlib.suppress(AssertionError, IndexError, KeyError, TypeError, ValueError):
-            found = rule(axes, given, shape)  # arguments that it was not written for: what it has tied only restricts
+        with contextlib.suppress(Exception):  # arguments that it was not written for: what it has tied only restricts
+            found = rule(axes, given, shape)
     if not fits(axes, found, shape):
         found = _taken_apart(axes, node, known)
     if found is None or not fits(axes, found, shape):
@@ -175,7 +175,8 @@ def _followed(axes: Axes, node: fx.Node, args: Any, kwargs: Any, known: dict[fx.
 def _rule(operation: Any) -> Rule | None:
     if not isinstance(operation, OpOverload):
         return None
-    return RULES.get(operation.overloadpacket.__name__, pointwise if torch.Tag.pointwise in operation.tags else None)
+    by_tag = pointwise if torch.Tag.pointwise in operation.tags else None
+    return RULES.get(operation.overloadpacket.__name__, by_tag) if operation.namespace == "aten" else by_tag
 
 
 def _taken_apart(axes: Axes, node: fx.Node, known: Mapping[fx.Node, Any]) -> Result | None:
