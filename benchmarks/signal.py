@@ -49,20 +49,20 @@ def plain(net: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def run(config: Config) -> pd.DataFrame:
-    """One row a model and contestant, medians over rounds."""
+    """one row per model and contestant, medians over rounds."""
     return pd.concat([_one_model(config, name) for name in config.models], ignore_index=True)
 
 
 def _one_model(config: Config, name: str) -> pd.DataFrame:
     net = tl.initialise(lambda: build(name, INPUTS[name], 10), 0).to(config.device).eval()
-    params = tl.state(net).params
+    state = tl.state(net)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(config.n_inputs, *INPUTS[name], generator=generator).to(config.device)
-    torch.testing.assert_close(plain(net, x[:4]), tl.signal.jacobian_singular_values(net, params, x[:4]))
+    torch.testing.assert_close(plain(net, x[:4]), tl.signal.jacobian_singular_values(net, state, x[:4]))
     contestants: dict[str, Callable[[], object]] = {
         "plain": partial(plain, net, x),
-        "exact": partial(tl.signal.jacobian_singular_values, net, params, x),
-        "stochastic": partial(tl.signal.jacobian_moments, net, params, x, n_moments=1, n_probes=N_PROBES),
+        "exact": partial(tl.signal.jacobian_singular_values, net, state, x),
+        "stochastic": partial(tl.signal.jacobian_moments, net, state, x, n_moments=1, n_probes=N_PROBES),
     }
     seconds = alternate(contestants, config.rounds)  # type: ignore[arg-type]
     rows = [

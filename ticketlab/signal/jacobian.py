@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -71,8 +71,8 @@ def jacobian_singular_values(
         Refused: Arguments that do not fit the model, inputs that act on one another, modules that are unknown, run
             more than once or return something else than a tensor [n, ...], values that are not finite.
     """
-    found, stacked = sections(model, state, x, masks, buffers, source, target)
-    values = torch.stack([_singular_values(section, x) for section in found])
+    found, stacked, slopes = sections(model, state, x, masks, buffers, source, target)
+    values = torch.stack(_singular_values(found, x, slopes))
     return values if stacked else values[0]
 
 
@@ -96,18 +96,69 @@ def isometry(singular_values: Float[Tensor, "*replica n k"]) -> Isometry:
     )
 
 
-def _singular_values(section: Section, x: Tensor) -> Tensor:
-    with torch.enable_grad(), section.net.lent():
-        u, y = section.at(x[:1])
-        n_in, n_out = u.numel(), y.numel()
-        by_rows = n_out <= n_in
-        active = widest(section, x)
-        held = y.element_size() * n_in * n_out
-        size = max(1, min(_BLOCK // held, ACTIVE // (active if by_rows else active * _DIRECTIONS)))
-        in_cache = n_out * active * min(size, len(x)) <= ACTIVE
-        fast = _columns if not by_rows else _rows if in_cache else None
-        trusted: dict[int, bool] = {}
-        return torch.cat([_of_matrices(_jacobians(section, block, fast, trusted)) for block in x.split(size)])
+def _singular_values(found: Sequence[Section], x: Tensor, slopes: Float[Tensor, "2 *shape"]) -> list[Tensor]:
+    values: list[Tensor] = []
+    plan: _Plan | None = None
+    for section in found:
+        with torch.enable_grad(), section.net.lent():
+            first = plan is None
+            plan = plan or _plan(section, x)
+            blocks = x.split(plan.size)
+            own = plan.fast and _vectorised(plan, section, blocks, slopes.flatten(1) if first else None)
+            if own is None:  # a rule that is missing, or wrong, is so for every replica
+                plan = replace(plan, fast=None)
+                matrices = (rows(section.at(block)) for block in blocks)
+                own = [_of_matrices(matrix if plan.by_rows else matrix.mT) for matrix in matrices]
+        values.append(torch.cat(own))
+    return values
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How Jacobians are computed."""
+
+    by_rows: bool
+    fast: Callable[[At], Tensor] | None
+    """Vectorised J' or J of a block; None where outputs are taken one after another."""
+    size: int
+    """Inputs in a block."""
+    weights: Float[Tensor, " out"]
+    """Of the outputs, where plain autograd is asked for their sum."""
+
+
+def _plan(section: Section, x: Tensor) -> _Plan:
+    u, y = section.at(x[:1])
+    by_rows = y.numel() <= u.numel()
+    held, active = y.element_size() * y.numel() * u.numel(), widest(section, x)
+    size = max(1, min(_BLOCK // held, ACTIVE // (active if by_rows else active * _DIRECTIONS)))
+    in_cache = y.numel() * active * min(size, len(x)) <= ACTIVE
+    fast = _columns if not by_rows else _rows if in_cache else None
+    return _Plan(by_rows, fast, size, weights_of_outputs(y))
+
+
+def _vectorised(
+    plan: _Plan, section: Section, blocks: Sequence[Tensor], slopes: Float[Tensor, "2 in"] | None
+) -> list[Tensor] | None:
+    """Singular values by the fast path; None where an operation has no rule for it, or a wrong one.
+
+    What is wrong with a rule may depend on shapes: the first block has those of all but the last. ``slopes`` are what
+    plain autograd gives at the first input and at the last.
+    """
+    assert plan.fast is not None
+    values = []
+    for i, block in enumerate(blocks):
+        at = section.at(block)
+        try:
+            found = plan.fast(at)
+        except Exception:  # whatever an operation without a rule raises
+            return None
+        for end in () if slopes is None else (0, -1):
+            if i == end % len(blocks):
+                own = found[end] if plan.by_rows else found[end].mT
+                if not close(own @ plan.weights, slopes[end]):  # type: ignore[index]
+                    return None
+        values.append(_of_matrices(found))
+    return values
 
 
 def widest(section: Section, x: Tensor) -> int:
@@ -122,49 +173,17 @@ def widest(section: Section, x: Tensor) -> int:
     return max(sizes)
 
 
-def _jacobians(
-    section: Section, x: Tensor, fast: Callable[[At], Tensor] | None, trusted: dict[int, bool]
-) -> Float[Tensor, "n long short"]:
-    """J' of each input, or J where that is taller, vectorised by ``fast`` where that gives what plain autograd does.
-
-    ``trusted`` says so of every length of a block: what is wrong with a rule may depend on shapes, not on values.
-    """
-    at, found = section.at(x), None
-    if fast is not None and trusted.get(len(x), True):
-        try:
-            found = fast(at)
-            if len(x) not in trusted:
-                trusted[len(x)] = _confirmed(found, section, x)
-        except Exception:  # whatever an operation without a rule raises
-            trusted[len(x)] = False
-    if found is None or not trusted[len(x)]:
-        found = rows(at)
-        found = found.mT if fast is _columns else found
-    check_finite("derivatives", found)
-    return found
-
-
-def _confirmed(found: Float[Tensor, "n long short"], section: Section, x: Tensor) -> bool:
-    """Whether the first and the last input's Jacobians, weighed together, are what plain autograd gives."""
-    ends = [0, len(x) - 1]
-    u, y = section.at(x[ends])
-    weights = weights_of_outputs(y)
-    plain = pullback((y @ weights).sum(), [u])[0].flatten(1)
-    by_rows = found.shape[1:] == (plain.shape[1], y.shape[1])
-    return close((found[ends] if by_rows else found[ends].mT) @ weights, plain)
+def rows(at: At) -> Float[Tensor, "n in out"]:
+    """J' of each input by plain autograd, one backward pass of the batch per output."""
+    found = [pullback(column.sum(), [at.u], retain_graph=True)[0] for column in at.y.unbind(1)]
+    return torch.stack(found).flatten(2).permute(1, 2, 0)
 
 
 def _rows(at: At) -> Float[Tensor, "n in out"]:
     """The same, vectorised over outputs."""
     ones = torch.eye(at.y.shape[1], dtype=at.y.dtype, device=at.y.device)[:, None].expand(-1, len(at.y), -1)
-    (rows,) = torch.autograd.grad(at.y, at.u, ones, is_grads_batched=True, retain_graph=True)
-    return rows.flatten(2).permute(1, 2, 0)
-
-
-def rows(at: At) -> Float[Tensor, "n in out"]:
-    """J' of each input by plain autograd, one backward pass of the batch per output."""
-    found = [pullback(column.sum(), [at.u], retain_graph=True)[0] for column in at.y.unbind(1)]
-    return torch.stack(found).flatten(2).permute(1, 2, 0)
+    (found,) = torch.autograd.grad(at.y, at.u, ones, is_grads_batched=True)
+    return found.flatten(2).permute(1, 2, 0)
 
 
 def _columns(at: At) -> Float[Tensor, "n out in"]:
@@ -186,5 +205,6 @@ def transposed(at: At) -> tuple[Tensor, Tensor]:
 
 def _of_matrices(tall: Float[Tensor, "n long short"]) -> Float[Tensor, "n short"]:
     """A tall matrix and its triangular factor have the same singular values, and the factor is small."""
+    check_finite("derivatives", tall)
     wide = tall.float() if tall.dtype.itemsize < 4 else tall  # no factorisation is in half precision
     return torch.linalg.svdvals(torch.linalg.qr(wide, mode="r")[1]).to(tall.dtype)

@@ -83,7 +83,7 @@ def jacobian_moments(
     """
     if n_moments < 1 or n_probes < 2:
         raise Refused(f"n_moments must be at least 1 and n_probes at least 2: got {n_moments} and {n_probes}.")
-    found, stacked = sections(model, state, x, masks, buffers, source, target)
+    found, stacked, _ = sections(model, state, x, masks, buffers, source, target)
     per_replica = []
     for section in found:
         generator = stream("jacobian moments", seed)
@@ -118,7 +118,7 @@ def largest_singular_values(
     Raises:
         Refused: As for ``jacobian_moments``, or an ``n_values`` out of range.
     """
-    found, stacked = sections(model, state, x, masks, buffers, source, target)
+    found, stacked, _ = sections(model, state, x, masks, buffers, source, target)
     values = []
     for section in found:
         generator = stream("largest singular values", seed)

@@ -120,8 +120,11 @@ def sections(
     buffers: Mapping[str, Tensor] | None,
     source: str | None = None,
     target: str | None = None,
-) -> tuple[list[Section], bool]:
-    """One section per replica, and whether there is a replica axis.
+) -> tuple[list[Section], bool, Float[Tensor, "2 *shape"]]:
+    """One section per replica, whether there is a replica axis, and plain slopes of the first.
+
+    The slopes are those of its first and last input's outputs, weighed by `weights_of_outputs`, by plain autograd in
+    the default layout: what a fast path has to agree with.
 
     Raises:
         Refused: As `network`; names of no module; a target that does not depend on the source; inputs that act on one
@@ -140,7 +143,7 @@ def sections(
     first = _checked(found[0], pair)
     if any(p.ndim == 4 for p in net.params.values()) and _agrees(found[0].laid_out(), pair, first):
         found = [section.laid_out() for section in found]
-    return found, net.replicas is not None
+    return found, net.replicas is not None, first[1][[0, 1], [0, 1]]
 
 
 def _channels_last(images: Tensor) -> Tensor:
