@@ -108,10 +108,8 @@ def _to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise Refused(
-            f"--out must be a place to write to: {folder}: {reason}. Choose another, or make room."
-        ) from error
+        why = f"{folder}: {error.strerror or error}"
+        raise Refused(f"--out must be a place to write to: {why}. Choose another, or make room.") from error
 
 
 def result_folder(name: str, config: Places) -> Path:
@@ -159,14 +157,15 @@ def open_run(config: OfRun) -> Opened:
     """The study in a run directory, or the one to make or resume; its network, data and levels.
 
     Raises:
-        Refused: Flags of a study beside ``--run``, where they would do nothing; a run that is none.
+        Refused: Flags of a study, or a store, beside ``--run``, where they would do nothing; a run that is none.
     """
     if config.run is None:
         study = tl.Study(config.study, device=config.device)
-        print(f"run: {study.folder(config.store)}", file=sys.stderr)
+        print(f"run: {study.folder(config.store)}", flush=True)
         return Opened(study.config, study.model, study.task, followed(study.levels(config.store)))
     default = _default(type(config), "study")
     changed = [f.name for f in fields(default) if getattr(default, f.name) != getattr(config.study, f.name)]
+    changed += ["store"] if config.store != _default(type(config), "store") else []
     if changed:
         raise Refused(f"flags of the study do nothing beside --run, which has its own: leave out those of {changed}.")
     run = tl.load_run(config.run)

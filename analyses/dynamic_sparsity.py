@@ -125,6 +125,8 @@ def run(config: Config) -> Tables:
 def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
     half = range(study.levels, max(0, study.levels // 2 - 1), -2)
     wanted = chosen_levels(config.at_levels, study.levels, half, first=1)
+    if config.extend_at and config.extend == "none":
+        raise Refused(f"extend_at says where --extend trains longer: got {config.extend_at} beside --extend none.")
     if not set(config.extend_at or ()) <= wanted:
         raise Refused(f"extend_at must be among the compared levels {sorted(wanted)}: got {config.extend_at}.")
     return wanted

@@ -6,7 +6,6 @@ Such as ``mnist``, ``mnist:0-4`` or ``fashion_mnist@sgd,0.05,0.9``.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -148,7 +147,7 @@ def _check(
 
 def _make(each: Setting, study: tl.ImpConfig, store: Path) -> Path:
     made = tl.Study(replace(study, recipe=each.recipe), task=each.task, device=each.task.device)
-    print(f"run: {made.folder(store)}", file=sys.stderr)
+    print(f"run: {made.folder(store)}", flush=True)
     for _ in made.levels(store):
         pass
     return made.folder(store)

@@ -95,6 +95,8 @@ def run(config: Config) -> Tables:
     device = device_of(config)
     settings = [setting(w, config.study, resize=config.resize, grey=config.grey, device=device) for w in words]
     found = tickets(settings, config.study, wanted, config.theta_k, runs=config.runs, store=config.store)
+    if not any(survivors(level) for each in found.values() for level in each.levels.values()):
+        raise Refused(f"some ticket must stay finite: all of levels {wanted} have diverged. Lower the learning rate.")
     networks = joined(table for target in dict.fromkeys(targets) for table in _train(config, found, target))
     networks.insert(0, "model", config.study.model)
     return {"networks": networks, "contrasts": contrasts(networks)}

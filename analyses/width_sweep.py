@@ -119,7 +119,8 @@ def _descend(model: nn.Module, x: Tensor, y: Tensor, rate: float, config: Config
         with torch.no_grad():
             for p, g in zip(params, gradients, strict=True):
                 p.sub_(g, alpha=rate)
-    return float(0.5 * (model(x) - y).square().sum())
+    with torch.no_grad():
+        return float(0.5 * (model(x) - y).square().sum())
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:

@@ -15,8 +15,12 @@ import torch
 from scipy import stats
 
 import ticketlab as tl
-from analyses import imp, mode_connectivity, ntk_spectrum, width_sweep
-from analyses.command import DIGITS, main
+from analyses import command as command_module
+from analyses import imp, mode_connectivity, ntk_spectrum, signal_propagation, transfer, width_sweep
+from analyses.__main__ import listed
+from analyses.command import DIGITS, main, open_run, result_folder
+from figures.__main__ import DRAW
+from ticketlab.errors import Refused
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--levels", "2", "--steps", "40", "--eval-every", "20", "--init-seeds", "0", "1"]
@@ -180,10 +184,7 @@ def test_an_ntk_scaled_network_has_the_closed_form_kernel_when_wide():
         (["--treatments", "tickets"], "error: unknown treatment 'tickets'. Did you mean 'ticket'?"),
         (["--prune-fraction", "1.5"], "error: prune_fraction must lie in (0, 1): got 1.5."),
         (["--rewind-step", "40"], "error: rewind_step must lie in [0, 40), before training ends: got 40."),
-        (
-            ["--levels", "90"],
-            "error: every layer must keep a live weight: 2 would be left for 3 layers at level 38 of 90",
-        ),
+        (["--levels", "90"], "error: every level must prune a weight: none of 2 would go at level 39 of 90."),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
@@ -204,6 +205,46 @@ def test_unknown_flags_and_missing_runs_exit_with_2(tmp_path):
     assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
     helped = run("analyses.mode_connectivity", "--help")
     assert helped.returncode == 0 and "--n-alphas" in helped.stdout
+
+
+def test_no_two_studies_or_choices_share_a_folder_of_results(tmp_path):
+    def folder(module, **flags):
+        return result_folder(module.__name__, module.Config(out=tmp_path, **flags))
+
+    study, run = replace(DIGITS, levels=3), tmp_path / "runs" / "digits-mlp-0123456789"
+    configs = [{}, {"study": study}, {"run": run}, {"n_alphas": 5}, {"n_alphas": 5, "study": study}]
+    found = [folder(mode_connectivity, **flags) for flags in configs]
+    found += [folder(transfer), folder(transfer, study=study), folder(width_sweep), folder(width_sweep, steps=9)]
+    assert len(set(found)) == len(found) and folder(mode_connectivity, run=run).name == run.name
+    assert folder(imp, device="cpu") == folder(imp) and list(tmp_path.iterdir()) == []  # tried, and taken away again
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match="--out must be a place to write to"):
+        result_folder("imp", imp.Config(out=tmp_path / "file"))
+
+
+def test_results_that_cannot_be_written_are_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command_module, "save", full)
+    assert command(imp, tmp_path, "--treatments", "ticket", "--levels", "0") == 2
+    assert "No space left on device. Choose another, or make room." in capsys.readouterr().err
+
+
+def test_flags_that_a_run_would_not_heed_are_refused(tmp_path):
+    for flags, name in (({"study": replace(ntk_spectrum.STUDY, levels=3)}, "levels"), ({"store": tmp_path}, "store")):
+        with pytest.raises(Refused, match=rf"do nothing beside --run.*'{name}'"):
+            open_run(ntk_spectrum.Config(run=tmp_path, **flags))
+    study = replace(ntk_spectrum.STUDY, levels=1)
+    for module in (ntk_spectrum, signal_propagation):
+        with pytest.raises(Refused, match=r"levels must lie in 0\.\.1, those of the run: got \[99\]"):
+            module.run(module.Config(study=study, store=tmp_path, at_levels=(99,)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_analyses_are_listed():
+    found = listed()
+    assert set(found) == set(DRAW) and all(found.values())
 
 
 def test_the_defaults_are_the_digits():

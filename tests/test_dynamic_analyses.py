@@ -99,6 +99,7 @@ def test_the_command_writes_tables_and_figure_and_extends_by_steps(tmp_path, cap
         ({"at_levels": (3,)}, r"levels must lie in 1\.\.2"),
         ({"at_levels": (0,)}, r"levels must lie in 1\.\.2"),
         ({"at_levels": (2,), "extend_at": (1,)}, r"extend_at must be among the compared levels \[2\]"),
+        ({"at_levels": (2,), "extend": "none", "extend_at": (2,)}, "says where --extend trains longer"),
         ({"n_seeds": 1}, "n_seeds must be 2 to the run's 2"),
         ({"n_seeds": 3}, "n_seeds must be 2 to the run's 2"),
         ({"update_every": 1}, "every must be at least 2"),
