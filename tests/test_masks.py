@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -372,6 +373,7 @@ def test_masks_that_fit_pass():
         (lambda m: m.clear(), r"unknown \[\], of 0\. Build them with masks.ones\(model\)"),
         (lambda m: m.update({"fc3.weight": torch.ones(8) > 0}), r"unknown \['fc3.weight'\], of 4"),
         (lambda m: m.update({"fc1.weight": torch.ones(8, 6)}), r"must be bool, True = kept: got torch.float32.*!= 0"),
+        (lambda m: m.update({"fc1.weight": [[True]]}), r"must be bool, True = kept: got list"),
         (lambda m: m.update({"fc1.weight": torch.ones(6, 8) > 0}), r"shape \(8, 6\) or .*: got \(6, 8\)"),
         (lambda m: m.update({"fc1.weight": torch.ones(6) > 0}), r"shape \(8, 6\) or .*: got \(6,\)"),
         (lambda m: m.update({"fc1.weight": torch.ones(1, 1, 8, 6) > 0}), r"shape \(8, 6\) or .*: got \(1, 1, 8, 6\)"),
@@ -400,6 +402,34 @@ def test_scores_that_are_none_are_refused(change, match):
     mask = masks.ones(build(small_mlp))
     with pytest.raises(ValueError, match=match):
         masks.prune(mask, change(scores_of(mask, 0)), 0.2)
+
+
+@pytest.mark.parametrize(
+    ("counts", "match"),
+    [
+        ({("fc1.weight", "fc2.weight"): 500}, r"count must be an integer in 0\.\.88, as many as are alive .*: got 500"),
+        ({("fc1.weight",): -1}, r"in 0\.\.48, .*: got -1"),
+        ({("fc1.weight",): 2.5}, r"must be an integer .*: got 2\.5"),
+        ({("fc9.weight",): 2}, r"in one group of counts, by name: got \[\('fc9\.weight',\)\]"),
+        ({("fc1.weight",): 2, ("fc1.weight", "fc2.weight"): 2}, "each layer may be in one group of counts"),
+    ],
+)
+def test_counts_that_make_no_sense_are_refused(counts, match):
+    mask = masks.ones(build(small_mlp))
+    with pytest.raises(ValueError, match=match):
+        masks.keep(mask, scores_of(mask, 0), counts)
+    with pytest.raises(ValueError, match="masks must name a layer at least: got none"):
+        masks.kept({})
+
+
+def test_scripted_modules_are_read_by_their_names():
+    model = build(small_mlp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.trace(model, torch.zeros(2, 6, dtype=torch.float64))
+    assert masks.prunable(scripted, "*.weight") == masks.prunable(model)
+    with pytest.raises(ValueError, match=r"found none in .*Name others with prunable="):
+        masks.prunable(scripted)
 
 
 def test_masks_of_the_model_are_no_views_of_it():

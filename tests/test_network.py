@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import random
 from collections import deque
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from ticketlab import connectivity, gradients, ntk, signal
+from ticketlab import connectivity, gradients, masks, ntk, signal
 from ticketlab.losses import SQUARED_ERROR
 from ticketlab.masks import masked
 from ticketlab.network import apply, evaluate, lent, n_replicas, network, resolve
@@ -340,9 +342,14 @@ class Keeps(nn.Module):
         self.register_buffer("count", torch.tensor(0))
         self.calls, self.seen, self.last = 0, [torch.ones(1)], deque([1], maxlen=3)
         self.table, self.names = {"h": [None], "n": 0}, {"a"}
-        self.scratch, self.array = torch.zeros(2), np.zeros(2)
+        self.scratch, self.array, self.pair = torch.zeros(2), np.zeros(2), (torch.zeros(2), 0)
+        self.hidden, self.dice = [nn.BatchNorm1d(8)], [torch.Generator(), np.random.default_rng(0), random.Random(0)]
 
     def forward(self, x):
+        for one in self.dice:
+            torch.rand(1, generator=one) if isinstance(one, torch.Generator) else one.random()
+        self.pair[0].add_(1)
+        self.hidden[0].running_mean.add_(1)
         h = torch.relu(self.norm(self.fc(x)))
         self.h, self.calls = h, self.calls + 1
         self.seen.append(h)
@@ -365,8 +372,10 @@ def picture(value):
         return id(value), type(value).__name__, getattr(value, "requires_grad", None), kept.tolist()
     if isinstance(value, dict):
         return id(value), [(name, picture(part)) for name, part in value.items()]
-    if isinstance(value, list | deque | set):
+    if isinstance(value, list | deque | set | tuple):
         return id(value), [picture(part) for part in value]
+    if isinstance(value, torch.Generator | random.Random | np.random.Generator):
+        return id(value), value.get_state().tolist() if isinstance(value, torch.Generator) else pickle.dumps(value)
     return value
 
 
@@ -571,12 +580,19 @@ class Noise(nn.Module):
             return F.dropout(y, 0.5)
         if self.kind == "its own generator":
             return y + float(self.generator.normal())
+        if self.kind == "random, and rarely":
+            return y + (random.random() < 1e-6)
+        if self.kind == "numpy, and rarely":
+            return y + (np.random.rand() < 1e-6)
         return {"mean": y - y.mean(0), "order": y.cumsum(0), "max": y / y.abs().max(), "norm": F.normalize(y, dim=0)}[
             self.kind
         ]
 
 
-@pytest.mark.parametrize("kind", ["dropout", "its own generator", "mean", "order", "max", "norm"])
+@pytest.mark.parametrize(
+    "kind",
+    ["dropout", "its own generator", "random, and rarely", "numpy, and rarely", "mean", "order", "max", "norm"],
+)
 @pytest.mark.parametrize("equal", [False, True])
 def test_outputs_that_are_coupled_or_random_are_refused_by_everything_that_evaluates(kind, equal):
     model = build(lambda: Noise(kind)).eval()
@@ -586,7 +602,7 @@ def test_outputs_that_are_coupled_or_random_are_refused_by_everything_that_evalu
             "equal", *(type(s)(torch.ones_like(s.x), s.y) for s in (task.train, task.validation, task.test)), 3
         )
     own, (x, y) = state(model), (task.train.x[:10], task.train.y[:10])
-    before = torch.random.get_rng_state()
+    before, python = torch.random.get_rng_state(), random.getstate()
     for measure in (
         lambda: apply(model, own, x),
         lambda: evaluate(model, own, x, y),
@@ -602,7 +618,51 @@ def test_outputs_that_are_coupled_or_random_are_refused_by_everything_that_evalu
             ValueError, match="each example must pass through the network by itself, the same each time"
         ):
             measure()
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), before) and random.getstate() == python
+
+
+class Unfreezes(nn.Module):
+    """Counts its evaluations in a buffer, and trains its bias or does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+        self.register_buffer("count", torch.tensor(0.0))
+
+    def forward(self, x):
+        self.count += 1
+        if not torch._C._functorch.peek_interpreter_stack():  # under vmap it is an error
+            self.fc.bias.requires_grad_(not self.fc.bias.requires_grad)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("execution", ["loop", "vmap"])
+def test_what_a_forward_pass_writes_stays_in_the_pass(execution):
+    model = build(Unfreezes)
+    states = stack_states([state(build(Unfreezes, seed)) for seed in (1, 2)])
+    before = states.clone()
+    with torch.no_grad():
+        apply(model, states, X, execution=execution)
+    assert model.fc.bias.requires_grad and float(model.count) == 0
+    assert all(torch.equal(t, part[n]) for part, old in zip(states, before, strict=True) for n, t in old.items())
+
+
+def test_surroundings_that_would_change_the_numbers_are_refused():
+    model = build(small_mlp)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=r"would be autocast's\. Leave torch\.autocast, or put it into the model"),
+    ):
+        evaluate(model, state(model), X, Y)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(nn.LazyLinear(3)), lambda: nn.Linear(6, 3, device="meta")], ids=["lazy", "meta"]
+)
+def test_modules_that_hold_no_numbers_yet_are_refused(make):
+    for of in (state, masks.ones, lambda m: apply(m, state(build(lambda: nn.Linear(6, 3))), X)):
+        with pytest.raises(ValueError, match=r"must hold numbers: \['.*weight', .* do not\. Call lazy modules once"):
+            of(make())
 
 
 def test_a_diverged_replica_does_not_hide_that_outputs_are_coupled():

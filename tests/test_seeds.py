@@ -11,7 +11,7 @@ from cases import small_conv_bn, small_mlp
 from torch import nn
 
 from ticketlab.errors import nearest
-from ticketlab.seeds import derived_seed, initialise, stream
+from ticketlab.seeds import derived_seed, initialise, kept_generators, rewinder, stream
 from ticketlab.state import state
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -42,6 +42,40 @@ def test_initialise_leaves_the_generators_of_accelerators_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     initialise(small_mlp, 3)
     assert seeded == []
+
+
+def test_seeds_of_numpy_are_seeds_and_others_are_refused():
+    assert torch.equal(initialise(small_mlp, np.int64(3))[1].weight, initialise(small_mlp, 3)[1].weight)
+    for seed in (0.5, -1, "0", None):
+        with pytest.raises(ValueError, match=r"seeds must be integers in 0\.\.2\^32 - 1: got"):
+            initialise(small_mlp, seed)
+
+
+def test_another_default_device_is_refused_by_whatever_draws():
+    with torch.device("meta"), pytest.raises(ValueError, match=r"draws are made on the CPU.*default device is meta"):
+        stream("order", 0)
+
+
+def test_global_generators_and_those_of_a_module_are_put_back():
+    ours = [torch.Generator(), np.random.default_rng(0), np.random.RandomState(0), random.Random(0)]
+
+    def draws():
+        return [
+            torch.rand(2, generator=ours[0]).tolist(),
+            *(list(one.random(2)) for one in ours[1:3]),
+            ours[3].random(),
+        ]
+
+    back = [rewinder(one) for one in ours]
+    first = draws()
+    for rewind in back:
+        rewind()
+    assert draws() == first
+    before = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
+    with pytest.raises(KeyError), kept_generators():
+        torch.rand(1), np.random.rand(), random.random()
+        raise KeyError
+    assert before == (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
 
 
 def test_streams_are_one_a_purpose_and_seeds():
@@ -83,7 +117,12 @@ def test_draws_of_numpy_and_random_are_seeded_and_put_back():
 
 
 @pytest.mark.parametrize(
-    ("factory", "why"), [(nn.Linear(2, 2), r"got Linear\. Pass the class"), (lambda: 3, "got int")]
+    ("factory", "why"),
+    [
+        (nn.Linear(2, 2), r"got Linear\. Pass the class"),
+        (lambda: 3, "got int"),
+        (lambda width: nn.Linear(2, width), r"without arguments.*got <lambda>\(width\)\. Pass the class or a lambda"),
+    ],
 )
 def test_what_is_no_factory_is_refused(factory, why):
     with pytest.raises(ValueError, match=why):

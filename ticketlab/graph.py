@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from ticketlab import masks as mask_ops
 from ticketlab.errors import Refused
-from ticketlab.network import attempt, attention_as_products, lent, probe
-from ticketlab.seeds import stream
+from ticketlab.network import attempt, attention_as_products, backward, check_examples, lent, probe
+from ticketlab.seeds import kept_generators, stream
 from ticketlab.state import Masks, Params, state
 
 
@@ -36,7 +36,7 @@ def output_layers(model: nn.Module, x: Tensor) -> tuple[str, ...]:
     Raises:
         Refused: A forward pass that records no derivative of a matrix.
     """
-    with lent(model, None, None), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with lent(model, None, None), attention_as_products(), torch.enable_grad(), kept_generators():
         leaf = probe(x)
         y = attempt(model, leaf.requires_grad_(leaf.is_floating_point()))
         names = {id(p): n for n, p in model.named_parameters()}
@@ -97,7 +97,7 @@ def input_layers(model: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[str
         x: Inputs [n, ...]; a few of them are used.
         names: Matrices, such as the prunable ones. What comes before them (an embedding, a norm) does not count.
     """
-    with lent(model, None, None), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with lent(model, None, None), attention_as_products(), torch.enable_grad(), kept_generators():
         leaf = probe(x)
         y = attempt(model, leaf.requires_grad_(leaf.is_floating_point()))
         own = {id(p): n for n, p in model.named_parameters()}
@@ -144,7 +144,12 @@ def effective_masks(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor) ->
         model: Any module; its own weights are not looked at.
         masks: One network's, True = kept.
         x: Inputs, for their shape; tokens for their values too.
+
+    Raises:
+        Refused: Masks that do not fit the model, or are a stack's; inputs that it does not take; no derivative.
     """
+    mask_ops.validate(model, masks, stacked=False)
+    check_examples(x)
     found = {name: torch.zeros_like(mask) for name, mask in masks.items()}
     known, quiet, limit, draw, dtype = 0, 0, 4, 0, torch.float64
     while known < int(mask_ops.kept(masks)) and quiet < limit:
@@ -184,19 +189,14 @@ def _flow(model: nn.Module, masks: Mapping[str, Tensor], x: Tensor, draw: int, d
         params[name] = weight / weight.flatten(1).sum(1).amax().clamp(min=1e-30)  # no flow grows from layer to layer
     buffers = {n: _flowing(n, b, torch.ones_like) for n, b in own.buffers.items()}
     inputs = positive(torch.stack([x[0]] * 4)) ** 4 if x.is_floating_point() else probe(x)
-    with lent(model, params, buffers), attention_as_products(), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with lent(model, params, buffers), attention_as_products(), torch.enable_grad(), kept_generators():
         weights = {n: p for n, p in model.named_parameters() if n in masks}
-        wanted = [p.requires_grad for p in weights.values()]
-        try:
-            for weight in weights.values():
-                weight.requires_grad_()
-            y = attempt(model, inputs.requires_grad_(inputs.is_floating_point()))
-            if y.requires_grad:
-                (y * positive(y)).sum().backward()  # autograd.grad would not go into a reentrant checkpoint
-            return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in weights.items()}
-        finally:
-            for weight, was in zip(weights.values(), wanted, strict=True):
-                weight.requires_grad_(was)
+        for weight in weights.values():
+            weight.requires_grad_()
+        y = attempt(model, inputs.requires_grad_(inputs.is_floating_point()))
+        if y.requires_grad:
+            backward((y * positive(y)).sum(), model)  # autograd.grad would not go into a reentrant checkpoint
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in weights.items()}
 
 
 def _flowing(name: str, tensor: Tensor, positive: Any) -> Tensor:
@@ -232,7 +232,7 @@ def uses(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, float]:
     them: a weight used twice, tied, sliced, scaled by a parametrization or multiplied by hand counts for what is
     computed with it. Products of a module's own parameters and buffers alone, such as for a norm, do not count.
     """
-    with lent(model, None, None), torch.random.fork_rng(devices=[]):
+    with lent(model, None, None), kept_generators():
         named = dict(model.named_parameters())
         with torch.enable_grad(), attention_as_products(), _Products(model, names) as products:  # no fused inference
             attempt(model, x[:1])

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ticketlab.errors import Refused
-from ticketlab.seeds import stream
-from ticketlab.state import Masks, Params
+from ticketlab.seeds import kept_generators, stream
+from ticketlab.state import Masks, Params, check_module
 
 Scope = Literal["global", "layer"]
 Groups = dict[tuple[str, ...], int]
@@ -53,9 +54,11 @@ def prunable(model: nn.Module, names: Sequence[str] | None = None) -> tuple[str,
     Raises:
         Refused: Nothing to prune, a pattern that matches nothing, weights under ``torch.nn.utils.prune``.
     """
+    check_module(model)
     named = dict(model.named_parameters())
     matrices = {n: p for n, p in named.items() if p.ndim > 1 and p.requires_grad}
     if names:
+        names = (names,) if isinstance(names, str) else names
         lost = [pattern for pattern in names if not any(fnmatchcase(n, pattern) for n in matrices)]
         if lost:
             raise Refused(f"prunable must name trainable matrices: {lost} match none of {list(matrices)}.")
@@ -107,7 +110,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
 def _under_parametrization(module: nn.Module, name: str) -> list[Tensor]:
     """The original tensor of the weight's shape, if a zero in it is a zero in the weight."""
     listed: Any = module.parametrizations[name]  # type: ignore[index]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), kept_generators():
         weight = getattr(module, name)
         same = [p for p in listed.parameters(recurse=False) if p.shape == weight.shape]
         for original in same[-1:]:  # of weight norm's magnitude and direction, the direction
@@ -121,8 +124,8 @@ def _under_parametrization(module: nn.Module, name: str) -> list[Tensor]:
 
 
 def _refuse_hooks(module: nn.Module) -> None:
-    stems = [name.removesuffix("_orig") for name in module._parameters]
-    pruned = [stem for stem in stems if f"{stem}_mask" in module._buffers]
+    own, buffers = (dict(named(recurse=False)) for named in (module.named_parameters, module.named_buffers))
+    pruned = [stem for stem in (name.removesuffix("_orig") for name in own) if f"{stem}_mask" in buffers]
     if pruned:
         raise Refused(
             f"weights under torch.nn.utils.prune have a mask of their own: {type(module).__name__}.{pruned[0]} does. "
@@ -139,22 +142,24 @@ def ones(model: nn.Module, prunable: Sequence[str] | None = None) -> Masks:
     return {name: torch.ones_like(params[name], dtype=torch.bool) for name in _prunable(model, prunable)}
 
 
-def validate(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse ``masks`` (single or stacked) that do not fit the model: names, shapes, dtype, one replica axis."""
+def validate(model: nn.Module, masks: Mapping[str, Tensor], *, stacked: bool = True) -> None:
+    """Refuse masks that do not fit the model: names, shapes, dtype, one replica axis; or none, unless ``stacked``."""
     params = dict(model.named_parameters())
-    unknown = sorted(set(masks) - set(params))
-    if unknown or not masks:
+    unknown = sorted(set(masks) - set(params)) if isinstance(masks, Mapping) else []
+    if unknown or not masks or not isinstance(masks, Mapping):
         raise Refused(
-            f"masks must name parameters of the model: unknown {unknown}, of {len(masks)}. "
+            f"masks must name parameters of the model, in a dict: unknown {unknown}, of {len(masks or ())}. "
             "Build them with masks.ones(model)."
         )
     axes: set[int | None] = set()
     for name, mask in masks.items():
         shape = tuple(params[name].shape)
-        if mask.dtype != torch.bool:
-            raise Refused(f"masks[{name!r}] must be bool, True = kept: got {mask.dtype}. Convert it with mask != 0.")
-        if tuple(mask.shape[-len(shape) :]) != shape or mask.ndim > len(shape) + 1:
-            raise Refused(f"masks[{name!r}] must have shape {shape} or [replica, *{shape}]: got {tuple(mask.shape)}.")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise Refused(f"masks[{name!r}] must be bool, True = kept: got {given}. Convert it with mask != 0.")
+        if tuple(mask.shape[-len(shape) :]) != shape or mask.ndim > len(shape) + stacked:
+            wanted = f"{shape} or [replica, *{shape}]" if stacked else f"{shape}, of one network"
+            raise Refused(f"masks[{name!r}] must have shape {wanted}: got {tuple(mask.shape)}.")
         axes.add(mask.shape[0] if mask.ndim > len(shape) else None)
     if len(axes) > 1:
         raise Refused(f"all masks must share one replica axis: got lengths {sorted(map(str, axes))}.")
@@ -167,6 +172,8 @@ def masked(params: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None) -> 
 
 def kept(masks: Mapping[str, Tensor], *, stacked: bool = False) -> Int[Tensor, "*replica"]:
     """Number of weights kept in the whole network; one number per replica when ``stacked``."""
+    if not masks:
+        raise Refused("masks must name a layer at least: got none. Build them with masks.ones(model).")
     return torch.stack([mask.flatten(int(stacked)).sum(-1) for mask in masks.values()]).sum(0)
 
 
@@ -299,11 +306,18 @@ def keep(masks: Mapping[str, Tensor], scores: Mapping[str, Tensor], counts: Mapp
         counts: How many each group keeps, from `counts_after` or `counts_at`.
 
     Raises:
-        Refused: Scores of other names or shapes, or a non-finite score of a live weight.
+        Refused: Scores of other names or shapes, or a non-finite score of a live weight; a count above what is alive,
+            or groups that share a layer.
     """
     check_scores(masks, scores)
+    named = [name for names in counts for name in names]
+    if not set(named) <= set(masks) or len(set(named)) < len(named):
+        raise Refused(f"each layer may be in one group of counts, by name: got {list(counts)} for {list(masks)}.")
     new = dict(masks)
     for names, n in counts.items():
+        alive = n_alive(masks, names)
+        if not isinstance(n, Integral) or not 0 <= n <= alive:
+            raise Refused(f"a count must be an integer in 0..{alive}, as many as are alive of {list(names)}: got {n}.")
         flat = [torch.cat([part[name].flatten() for name in names]) for part in (scores, masks)]
         parts = top(flat[0], flat[1], n).split([masks[name].numel() for name in names])
         new |= {name: part.view_as(masks[name]) for name, part in zip(names, parts, strict=True)}

@@ -11,6 +11,8 @@ bit for bit, ``__dict__`` included. There are two ways to differentiate:
 
 from __future__ import annotations
 
+import pickle
+import random
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -28,10 +30,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
-from ticketlab.errors import Refused
+from ticketlab.errors import Refused, check_type
 from ticketlab.losses import CROSS_ENTROPY, Loss
-from ticketlab.seeds import stream
-from ticketlab.state import Buffers, Masks, Params, State, check_finite, select
+from ticketlab.seeds import kept_generators, rewinder, stream
+from ticketlab.state import Buffers, Masks, Params, State, check_finite, check_module, select
 
 Execution = Literal["auto", "loop", "vmap"]
 
@@ -144,8 +146,8 @@ class Network:
         def one(tensors: dict[str, Tensor]) -> Tensor:
             return self.call(tensors, x)
 
-        with lent(self.model, None, None):
-            return vmap(one)({**self.params, **self.buffers})
+        with lent(self.model, None, None):  # copies, for a forward pass may write into what it holds
+            return vmap(one)({n: t.clone() for n, t in (self.params | self.buffers).items()})
 
     def _maps(self, x: Tensor, required: bool) -> bool:
         """Whether ``vmap`` has rules for all of the forward pass, and they give what the loop gives."""
@@ -189,10 +191,13 @@ def network(
             forward pass reads buffers and they are not known; inputs that the model fails on; outputs that are no
             tensor, coupled or random.
     """
-    if not isinstance(model, nn.Module):
-        raise Refused(f"model must be an nn.Module: got {type(model).__name__}. Of a factory, pass what it returns.")
     if torch.is_inference_mode_enabled():
         raise Refused("a module lends its tensors outside of torch.inference_mode alone. Use torch.no_grad() instead.")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise Refused(
+            "numbers must not depend on who asks for them, and here they would be autocast's. Leave torch.autocast, or "
+            "put it into the model's forward."
+        )
     params, own_buffers = state if isinstance(state, State) else (state, None)
     given = buffers if buffers is not None else own_buffers
     replicas = n_replicas(model, params)
@@ -260,8 +265,9 @@ def evaluate(
     Raises:
         Refused: As `network`, or targets that do not fit the outputs.
     """
-    if batch_size < 1:
+    if not isinstance(batch_size, int) or batch_size < 1:
         raise Refused(f"batch_size must be at least 1 example: got {batch_size}.")
+    check_type("loss", loss, Loss, "Pass task.objective, or losses.LOSSES[name].")
     net = network(model, state, x, masks=masks, buffers=buffers, finite=False)
     loss.check(y, len(x), output_shape(net, x))
     return net.evaluate(x, y, loss, batch_size, execution)
@@ -288,7 +294,7 @@ def lent(
     """
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     put_back = _remember(model, {id(t) for t in own.values()})
-    data = [(t, t.data, t.grad) for t in own.values()]
+    data = [(t, t.data, t.grad, t.requires_grad) for t in own.values()]
     modes = [(module, module.training) for module in model.modules()]  # scripted ones keep it elsewhere
     given = {**(params or {}), **(buffers or {})}
     try:
@@ -302,13 +308,15 @@ def lent(
         for module, mode in modes:
             if module.training != mode:
                 module.training = mode
-        for tensor, values, gradient in data:
+        for tensor, values, gradient, trained in data:
             tensor.data = values
             tensor.grad = gradient
+            if tensor.requires_grad != trained:
+                tensor.requires_grad_(trained)
 
 
-def _remember(model: nn.Module, own: Collection[int]) -> Callable[[], None]:
-    """What puts a module's attributes back as they are now, with the contents of containers, tensors and arrays.
+def _remember(model: nn.Module, own: set[int]) -> Callable[[], None]:
+    """What puts a module's attributes back as they are now, with what containers, tensors and generators hold.
 
     Args:
         model: With all modules in it.
@@ -318,29 +326,34 @@ def _remember(model: nn.Module, own: Collection[int]) -> Callable[[], None]:
     containers: list[tuple[Any, list]] = []
     arrays: list[tuple[np.ndarray, np.ndarray]] = []
     tensors: list[tuple[Tensor, Tensor]] = []
-    seen = set(own)
+    generators: list[Callable[[], None]] = []
+    seen = own | {id(module) for module in model.modules()}
     stack = [value for _, before in attributes for value in before.values()]
     while stack:
         value = stack.pop()
-        if not isinstance(value, _HOLDERS) or id(value) in seen:
+        if type(value) in _PLAIN or not isinstance(value, _HOLDERS) or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, np.ndarray):
-            arrays.append((value, value.copy()))
-        elif isinstance(value, Tensor):
-            with suppress(RuntimeError):  # one that a transform has left behind holds nothing
-                tensors.append((value, value.detach().clone()))
-        else:
+        if isinstance(value, _CONTAINERS):
             content = _content(value)
             containers.append((value, content))
             stack += [part for item in content for part in item] if isinstance(value, dict) else content
+        elif isinstance(value, np.ndarray):
+            arrays.append((value, value.copy()))
+        elif isinstance(value, _GENERATORS):
+            generators.append(rewinder(value))
+        elif isinstance(value, nn.Module):  # one that the model holds without having it as its own
+            stack.append(value.__dict__)
+        else:
+            with suppress(RuntimeError):  # one that a transform has left behind holds nothing
+                tensors.append((value, value.detach().clone()))
 
     def put_back() -> None:
         for now, before in attributes:
             now.clear()
             now.update(before)
         for container, content in containers:
-            if not _same(_content(container), content):
+            if (content or len(container)) and not _same(_content(container), content):
                 container.clear()
                 (container.update if isinstance(container, dict | set) else container.extend)(content)
         for array, entries in arrays:
@@ -349,11 +362,16 @@ def _remember(model: nn.Module, own: Collection[int]) -> Callable[[], None]:
         for tensor, values in tensors:
             if tensor.layout != torch.strided or not torch.equal(tensor, values):
                 tensor.data.copy_(values)
+        for rewind in generators:
+            rewind()
 
     return put_back
 
 
-_HOLDERS = (dict, list, set, deque, Tensor, np.ndarray)
+_PLAIN = {type(None), bool, int, float, str}  # most of what there is: asked first, for the time it takes
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_CONTAINERS = (dict, list, tuple, set, deque)
+_HOLDERS = (*_CONTAINERS, Tensor, np.ndarray, nn.Module, *_GENERATORS)
 
 
 def _content(container: Any) -> list:
@@ -445,8 +463,9 @@ def n_replicas(model: nn.Module, params: Mapping[str, Tensor]) -> int | None:
     """Length of the replica axis of ``params``; None when they are those of a single network.
 
     Raises:
-        Refused: Names or shapes are neither the model's nor the model's behind one common axis.
+        Refused: Names or shapes are neither the model's nor the model's behind one common axis; no module.
     """
+    check_module(model)
     own = dict(model.named_parameters())
     if not isinstance(params, Mapping) or set(params) != set(own):
         names = set(params) if isinstance(params, Mapping) else set()
@@ -520,9 +539,7 @@ def _expanded(model: nn.Module, tensors: Mapping[str, Tensor], replicas: int, pa
 
 
 def _check_inputs(net: Network, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-        given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise Refused(f"x must hold at least one example on its first axis: got {given}. Pass a tensor [n, ...].")
+    check_examples(x)
     dtypes = {p.dtype for p in net.params.values()}
     if net.params and x.is_floating_point() and x.dtype not in dtypes:
         raise Refused(
@@ -530,6 +547,13 @@ def _check_inputs(net: Network, x: Tensor) -> None:
         )
     if net.params and x.device != net.device:
         raise Refused(f"x must be on the device of params, {net.device}: it is on {x.device}.")
+
+
+def check_examples(x: Tensor) -> None:
+    """Raise unless there is one example at least on the first axis of a tensor."""
+    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+        given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise Refused(f"x must hold at least one example on its first axis: got {given}. Pass a tensor [n, ...].")
 
 
 def _refuse_unknown_buffers(net: Network, x: Tensor, replaced: Collection[str]) -> None:
@@ -552,7 +576,7 @@ def _dense(buffer: Tensor) -> bool:
 def reads(net: Network, x: Tensor, names: Collection[str]) -> bool:
     """Whether outputs depend on these floating buffers: seen by replacing their values with NaN, and with others."""
     one, few = _sound(net), x[:1].nan_to_num() if x.is_floating_point() else x[:1]
-    with torch.random.fork_rng(devices=[]):
+    with kept_generators():
         known = _attempt(one, few)
         for poison in (lambda b: b * torch.nan, lambda b: 1 - b.nan_to_num(0, 0, 0) if _dense(b) else 2 * b):
             other = replace(one, buffers=one.buffers | {n: poison(one.buffers[n]) for n in names})
@@ -594,6 +618,8 @@ def _check_outputs(net: Network, x: Tensor, finite: bool) -> bool:
 
 def _sound(net: Network) -> Network:
     """One network whose outputs tell something: not a diverged one, where there is another."""
+    if net.replicas is None:
+        return net
     return next((one for one in net.each() if all(p.isfinite().all() for p in one.params.values())), next(net.each()))
 
 
@@ -614,6 +640,7 @@ def _passes(net: Network, examples: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 def probe(x: Tensor) -> Tensor:
     """Three examples: the first, the last, and one that is in no batch, of entries that occur at their places."""
+    check_examples(x)
     generator = stream("probe", 0)
     index = torch.randint(0, len(x), x[0].shape, generator=generator).to(x.device)
     other = x.gather(0, index[None])[0]
@@ -629,15 +656,21 @@ def probe(x: Tensor) -> Tensor:
 
 @contextmanager
 def watching_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Yields a question: has a global generator been advanced? They are put back at the end."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    """Yields a question, also for later: did the block draw from torch's, NumPy's or ``random``'s global generator?
 
-        def states() -> list[Tensor]:
-            return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+    They are put back at the end.
+    """
+    with kept_generators(device):
 
-        before = states()
-        yield lambda: not all(map(torch.equal, before, states()))
+        def states() -> list[Any]:
+            ours = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+            # Bytes, for to print an array of NumPy's takes longer than a forward pass.
+            numpys = pickle.dumps(np.random.get_state(legacy=False))
+            return [*(one.numpy().tobytes() for one in ours), numpys, random.getstate()]
+
+        before, known = states(), list[bool]()
+        yield lambda: known[0] if known else before != states()
+        known.append(before != states())
 
 
 def _attempt(net: Network, x: Tensor) -> Tensor:
@@ -665,6 +698,23 @@ def attempt(model: nn.Module, x: Tensor, *, writes: bool = False) -> Tensor:
             f"{type(error).__name__}: {why}"
         ) from error
     return check_output(y, n)
+
+
+def backward(value: Tensor, model: nn.Module) -> None:
+    """Plain ``value.backward()``, or a refusal that says why the model has no derivative."""
+    if not value.requires_grad:
+        raise Refused(
+            f"outputs must depend on a trainable parameter, differentiably: those of {type(model).__name__} do not. "
+            "Leave torch.no_grad, detach() and .data out of its forward pass, and let a parameter require a gradient."
+        )
+    try:
+        value.backward()
+    except _FAULTS_OF_INPUT as error:
+        why = str(error).strip().partition("\n")[0]
+        raise Refused(
+            f"the model must have a derivative: the backward pass of {type(model).__name__} fails: "
+            f"{type(error).__name__}: {why}"
+        ) from error
 
 
 def check_output(y: Any, n: int, who: str = "the model") -> Tensor:

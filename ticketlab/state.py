@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ticketlab.errors import Refused
 
@@ -50,11 +51,32 @@ def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Ten
 
 
 def state(model: nn.Module) -> State:
-    """Copies of the module's parameters and buffers, detached; a tied parameter appears once."""
+    """Copies of the module's parameters and buffers, detached; a tied parameter appears once.
+
+    Raises:
+        Refused: As `check_module`.
+    """
+    check_module(model)
     return State(
         {name: p.detach().clone() for name, p in model.named_parameters()},
         {name: b.detach().clone() for name, b in model.named_buffers()},
     )
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise unless this is a module whose tensors hold numbers.
+
+    Raises:
+        Refused: No module, or one with lazy parameters or tensors on the meta device.
+    """
+    if not isinstance(model, nn.Module):
+        raise Refused(f"model must be an nn.Module: got {type(model).__name__}. Of a factory, pass what it returns.")
+    empty = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t) or t.is_meta]
+    if empty:
+        raise Refused(
+            f"parameters and buffers must hold numbers: {empty[:4]} of {type(model).__name__} do not. Call lazy modules"
+            " once on an example, in the factory; bring others from the meta device with to_empty, and initialise them."
+        )
 
 
 def stack_states(states: Sequence[State]) -> State:

@@ -19,7 +19,7 @@ from ticketlab.engine.criteria import Evidence
 from ticketlab.engine.treatments import Origin
 from ticketlab.losses import LOSSES
 from ticketlab.network import attention_as_products, lent
-from ticketlab.seeds import Factory
+from ticketlab.seeds import Factory, kept_generators
 from ticketlab.state import Masks, State, moved, state
 
 
@@ -49,7 +49,7 @@ def _does(model: nn.Module, first: State, task: Task, dtype: torch.dtype, traini
             with (
                 lent(model, *first.to(task.device, wide).clone(), training=training),
                 attention_as_products(),
-                torch.random.fork_rng(devices=[]),
+                kept_generators(),
                 torch.enable_grad(),
             ):
                 outputs = model(x.clone())

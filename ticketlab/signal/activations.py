@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused, nearest
+from ticketlab.seeds import kept_generators
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -83,7 +84,7 @@ def _call(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
 
 
 def _checked(name: str, function: Callable[[Tensor], Tensor]) -> Elementwise:
-    with torch.random.fork_rng(devices=[]):  # one that draws is refused, and leaves the caller's generator alone
+    with kept_generators():  # one that draws is refused, and leaves the caller's generator alone
         _check_elementwise(name, function)
     raw = Elementwise(name, function, torch.empty(0), torch.empty(0), math.inf)
     edges, reach = _mesh(raw)
