@@ -11,9 +11,9 @@ from cases import build, half_masks, small_conv_bn, small_mlp
 from torch import nn
 
 from ticketlab import permutation
-from ticketlab.network import apply
 from ticketlab.models import build as build_model
 from ticketlab.models import mlp
+from ticketlab.network import apply
 from ticketlab.state import stack, state
 
 

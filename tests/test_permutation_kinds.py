@@ -455,3 +455,32 @@ def test_functions_are_compared_stack_against_stack():
     moved["o.bias"] = moved["o.bias"] + torch.tensor([[0.0], [1e-6]])
     with pytest.raises(Refused, match="must compute the same function"):
         permutation.assert_same_function(models[0], (stacked, None), (moved, None), x)
+
+
+def test_surroundings_in_which_nothing_can_be_lent_are_refused():
+    model, x = single(lambda m, x: m.o(m.hidden(x))), torch.zeros(4, 6)
+    with torch.inference_mode(), pytest.raises(Refused, match="inference_mode"):
+        permutation.groups(model, x)
+    with torch.autocast("cpu"), pytest.raises(Refused, match="autocast"):
+        permutation.groups(model, x)
+
+
+def test_alignment_wants_the_buffers_that_belong_to_the_weights():
+    """Running statistics of another network would give another function, of which the same is shown."""
+    model, other = (build(lambda: Net(*with_layer(lambda: nn.BatchNorm1d(12))), seed).eval() for seed in range(2))
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = state(model), state(other)
+    b.buffers["c.running_mean"].uniform_(generator=torch.Generator().manual_seed(1))
+    found = permutation.align(model, x, a, b)
+    assert sorted(found.buffers["c.running_mean"].tolist()) == sorted(b.buffers["c.running_mean"].tolist())
+    with pytest.raises(Refused, match="reads buffers"):
+        permutation.align(model, x, a.params, b.params)
+    with pytest.raises(Refused, match="reads buffers"):
+        permutation.assert_same_function(model, (b.params, None), (b.params, None), x)
+
+
+def test_weights_that_are_not_finite_are_not_matched():
+    model, x = single(lambda m, x: m.o(m.hidden(x))), torch.zeros(4, 6)
+    groups, params = permutation.groups(model, x), state(model).params
+    with pytest.raises(Refused, match=r"b\['a.bias'\] must be finite"):
+        permutation.match(groups, params, params | {"a.bias": torch.full((12,), torch.nan)})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused
+from ticketlab.network import network
 from ticketlab.permutation.axes import Axis
 from ticketlab.permutation.permute import Factors, Groups, difference, permute
 from ticketlab.permutation.trace import Trace, trace
@@ -37,6 +38,7 @@ def groups(model: nn.Module, x: Tensor) -> Groups:
     Raises:
         Refused: The module cannot be traced, computes something random, or has no hidden units to permute.
     """
+    network(model, state(model), finite=False)  # refuses surroundings in which nothing is lent, as inference mode
     traced = trace(model, x)
     found = _confirmed(model, x, _named(traced))
     if not found.sizes:

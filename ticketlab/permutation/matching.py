@@ -14,11 +14,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused
-from ticketlab.masks import masked
+from ticketlab.network import network
 from ticketlab.permutation.groups import groups as groups_of
 from ticketlab.permutation.permute import Groups, Permutations, assert_same_function, is_stacked, permute
 from ticketlab.seeds import stream
-from ticketlab.state import Buffers, Masks, Params, state
+from ticketlab.state import Buffers, Masks, Params, State, check_finite
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def match(
         Permutations for ``permute``; new unit i of b is its old unit ``permutations[group][i]``.
 
     Raises:
-        Refused: Different names or shapes, stacked tensors, or no restarts.
+        Refused: Different names or shapes, stacked tensors, entries that are not finite, or no restarts.
 
     Ainsworth, Hayase & Srinivasa, "Git Re-Basin", 2022.
     """
@@ -100,8 +100,8 @@ def match(
 def align(
     model: nn.Module,
     x: Tensor,
-    params_a: Params,
-    params_b: Params,
+    params_a: State | Params,
+    params_b: State | Params,
     *,
     masks_a: Masks | None = None,
     masks_b: Masks | None = None,
@@ -114,23 +114,24 @@ def align(
     Args:
         model: Lends its forward pass.
         x: Example inputs [n, ...] to trace with and to compare functions on.
-        params_a: Of the network that stays.
-        params_b: Of the network that is permuted.
+        params_a: Of the network that stays; a State, or parameters alone.
+        params_b: Of the network that is permuted; with its buffers where the forward pass reads some.
         masks_a: True = kept; weights are matched as m * theta.
         masks_b: True = kept; permuted along.
-        buffers_b: Permuted along; the model's own when None.
+        buffers_b: In place of those of a State.
         restarts: See ``match``.
         seed: See ``match``.
 
     Raises:
-        Refused: Tensors that do not fit, or a permutation that changed the function.
+        Refused: Tensors that do not fit the model, its groups or one another; buffers that are not known; a
+            permutation that changed the function.
     """
+    a = network(model, params_a, masks=masks_a)
+    b = network(model, params_b, x, masks=masks_b, buffers=buffers_b)
     groups = groups_of(model, x)
-    a, b = masked(params_a, masks_a), masked(params_b, masks_b)
-    buffers = dict(buffers_b if buffers_b is not None else state(model).buffers)
-    matching = match(groups, a, b, restarts=restarts, seed=seed)
-    moved, carried = (permute(groups, tensors, matching.permutations) for tensors in (b, buffers))
-    assert_same_function(model, (b, buffers), (moved, carried), x)
+    matching = match(groups, a.params, b.params, restarts=restarts, seed=seed)
+    moved, carried = (permute(groups, tensors, matching.permutations) for tensors in (b.params, b.buffers))
+    assert_same_function(model, (b.params, b.buffers), (moved, carried), x)
     masks = None if masks_b is None else permute(groups, masks_b, matching.permutations)
     return Alignment(moved, carried, masks, matching)
 
@@ -141,6 +142,8 @@ def _pair(groups: Groups, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> _
     stacked = [name for tensors in (a, b) for name, t in tensors.items() if is_stacked(groups, name, t)]
     if stacked:
         raise Refused(f"match takes one pair of networks: {stacked[0]!r} is stacked. Call it for each replica.")
+    check_finite("a", a)
+    check_finite("b", b)
     labels = {n: tuple(g for axis in groups.axes[n] for g, _ in axis) for n in a}
     shapes = {n: [size for axis in groups.axes[n] for _, size in axis] for n in a}
     split_a, split_b = ({n: tensors[n].double().reshape(shapes[n]) for n in a} for tensors in (a, b))

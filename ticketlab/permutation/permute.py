@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ticketlab.errors import Refused
 from ticketlab.network import Network, network, output_shape, watching_generators
 from ticketlab.seeds import stream
-from ticketlab.state import state
 
 Factors = tuple[tuple[str | None, int], ...]
 """What one tensor axis is a row-major product of: (group, length), None where the order is fixed."""
 Permutations = dict[str, Int[Tensor, "*replica units"]]
 """For each group, the old index of each new unit."""
 Tensors = tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]
-"""Parameters (times their masks) and buffers, of one network or a stack; buffers None: the model's own."""
+"""Parameters (times their masks) and buffers of one network or a stack: a State, or any pair. Buffers may be None where
+the forward pass reads none."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def assert_same_function(model: nn.Module, a: Tensors, b: Tensors, x: Tensor, *,
 
     Args:
         model: Lends its forward pass.
-        a: Parameters (times their mask) and buffers, one network or a stack; buffers None: the model's own.
+        a: Parameters (times their masks) and buffers of one network or a stack: a State, or any pair; buffers may be
+            None where the forward pass reads none.
         b: The other, such as the first one permuted.
         x: Inputs [n, ...].
         rtol: Largest difference allowed, relative to the largest output; None: 1e-9 in float64, below it the square
@@ -127,8 +128,10 @@ def difference(model: nn.Module, a: Tensors, b: Tensors, x: Tensor) -> tuple[flo
     Raises:
         Refused: Tensors or inputs that do not fit the model; outputs of ``a`` that are random, or not finite.
     """
-    own = state(model).buffers
-    nets = [network(model, params, buffers=buffers or own, finite=False) for params, buffers in (a, b)]
+    nets = [
+        network(model, params, x if buffers is None else None, buffers=buffers, finite=False)
+        for params, buffers in (a, b)
+    ]
     with watching_generators(x.device) as drawn:
         f, again, g = _outputs(nets, x)
         is_random = drawn()
