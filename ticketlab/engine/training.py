@@ -85,6 +85,7 @@ class Outcome:
 Advance = Callable[[range, Sequence[int]], None]
 
 
+@torch.enable_grad()
 def train(
     model: nn.Module,
     starts: Sequence[Start],
@@ -204,15 +205,18 @@ def _probe(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> bool:
         if drawn():
             raise Refused(
                 "the model draws from a global generator as it trains, which cannot be replayed: its forward pass "
-                "advanced the generator's state. Leave out dropout and other noise, or draw it from a generator of the "
-                "model's own."
+                "advanced the generator's state. Leave out dropout and other noise, or draw it from a seed and a "
+                "step that are buffers."
             )
         LOSSES[task.loss].check(y, len(x), outputs.shape[1:])
         network(model, start.begun, task.train.x, finite=False)  # what is trained is evaluated: each example by itself
-        net = copied(model)
+        # A hook on a parameter is not copied with it.
+        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+        net = None if hooked else copied(model)
         if net is None:
             return False
-        _put(net.train(), params, buffers)
+        net.train()
+        _put(net, params, buffers)
         poison = [{n: torch.full_like(t, math.nan) if t.is_floating_point() else t for n, t in part.items()}
                   for part in (params, buffers)]  # fmt: skip
         with lent(model, *poison, training=True):
@@ -310,20 +314,21 @@ class _Replica:
                     own_rate = self.start.learning_rate
                     rate = recipe.learning_rate_at(step) if own_rate is None else own_rate
                     _descend(self.optimizer, self.pruned, value, rate)
-            self._keep_buffers()
+            self._keep()
 
     def _holding(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.own else lent(self.net, *self.slices, training=True)
 
     @torch.no_grad()
-    def _keep_buffers(self) -> None:
-        """A forward pass may write into a buffer, or put another tensor in its place."""
-        for name, buffer in self.net.named_buffers():
-            kept = self.slices.buffers.get(name)
-            if kept is None or kept.shape != buffer.shape:
-                raise Refused(f"buffers must keep their names and shapes in training: {name!r} has {buffer.shape} now.")
-            if kept.data_ptr() != buffer.data_ptr():
-                kept.copy_(buffer)
+    def _keep(self) -> None:
+        """A forward pass may write into a buffer or parameter, or put another tensor in its place."""
+        known = self.slices.params | self.slices.buffers
+        for name, tensor in (*self.net.named_parameters(), *self.net.named_buffers()):
+            kept = known.get(name)
+            if kept is None or kept.shape != tensor.shape:
+                raise Refused(f"buffers must keep their names and shapes in training: {name!r} has {tensor.shape} now.")
+            if kept.data_ptr() != tensor.data_ptr():
+                kept.copy_(tensor)
 
     def _move_masks(self, loss: Tensor, step: int, steps: int) -> None:
         """In place of a descent. What does not stay has neither weight nor optimizer state from here on."""
@@ -346,7 +351,8 @@ def _replica(model: nn.Module, live: State, masks: Masks, start: Start, r: int, 
     net = copied(model) if own else model
     assert net is not None
     if own:
-        _put(net.train(), *slices)
+        net.train()
+        _put(net, *slices)
     weights = dict(net.named_parameters())
     pruned = [(weights[n], m[r].to(slices.params[n].dtype)) for n, m in masks.items()]
     with nullcontext() if own else lent(net, *slices, training=True):  # the dtype and device decide what can be fused
@@ -408,7 +414,8 @@ def _mapped_loss(model: nn.Module, task: Task, starts: Sequence[Start]) -> Calla
     """Sum over replicas of their mean losses: gradients do not mix."""
     net = copied(model)
     assert net is not None
-    _put(net.train(), *starts[0].begun.clone())  # on the device, in the dtype
+    net.train()
+    _put(net, *starts[0].begun.clone())  # on the device, in the dtype
     forward = vmap(lambda tensors, x: functional_call(net, tensors, (x,)))
     losses = vmap(LOSSES[task.loss].mean)
 
@@ -428,7 +435,7 @@ def _why_not_vmap(model: nn.Module, live: State, starts: Sequence[Start], task: 
     for r, start in enumerate(starts):
         one = _replica(model, alone, {}, start, r, recipe, own=True)
         loss.mean(one.net(_batch(task, index[r], start.order_seed, 0)[0]), task.train.y[index[r]]).backward()
-        one._keep_buffers()
+        one._keep()
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in one.net.named_parameters()})
     expected = stack(gradients)
     leaves = {n: mapped.params[n].requires_grad_(p.requires_grad) for n, p in model.named_parameters()}

@@ -66,7 +66,7 @@ class Watch:
         self.last = self._now()
         self.rows += seen
         if self.on_eval is not None:
-            self.on_eval(step, seen)
+            self.on_eval(step, [dict(row) for row in seen])
 
     def check(self, step: int) -> None:
         """Stop replicas whose weights are not finite: between two looks, or from the start."""
