@@ -167,8 +167,8 @@ def pullback(
             raise
         raise Refused(
             f"PyTorch must be able to differentiate the model for this: {why[:200]}. Use activations with a second "
-            "derivative (SiLU in place of Hardsigmoid), checkpoint(..., use_reentrant=False), and no writes into tensors "
-            "that a derivative needs."
+            "derivative (SiLU in place of Hardsigmoid), checkpoint(..., use_reentrant=False), and no writes into "
+            "tensors that a derivative needs."
         ) from error
 
 
