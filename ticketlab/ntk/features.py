@@ -98,9 +98,10 @@ def _own_rows(features: Features, mixed: Tensor, weights: Tensor, scales: Tensor
     weights, which cost little.
     """
     deltas = features.deltas
+    n_out, n = deltas.shape[1:3]
     units = torch.randn(len(deltas), generator=generator).to(deltas)
-    plain = torch.tensordot(weights.to(deltas), (units @ deltas.flatten(1)).view(deltas.shape[1:]), 1)  # [n, position]
-    gap = (units @ mixed.flatten(1)).view_as(plain) / scales.to(deltas)[:, None] - plain
+    plain = (weights.to(deltas) @ (units @ deltas.flatten(1)).view(n_out, -1)).view(n, -1)  # [n, position]
+    gap = (units @ mixed.flatten(1)).view(n, -1) / scales.to(deltas)[:, None] - plain
     return not bool((gap.abs() > _rounding(plain.abs().amax())).any())
 
 
@@ -117,18 +118,15 @@ def _as_alone(
     layer: Layer, features: Features, weights: Tensor, plain: Mapping[str, Tensor], generator: torch.Generator
 ) -> bool:
     """Whether the features of the last example give its plain gradients. Inputs are added up with random weights."""
-    deltas = torch.tensordot(weights.to(features.deltas), features.deltas[:, :, -1], ([0], [1]))  # [unit, position]
-    shape = (layer.groups, layer.inputs, layer.positions)
-    mix = torch.randn(layer.inputs, generator=generator).to(deltas)
-    inputs = mix @ features.inputs[: layer.groups * layer.inputs, -1].view(shape)  # [group, position]
-    sides = [(inputs, plain[layer.weight].flatten(1).to(deltas) @ mix)]
-    sides += [] if layer.bias is None else [(torch.ones_like(inputs), plain[layer.bias].to(deltas))]
-    by_group = deltas.view(layer.groups, -1, layer.positions)
-    for side, gradient in sides:
-        gap = (by_group @ side[..., None]).flatten() - gradient
-        if gap.norm() > _rounding((by_group.abs() @ side[..., None].abs()).norm()):  # sums may cancel
-            return False
-    return True
+    deltas = (weights.to(features.deltas)[:, None] * features.deltas[:, :, -1]).sum(1)  # [unit, position]
+    mix = torch.randn(layer.inputs + 1, generator=generator).to(deltas)
+    inputs = features.inputs[: layer.groups * layer.inputs, -1].view(layer.groups, layer.inputs, layer.positions)
+    side, gradient = mix[:-1] @ inputs, plain[layer.weight].flatten(1).to(deltas) @ mix[:-1]  # [group, position]
+    if layer.bias is not None:
+        side, gradient = side + mix[-1], gradient + mix[-1] * plain[layer.bias].to(deltas)
+    terms = deltas.view(layer.groups, -1, layer.positions) * side[:, None]
+    gap = terms.sum(-1).flatten() - gradient
+    return not bool(gap.norm() > _rounding(terms.abs().sum(-1).norm()))  # sums may cancel
 
 
 def _rounding(size: Tensor) -> Tensor:
