@@ -508,3 +508,27 @@ def test_the_hook_sees_every_look():
     )
     assert [step for step, _ in seen] == [7, 14, 21, 28, 35, 40]
     assert [rows[0]["loss_nats"] for _, rows in seen] == outcome.curves["loss_nats"].tolist()
+
+
+class Clipped(nn.Module):
+    """Gradients are clipped by hooks on the parameters; a weight gets another tensor in each training pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.output = nn.Linear(6, 8), nn.Linear(8, 3)
+        for p in self.parameters():
+            p.register_hook(lambda g: g.clamp(-0.01, 0.01))
+
+    def forward(self, x):
+        if self.training:
+            self.fc.weight.data = self.fc.weight.data / self.fc.weight.data.norm(dim=1, keepdim=True).clamp(min=0.3)
+        return self.output(torch.tanh(self.fc(x)))
+
+
+def test_hooks_on_parameters_and_weights_put_in_place_train_as_in_a_plain_loop():
+    task, recipe, model = blobs(), Recipe(steps=7, batch_size=8, eval_every=3), build(Clipped)
+    with torch.no_grad():
+        outcome = train(model, [Start(state(model), {}, 0)], task, recipe, progress=False)
+    alone = train_alone(build(Clipped), {}, task, recipe, 0, copies=False)
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(outcome.end.params[name][0], p.detach(), rtol=1e-12, atol=1e-12)
