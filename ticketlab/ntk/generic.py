@@ -38,5 +38,5 @@ def _blocks(problem: Problem, names: Sequence[str], x: Tensor) -> Iterator[Float
     # Closed, for the rows hold the module until they end.
     with closing(derivatives.rows(problem.net, x, cotangents, names)) as blocks:
         for _, rows in blocks:
-            flat = {name: rows[name].flatten(2).to(problem.dtype) for name in names}
+            flat = {n: rows[n].reshape(*rows[n].shape[:2], -1).to(problem.dtype) for n in names}  # a scalar has no axis
             yield torch.cat([part[..., live[name]] for name, part in flat.items()], 2)
