@@ -45,8 +45,8 @@ from ticketlab.engine.criteria import CRITERIA, ZHOU, Criterion, Evidence, Score
 from ticketlab.engine.dynamic import layer_counts
 from ticketlab.engine.training import Start
 from ticketlab.errors import Refused, nearest
-from ticketlab.losses import LOSSES
-from ticketlab.masks import n_alive, prunable
+from ticketlab.losses import LOSSES, Loss
+from ticketlab.masks import Scope, n_alive, prunable
 from ticketlab.state import Masks
 
 STAGES = ("init", "early", "trained")
@@ -130,7 +130,8 @@ class _Finder:
             )
         masks = {name: network.masks[name] for name in pruned_names(self.model, self.dense)}
         x, y = tl.criteria.draw_examples(self.task, self.study.score_examples, init_seed)
-        loss, scope = LOSSES[self.task.loss], "global" if method.scope == "global" else "layer"
+        loss: Loss = LOSSES[self.task.loss]
+        scope: Scope = "global" if method.scope == "global" else "layer"
         return Evidence(self.model, masks, network.snapshots[0], state, x, y, init_seed, scope, loss)
 
     def masks(self, method: Method, init_seed: int, ticket: Masks) -> Masks | None:

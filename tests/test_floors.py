@@ -14,7 +14,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 GROUND = (
-    *("errors", "seeds", "state", "losses", "network", "derivatives", "graph", "masks", "permutation", "models"),
+    *(
+        "errors",
+        "seeds",
+        "state",
+        "losses",
+        "lending",
+        "probing",
+        "network",
+        "derivatives",
+        "graph",
+        "masks",
+        "permutation",
+        "models",
+    ),
     *("idx", "datasets", "arrays", "batches", "data", "functional", "raw"),
 )
 FLOORS = {
@@ -79,23 +92,23 @@ def room(name: str) -> str | None:
 
 def complaint(own: str, imported: str) -> str | None:
     """Why a file of room ``own`` must not import ``imported``; None where it may."""
+    other, name = room(imported), imported.rpartition(".")[2]
     if own == "figures" and imported.partition(".")[0] in ("torch", "ticketlab"):
         return "figures are tables and matplotlib alone"
     if imported == "a name made at run time":
         return "imports must be readable"
-    other = room(imported)
-    name = imported.rpartition(".")[2]
     if other is not None and name.startswith("_") and not name.startswith("__"):
         return "an underscore keeps a name to its file"
     if other is None or FLOORS[own] == 4:
         return None  # the roof may use everything, the public front too
-    if other not in FLOORS:
-        return "it goes through the public front or has no floor: import the room itself"
-    if FLOORS[own] == 2 and FLOORS[other] == 1:
-        return "a measure never imports the engine"
-    if FLOORS[own] == FLOORS[other] == 2 and own != other and imported.count(".") > 2:
-        return "a measure uses another by its front, never its inside"
-    return "it lies above" if FLOORS[other] > FLOORS[own] else None
+    inside = FLOORS[own] == FLOORS.get(other) == 2 and own != other and imported.count(".") > 2
+    whys = {
+        "it goes through the public front or has no floor: import the room itself": other not in FLOORS,
+        "a measure never imports the engine": FLOORS[own] == 2 and FLOORS.get(other) == 1,
+        "a measure uses another by its front, never its inside": inside,
+        "it lies above": FLOORS.get(other, 0) > FLOORS[own],
+    }
+    return next((why for why, holds in whys.items() if holds), None)
 
 
 def violations(root: Path) -> list[str]:

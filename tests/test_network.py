@@ -19,9 +19,10 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from ticketlab import connectivity, gradients, masks, ntk, signal
+from ticketlab.lending import lent
 from ticketlab.losses import SQUARED_ERROR
 from ticketlab.masks import masked
-from ticketlab.network import apply, evaluate, lent, n_replicas, network, resolve
+from ticketlab.network import apply, evaluate, n_replicas, network, resolve
 from ticketlab.seeds import initialise
 from ticketlab.state import State, stack, stack_states, state
 

@@ -484,3 +484,10 @@ def test_weights_that_are_not_finite_are_not_matched():
     groups, params = permutation.groups(model, x), state(model).params
     with pytest.raises(Refused, match=r"b\['a.bias'\] must be finite"):
         permutation.match(groups, params, params | {"a.bias": torch.full((12,), torch.nan)})
+
+
+def test_results_show_themselves_in_a_line():
+    model = build(lambda: Net(lambda m, x: m.o(m.hidden(x))))
+    x, own = torch.zeros(4, 6, dtype=torch.float64), state(model)
+    assert repr(permutation.groups(model, x)) == "Groups(sizes={'a': 12}, refuted=())"
+    assert "tensor" not in repr(permutation.align(model, x, own, own))

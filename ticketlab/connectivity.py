@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ticketlab.data import Task
 from ticketlab.errors import Refused
 from ticketlab.losses import LOSSES
-from ticketlab.network import Execution, Network, close, network, output_shape, reads
+from ticketlab.network import Execution, Network, network, output_shape, reads
+from ticketlab.probing import close
 from ticketlab.state import Buffers, State, stack
 
 Baseline = Literal["mean", "linear", "max"]

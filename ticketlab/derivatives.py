@@ -15,7 +15,8 @@ from torch.func import vjp, vmap
 
 from ticketlab.errors import Refused
 from ticketlab.losses import Loss
-from ticketlab.network import Network, close
+from ticketlab.network import Network
+from ticketlab.probing import close
 from ticketlab.state import Params
 
 Cotangents = Callable[..., Float[Tensor, "c *out"]]

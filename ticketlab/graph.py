@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from ticketlab import masks as mask_ops
 from ticketlab.errors import Refused
-from ticketlab.network import attempt, attention_as_products, backward, check_examples, lent, probe
+from ticketlab.lending import attention_as_products, lent
+from ticketlab.probing import attempt, backward, check_examples, probe
 from ticketlab.seeds import kept_generators, stream
 from ticketlab.state import Masks, Params, state
 

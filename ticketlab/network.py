@@ -11,33 +11,27 @@ bit for bit, ``__dict__`` included. There are two ways to differentiate:
 
 from __future__ import annotations
 
-import pickle
-import random
-import warnings
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
 from ticketlab.errors import Refused, check_type
+from ticketlab.lending import attention_as_products, lent, placed, recurrence_as_products
 from ticketlab.losses import CROSS_ENTROPY, Loss
-from ticketlab.seeds import kept_generators, rewinder, stream
+from ticketlab.probing import attempt, check_examples, close, probe, watching_generators
+from ticketlab.seeds import kept_generators
 from ticketlab.state import Buffers, Masks, Params, State, check_finite, check_module, select
 
 Execution = Literal["auto", "loop", "vmap"]
-
-_FAULTS_OF_INPUT = (RuntimeError, TypeError, LookupError, AttributeError, ValueError, AssertionError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,11 @@ class Network:
         assert self.replicas is None, "a stack is lent one network at a time: use each()"
         # Copies, for a forward pass may write into what it holds.
         params, buffers = ({n: t.clone() for n, t in part.items()} for part in (self.params, self.buffers))
-        with lent(self.model, params, buffers), attention_as_products(), _recurrence_as_products(self):
+        with (
+            lent(self.model, params, buffers),
+            attention_as_products(),
+            recurrence_as_products(self.model, self.device),
+        ):
             yield {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +101,7 @@ class Network:
     def call(self, weights: Mapping[str, Tensor], x: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
         """f(x) as a pure function of named parameters; what ``weights`` lacks stays as it is here."""
         tensors = {**self.params, **self.buffers, **(buffers or {}), **weights}
-        with attention_as_products(), _placed(self.model, tensors):
+        with attention_as_products(), placed(self.model, tensors):
             return self.model(x.clone() if self.writes_input else x)
 
     @torch.no_grad()
@@ -279,155 +277,6 @@ def output_shape(net: Network, x: Tensor) -> tuple[int, ...]:
         return tuple(_attempt(next(net.each()), x[:1]).shape[1:])
 
 
-# Lending.
-
-
-@contextmanager
-def lent(
-    model: nn.Module, params: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None, training: bool = False
-) -> Iterator[nn.Module]:
-    """The module's parameters and buffers hold these tensors until the block ends; then it is as it was.
-
-    The tensors are put *into* the module's own ``Parameter`` objects, so that whatever holds one of those (a hook, a
-    closure, a second name, an optimizer) sees them. A forward pass that writes writes into them; of what is not given
-    the module holds a copy. What the forward pass leaves on the module is taken off again.
-    """
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    put_back = _remember(model, {id(t) for t in own.values()})
-    data = [(t, t.data, t.grad, t.requires_grad) for t in own.values()]
-    modes = [(module, module.training) for module in model.modules()]  # scripted ones keep it elsewhere
-    given = {**(params or {}), **(buffers or {})}
-    try:
-        for name, tensor in own.items():
-            tensor.data = given[name] if name in given else tensor.data.clone()
-            tensor.grad = None
-        model.train(training)
-        yield model
-    finally:
-        put_back()
-        for module, mode in modes:
-            if module.training != mode:
-                module.training = mode
-        for tensor, values, gradient, trained in data:
-            tensor.data = values
-            tensor.grad = gradient
-            if tensor.requires_grad != trained:
-                tensor.requires_grad_(trained)
-
-
-def _remember(model: nn.Module, own: set[int]) -> Callable[[], None]:
-    """What puts a module's attributes back as they are now, with what containers, tensors and generators hold.
-
-    Args:
-        model: With all modules in it.
-        own: Ids of the parameters and buffers, which are not looked into.
-    """
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    containers: list[tuple[Any, list]] = []
-    arrays: list[tuple[np.ndarray, np.ndarray]] = []
-    tensors: list[tuple[Tensor, Tensor]] = []
-    generators: list[Callable[[], None]] = []
-    seen = own | {id(module) for module in model.modules()}
-    stack = [value for _, before in attributes for value in before.values()]
-    while stack:
-        value = stack.pop()
-        if type(value) in _PLAIN or not isinstance(value, _HOLDERS) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, _CONTAINERS):
-            content = _content(value)
-            containers.append((value, content))
-            stack += [part for item in content for part in item] if isinstance(value, dict) else content
-        elif isinstance(value, np.ndarray):
-            arrays.append((value, value.copy()))
-        elif isinstance(value, _GENERATORS):
-            generators.append(rewinder(value))
-        elif isinstance(value, nn.Module):  # one that the model holds without having it as its own
-            stack.append(value.__dict__)
-        else:
-            with suppress(RuntimeError):  # one that a transform has left behind holds nothing
-                tensors.append((value, value.detach().clone()))
-
-    def put_back() -> None:
-        for now, before in attributes:
-            now.clear()
-            now.update(before)
-        for container, content in containers:
-            if (content or len(container)) and not _same(_content(container), content):
-                container.clear()
-                (container.update if isinstance(container, dict | set) else container.extend)(content)
-        for array, entries in arrays:
-            if array.flags.writeable:
-                array[...] = entries
-        for tensor, values in tensors:
-            if tensor.layout != torch.strided or not torch.equal(tensor, values):
-                tensor.data.copy_(values)
-        for rewind in generators:
-            rewind()
-
-    return put_back
-
-
-_PLAIN = {type(None), bool, int, float, str}  # most of what there is: asked first, for the time it takes
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_CONTAINERS = (dict, list, tuple, set, deque)
-_HOLDERS = (*_CONTAINERS, Tensor, np.ndarray, nn.Module, *_GENERATORS)
-
-
-def _content(container: Any) -> list:
-    return list(container.items()) if isinstance(container, dict) else list(container)
-
-
-def _same(now: list, before: list) -> bool:
-    """By identity: what is held may be tensors, which have no truth value."""
-    return len(now) == len(before) and all(
-        a is b or (isinstance(a, tuple) and isinstance(b, tuple) and _same(list(a), list(b)))
-        for a, b in zip(now, before, strict=True)
-    )
-
-
-@contextmanager
-def _placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other tensor objects in the places of parameters and buffers, as transforms need; evaluation mode."""
-    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-    places = [
-        (where, key, own)
-        for module in model.modules()
-        for where in (module._parameters, module._buffers)
-        for key, own in where.items()
-        if own is not None
-    ]
-    modes = [(module, module.training) for module in model.modules() if module.training]
-    if modes:
-        model.eval()
-    for where, key, own in places:
-        where[key] = tensors[names[id(own)]]  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for where, key, own in places:
-            where[key] = own  # type: ignore[assignment]
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def attention_as_products() -> Iterator[None]:
-    """Attention as plain matrix products, which alone have every derivative and batching rule.
-
-    Of other operations that ``vmap`` has no rule for, torch warns that it loops over them: slow, not wrong.
-    """
-    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
-
-
-def _recurrence_as_products(net: Network) -> AbstractContextManager[None]:
-    """The fused recurrent layers of accelerators have one derivative, and that in training mode alone."""
-    fused = net.device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in net.model.modules())
-    return torch.backends.cudnn.flags(enabled=False) if fused else nullcontext()
-
-
 def resolve(
     execution: Execution, model: nn.Module, device: torch.device, replicas: int | None = None
 ) -> Literal["loop", "vmap"]:
@@ -446,14 +295,6 @@ def resolve(
         return "loop"
     small = sum(p.numel() for p in model.parameters()) < 100_000
     return "vmap" if device.type != "cpu" or (small and all(p.ndim <= 2 for p in model.parameters())) else "loop"
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding, relative to the largest entry; NaN equals NaN."""
-    # At least 1e-6: many norms compute in float32 whatever the dtype of the network.
-    rounding = max(1e-6, torch.finfo(a.dtype).eps ** (1 / 2 if a.device.type == "cpu" else 1 / 3))
-    size = float(b.detach().abs().nan_to_num(0, 0, 0).amax()) if b.numel() else 0.0
-    return a.shape == b.shape and torch.allclose(a, b, rtol=rounding, atol=rounding * size, equal_nan=True)
 
 
 # Checks.
@@ -549,13 +390,6 @@ def _check_inputs(net: Network, x: Tensor) -> None:
         raise Refused(f"x must be on the device of params, {net.device}: it is on {x.device}.")
 
 
-def check_examples(x: Tensor) -> None:
-    """Raise unless there is one example at least on the first axis of a tensor."""
-    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
-        given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise Refused(f"x must hold at least one example on its first axis: got {given}. Pass a tensor [n, ...].")
-
-
 def _refuse_unknown_buffers(net: Network, x: Tensor, replaced: Collection[str]) -> None:
     """A dict of parameters beside the buffers of another network is a wrong number without a word."""
     own = mask_ops.masked({n: p.detach().expand_as(net.params[n]) for n, p in net.model.named_parameters()}, net.masks)
@@ -638,91 +472,6 @@ def _passes(net: Network, examples: Tensor) -> tuple[Tensor, Tensor, bool]:
     return y, torch.cat([first, second[1:2], third]), writes
 
 
-def probe(x: Tensor) -> Tensor:
-    """Three examples: the first, the last, and one that is in no batch, of entries that occur at their places."""
-    check_examples(x)
-    generator = stream("probe", 0)
-    index = torch.randint(0, len(x), x[0].shape, generator=generator).to(x.device)
-    other = x.gather(0, index[None])[0]
-    if torch.equal(other, x[0]) or torch.equal(other, x[-1]):  # examples that are all alike
-        if x.is_floating_point():
-            noise = torch.randn(x[0].shape, generator=generator).to(x.device, x.dtype)
-            size = x[0].abs().nan_to_num(0, 0, 0).amax() if x[0].numel() else x.new_ones(())
-            other = noise * torch.where(size > 0, size, torch.ones_like(size))
-        else:
-            other = x.flatten()[torch.randint(0, x.numel(), x[0].shape, generator=generator).to(x.device)]
-    return torch.stack([x[0], x[-1], other])
-
-
-@contextmanager
-def watching_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Yields a question, also for later: did the block draw from torch's, NumPy's or ``random``'s global generator?
-
-    They are put back at the end.
-    """
-    with kept_generators(device):
-
-        def states() -> list[Any]:
-            ours = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-            # Bytes, for to print an array of NumPy's takes longer than a forward pass.
-            numpys = pickle.dumps(np.random.get_state(legacy=False))
-            return [*(one.numpy().tobytes() for one in ours), numpys, random.getstate()]
-
-        before, known = states(), list[bool]()
-        yield lambda: known[0] if known else before != states()
-        known.append(before != states())
-
-
 def _attempt(net: Network, x: Tensor) -> Tensor:
     with net.lent():
         return attempt(net.model, x)
-
-
-def attempt(model: nn.Module, x: Tensor, *, writes: bool = False) -> Tensor:
-    """The outputs of a module, or a refusal that names what is wrong with the inputs or with what comes back.
-
-    Args:
-        model: As it stands.
-        x: Inputs [n, ...].
-        writes: Let the forward pass write into ``x`` itself.
-    """
-    shape, dtype, n = tuple(x.shape[1:]), x.dtype, len(x)
-    try:
-        y = model(x if writes else x.clone())
-    except Refused:
-        raise
-    except _FAULTS_OF_INPUT as error:
-        why = str(error).strip().partition("\n")[0]
-        raise Refused(
-            f"x must be what the model takes: {type(model).__name__} fails on examples of shape {shape} and {dtype}: "
-            f"{type(error).__name__}: {why}"
-        ) from error
-    return check_output(y, n)
-
-
-def backward(value: Tensor, model: nn.Module) -> None:
-    """Plain ``value.backward()``, or a refusal that says why the model has no derivative."""
-    if not value.requires_grad:
-        raise Refused(
-            f"outputs must depend on a trainable parameter, differentiably: those of {type(model).__name__} do not. "
-            "Leave torch.no_grad, detach() and .data out of its forward pass, and let a parameter require a gradient."
-        )
-    try:
-        value.backward()
-    except _FAULTS_OF_INPUT as error:
-        why = str(error).strip().partition("\n")[0]
-        raise Refused(
-            f"the model must have a derivative: the backward pass of {type(model).__name__} fails: "
-            f"{type(error).__name__}: {why}"
-        ) from error
-
-
-def check_output(y: Any, n: int, who: str = "the model") -> Tensor:
-    """The outputs, or a refusal unless they are one tensor [n, ...] of numbers."""
-    if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != n or not y.is_floating_point():
-        given = f"shape {tuple(y.shape)}, {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-        raise Refused(
-            f"{who} must return one floating tensor whose first axis is the {n} examples: got {given}. "
-            "Wrap it in a module whose forward returns the logits alone."
-        )
-    return y

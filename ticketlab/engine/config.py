@@ -77,9 +77,9 @@ class ImpConfig:
             names = tuple(known) if isinstance(known, dict) else get_args(known)
             if given not in names:
                 raise Refused(nearest(kind, given, names))
-        names = [("criterion", self.criterion, tuple(CRITERIA))]
-        names += [("treatment", treatment, tuple(TREATMENTS)) for treatment in self.treatments]
-        for kind, given, known in names:  # others may be a user's own: a study knows
+        slips = [("criterion", self.criterion, tuple(CRITERIA))]
+        slips += [("treatment", treatment, tuple(TREATMENTS)) for treatment in self.treatments]
+        for kind, given, known in slips:  # others may be a user's own: a study knows
             if given not in known and get_close_matches(given, known, n=1, cutoff=0.85):
                 raise Refused(nearest(kind, given, known))
         if "ticket" not in self.treatments or len(set(self.treatments)) < len(self.treatments):

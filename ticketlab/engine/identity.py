@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ticketlab.data import Task
 from ticketlab.engine.criteria import Evidence
 from ticketlab.engine.treatments import Origin
+from ticketlab.lending import attention_as_products, lent
 from ticketlab.losses import LOSSES
-from ticketlab.network import attention_as_products, lent
 from ticketlab.seeds import Factory, kept_generators
 from ticketlab.state import Masks, State, moved, state
 

@@ -25,8 +25,10 @@ from ticketlab.engine.level import Level
 from ticketlab.engine.training import Start, train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
 from ticketlab.errors import Refused, nearest
+from ticketlab.lending import lent
 from ticketlab.losses import LOSSES
-from ticketlab.network import Execution, attempt, lent
+from ticketlab.network import Execution
+from ticketlab.probing import attempt
 from ticketlab.seeds import Factory, derived_seed, initialise, kept_generators
 from ticketlab.state import State, moved, state
 
@@ -83,7 +85,7 @@ class Study:
         execution: Execution = "auto",
         progress: bool = True,
     ) -> None:
-        self.own = {"criteria": dict(criteria or {}), "treatments": dict(treatments or {})}
+        self.own: dict[str, dict[str, Any]] = {"criteria": dict(criteria or {}), "treatments": dict(treatments or {})}
         name = getattr(model, "__name__", type(model).__name__) if model else config.model
         every = tuple(dict.fromkeys((*config.treatments, *self.own["treatments"])))
         self.config = replace(config, model=_file_name(name), task=task.name if task else config.task, treatments=every)
@@ -138,7 +140,7 @@ class Study:
         told = {k: v for k, v in asdict(self.config).items() if k != "levels" and (k not in later or v != later[k])}
         dtype = getattr(torch, self.config.dtype)
         fingerprint = {"task": self.task.fingerprint(), "model": runs.identity(behaviour(self.model, self.task, dtype))}
-        effects = {
+        effects: dict[str, Callable[[Any], dict[str, Any]]] = {
             "criteria": lambda f: criterion_effect(f, self.model, self.task, self.ones),
             "treatments": lambda f: treatment_effect(f, self.factory, self.model, self.ones),
         }

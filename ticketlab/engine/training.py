@@ -33,8 +33,10 @@ from ticketlab.engine.dynamic.moves import Dynamics, validate
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.watch import OnEval, Watch, put_back
 from ticketlab.errors import Refused
+from ticketlab.lending import lent
 from ticketlab.losses import LOSSES
-from ticketlab.network import Execution, attempt, close, lent, n_replicas, network, resolve, watching_generators
+from ticketlab.network import Execution, n_replicas, network, resolve
+from ticketlab.probing import attempt, close, watching_generators
 from ticketlab.state import Masks, State, select, stack, stack_states
 
 
@@ -219,7 +221,7 @@ def _probe(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> bool:
         _put(net, params, buffers)
         poison = [{n: torch.full_like(t, math.nan) if t.is_floating_point() else t for n, t in part.items()}
                   for part in (params, buffers)]  # fmt: skip
-        with lent(model, *poison, training=True):
+        with lent(model, poison[0], poison[1], training=True):
             try:
                 return bool(close(net(x.clone()), outputs))
             except Exception:  # whatever a copy that does not stand on its own raises
@@ -295,7 +297,7 @@ class _Replica:
     slices: State
     own: bool
     """Whether ``net`` is a copy of its own, or the user's module, lent to one replica at a time."""
-    pruned: list[tuple[Tensor, Tensor]]
+    pruned: Sequence[tuple[Tensor, Tensor]]
     """Weights, and their masks in the same dtype, in the order of ``masks``."""
     masks: Masks
     optimizer: torch.optim.Optimizer

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused
-from ticketlab.network import Network, attempt, network
+from ticketlab.network import Network, network
+from ticketlab.probing import attempt
 from ticketlab.state import State
 
 Coordinates = Literal["live", "all"] | Mapping[str, Tensor]

@@ -2,6 +2,11 @@
 
 :func:`groups` traces a module, :func:`match` finds a permutation, :func:`permute` applies one to parameters, buffers
 and masks alike, :func:`align` does all of it and checks that the function is the same.
+
+- ``trace``: the operations of a forward pass, run on ``axes`` by ``rules``
+- ``groups``: what is left free has a name, and is tried on perturbed weights
+- ``permute``: applying, and holding one function against another
+- ``matching``: the best permutation
 """
 
 from __future__ import annotations

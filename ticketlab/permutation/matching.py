@@ -7,7 +7,7 @@ permutation of one is a linear assignment on the products summed over every tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -25,7 +25,7 @@ from ticketlab.state import Buffers, Masks, Params, State, check_finite
 class Matching:
     """The best permutation found for b, and how far each start came."""
 
-    permutations: Permutations
+    permutations: Permutations = field(repr=False)
     objective: float
     r"""\sum <a, \pi(b)> over all tensors, the largest of ``objectives``."""
     objectives: tuple[float, ...]
@@ -36,10 +36,10 @@ class Matching:
 class Alignment:
     """A network with its hidden units reordered; it computes the same function."""
 
-    params: Params
+    params: Params = field(repr=False)
     """pi(m * theta)."""
-    buffers: Buffers
-    masks: Masks | None
+    buffers: Buffers = field(repr=False)
+    masks: Masks | None = field(repr=False)
     matching: Matching
 
 

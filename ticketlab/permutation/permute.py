@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ticketlab.errors import Refused
-from ticketlab.network import Network, network, output_shape, watching_generators
+from ticketlab.network import Network, network, output_shape
+from ticketlab.probing import watching_generators
 from ticketlab.seeds import stream
 
 Factors = tuple[tuple[str | None, int], ...]
@@ -31,7 +32,7 @@ class Groups:
 
     sizes: dict[str, int]
     """Units of each group, named after the first layer that computes them; in the order of the forward pass."""
-    axes: dict[str, tuple[Factors, ...]]
+    axes: dict[str, tuple[Factors, ...]] = field(repr=False)
     """For every parameter and buffer, the factors of each of its axes; a tied tensor under each of its names."""
     refuted: tuple[str, ...] = ()
     """Groups that the rules gave and a trial did not confirm; they keep their order. A rule is at fault: report it."""

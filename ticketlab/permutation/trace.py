@@ -24,9 +24,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ticketlab.errors import Refused
-from ticketlab.network import attention_as_products, check_output, lent
+from ticketlab.lending import attention_as_products, lent
 from ticketlab.permutation.axes import Axes, Axis
 from ticketlab.permutation.rules import JOINING, RULES, Result, Rule, Shape, fits, opaque, pointwise, tensors_in, tie
+from ticketlab.probing import check_output
 from ticketlab.seeds import kept_generators
 
 _REGIONS = ("wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused
-from ticketlab.network import close
+from ticketlab.probing import close
 from ticketlab.signal.section import At, Section, hooked, sections, weights_of_outputs
 from ticketlab.state import State, check_finite
 

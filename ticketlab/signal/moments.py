@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused
-from ticketlab.network import close
+from ticketlab.probing import close
 from ticketlab.seeds import stream
 from ticketlab.signal.jacobian import ACTIVE, rows, transposed, widest
 from ticketlab.signal.section import At, Section, sections, weights_of_outputs

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused, nearest
-from ticketlab.network import Network, close, network
+from ticketlab.network import Network, network
+from ticketlab.probing import close
 from ticketlab.seeds import stream
 from ticketlab.state import State, check_finite
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ticketlab.derivatives import Cotangents, hessian_product, pullback, rows
 from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores
 from ticketlab.losses import IGNORED, Loss
-from ticketlab.network import close
+from ticketlab.probing import close
 from ticketlab.state import Params
 
 EXACT_LIMIT = 20_000

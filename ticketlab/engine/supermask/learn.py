@@ -17,7 +17,8 @@ from ticketlab.engine.supermask.module import Method, Supermask, rescaled
 from ticketlab.engine.training import Outcome, Start, train
 from ticketlab.errors import Refused
 from ticketlab.losses import CROSS_ENTROPY, Loss
-from ticketlab.network import apply, close, evaluate, n_replicas
+from ticketlab.network import apply, evaluate, n_replicas
+from ticketlab.probing import close
 from ticketlab.seeds import stream
 from ticketlab.state import Masks, Params, State
 

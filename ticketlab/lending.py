@@ -1,0 +1,163 @@
+"""A user's module lends its tensors, and gets everything back as it was, bit for bit, ``__dict__`` included."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ticketlab.seeds import rewinder
+
+
+@contextmanager
+def lent(
+    model: nn.Module, params: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor] | None, training: bool = False
+) -> Iterator[nn.Module]:
+    """The module's parameters and buffers hold these tensors until the block ends; then it is as it was.
+
+    The tensors are put *into* the module's own ``Parameter`` objects, so that whatever holds one of those (a hook, a
+    closure, a second name, an optimizer) sees them. A forward pass that writes writes into them; of what is not given
+    the module holds a copy. What the forward pass leaves on the module is taken off again.
+    """
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    put_back = _remember(model, {id(t) for t in own.values()})
+    data = [(t, t.data, t.grad, t.requires_grad) for t in own.values()]
+    modes = [(module, module.training) for module in model.modules()]  # scripted ones keep it elsewhere
+    given = {**(params or {}), **(buffers or {})}
+    try:
+        for name, tensor in own.items():
+            tensor.data = given[name] if name in given else tensor.data.clone()
+            tensor.grad = None
+        model.train(training)
+        yield model
+    finally:
+        put_back()
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
+        for tensor, values, gradient, trained in data:
+            tensor.data = values
+            tensor.grad = gradient
+            if tensor.requires_grad != trained:
+                tensor.requires_grad_(trained)
+
+
+def _remember(model: nn.Module, own: set[int]) -> Callable[[], None]:
+    """What puts a module's attributes back as they are now, with what containers, tensors and generators hold.
+
+    Args:
+        model: With all modules in it.
+        own: Ids of the parameters and buffers, which are not looked into.
+    """
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    containers: list[tuple[Any, list]] = []
+    arrays: list[tuple[np.ndarray, np.ndarray]] = []
+    tensors: list[tuple[Tensor, Tensor]] = []
+    generators: list[Callable[[], None]] = []
+    seen = own | {id(module) for module in model.modules()}
+    stack = [value for _, before in attributes for value in before.values()]
+    while stack:
+        value = stack.pop()
+        if type(value) in _PLAIN or not isinstance(value, _HOLDERS) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, _CONTAINERS):
+            content = _content(value)
+            containers.append((value, content))
+            stack += [part for item in content for part in item] if isinstance(value, dict) else content
+        elif isinstance(value, np.ndarray):
+            arrays.append((value, value.copy()))
+        elif isinstance(value, _GENERATORS):
+            generators.append(rewinder(value))
+        elif isinstance(value, nn.Module):  # one that the model holds without having it as its own
+            stack.append(value.__dict__)
+        else:
+            with suppress(RuntimeError):  # one that a transform has left behind holds nothing
+                tensors.append((value, value.detach().clone()))
+
+    def put_back() -> None:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+        for container, content in containers:
+            if (content or len(container)) and not _same(_content(container), content):
+                container.clear()
+                (container.update if isinstance(container, dict | set) else container.extend)(content)
+        for array, entries in arrays:
+            if array.flags.writeable:
+                array[...] = entries
+        for tensor, values in tensors:
+            if tensor.layout != torch.strided or not torch.equal(tensor, values):
+                tensor.data.copy_(values)
+        for rewind in generators:
+            rewind()
+
+    return put_back
+
+
+_PLAIN = {type(None), bool, int, float, str}  # most of what there is: asked first, for the time it takes
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_CONTAINERS = (dict, list, tuple, set, deque)
+_HOLDERS = (*_CONTAINERS, Tensor, np.ndarray, nn.Module, *_GENERATORS)
+
+
+def _content(container: Any) -> list:
+    return list(container.items()) if isinstance(container, dict) else list(container)
+
+
+def _same(now: list, before: list) -> bool:
+    """By identity: what is held may be tensors, which have no truth value."""
+    return len(now) == len(before) and all(
+        a is b or (isinstance(a, tuple) and isinstance(b, tuple) and _same(list(a), list(b)))
+        for a, b in zip(now, before, strict=True)
+    )
+
+
+@contextmanager
+def placed(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other tensor objects in the places of parameters and buffers, as transforms need; evaluation mode."""
+    names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    places = [
+        (where, key, own)
+        for module in model.modules()
+        for where in (module._parameters, module._buffers)
+        for key, own in where.items()
+        if own is not None
+    ]
+    modes = [(module, module.training) for module in model.modules() if module.training]
+    if modes:
+        model.eval()
+    for where, key, own in places:
+        where[key] = tensors[names[id(own)]]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for where, key, own in places:
+            where[key] = own  # type: ignore[assignment]
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def attention_as_products() -> Iterator[None]:
+    """Attention as plain matrix products, which alone have every derivative and batching rule.
+
+    Of other operations that ``vmap`` has no rule for, torch warns that it loops over them: slow, not wrong.
+    """
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
+def recurrence_as_products(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """The fused recurrent layers of accelerators have one derivative, and that in training mode alone."""
+    fused = device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules())
+    return torch.backends.cudnn.flags(enabled=False) if fused else nullcontext()
