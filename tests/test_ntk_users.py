@@ -478,6 +478,16 @@ def test_every_measure_against_plain_gradients_and_nothing_is_left_on_the_module
     assert all(torch.equal(t, own.params[n]) for n, t in model.named_parameters())
 
 
+def test_inputs_that_want_a_gradient_get_none() -> None:
+    model = build(lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 2)))
+    x = vectors(6)(3, 0).requires_grad_()
+    operator = ntk.operator(model, state(model), x)
+    found = [ntk.kernel(model, state(model), x, method=method) for method in ("auto", "generic")]
+    found += [ntk.jacobian(model, state(model), x).values, operator.product(torch.ones(6, dtype=F64)), operator.trace()]
+    assert x.grad is None
+    assert not any(one.requires_grad for one in found)
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_as_many_examples_as_outputs(n: int) -> None:
     """Two nested vmaps over PReLU's backward are wrong, in silence, where both are 3 (torch 2.13)."""

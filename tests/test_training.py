@@ -532,3 +532,22 @@ def test_hooks_on_parameters_and_weights_put_in_place_train_as_in_a_plain_loop()
     alone = train_alone(build(Clipped), {}, task, recipe, 0, copies=False)
     for name, p in alone.named_parameters():
         torch.testing.assert_close(outcome.end.params[name][0], p.detach(), rtol=1e-12, atol=1e-12)
+
+
+class Hidden(nn.Module):
+    """A running mean in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mean = nn.Linear(6, 3), 0.0
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean().item()
+        return self.a(x - self.mean)
+
+
+def test_state_that_is_neither_parameter_nor_buffer_is_refused():
+    model = build(Hidden)
+    with pytest.raises(ValueError, match="must be a parameter or a buffer"):
+        train(model, [Start(state(model), {}, 0)], blobs(), SGD)

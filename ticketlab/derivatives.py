@@ -98,7 +98,7 @@ def rows(
         size = max(1, _ROW_ELEMENTS // (copies * sum(net.params[n].numel() for n in names)))
         fast = True
         for start in range(0, len(x), size):
-            block = tuple(part[start : start + size] for part in (x, *targets))
+            block = tuple(part[start : start + size].detach() for part in (x, *targets))
             found = _mapped(net, cotangents, names, *block) if fast else None
             fast = found is not None
             here = slice(start, start + len(block[0]))

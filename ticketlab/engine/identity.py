@@ -37,8 +37,19 @@ def behaviour(model: nn.Module, task: Task, dtype: torch.dtype) -> dict[str, Any
         "sums": {name: f"{float(p.abs().double().sum()):.5g}" for name, p in first.params.items()},
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
         "text": re.sub(r" at 0x[0-9a-f]+|<lambda>", "", repr(model)),
+        "attributes": _attributes(model),
         "does": {f"training={training}": _does(model, first, task, dtype, training) for training in (False, True)},
     }
+
+
+def _attributes(model: nn.Module) -> list[str]:
+    """Plain values that modules hold, such as a slope or a threshold, which a few examples may not reach."""
+    return [
+        f"{name}.{key}={value!r}"
+        for name, module in model.named_modules()
+        for key, value in sorted(vars(module).items())
+        if not key.startswith("_") and key != "training" and isinstance(value, int | float | str | bool | tuple)
+    ]
 
 
 def _does(model: nn.Module, first: State, task: Task, dtype: torch.dtype, training: bool) -> list[str]:
@@ -57,7 +68,7 @@ def _does(model: nn.Module, first: State, task: Task, dtype: torch.dtype, traini
                 LOSSES[task.loss].mean(outputs, y).backward()  # unlike autograd.grad, through any checkpoint
                 slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
                 return [_told(tensor, digits) for tensor in (*outputs.detach(), *slopes, *model.buffers())]
-        except RuntimeError:  # a dtype of its own
+        except Exception:  # a dtype of its own, or whatever a model raises at one that it does not take
             continue
     return ["unknown"]
 
@@ -67,7 +78,8 @@ def criterion_effect(own: Any, model: nn.Module, task: Task, masks: Masks) -> di
     function, first = getattr(own, "score", own), state(model)
     x, y = task.train.x[:32], task.train.y[:32]
     scores = function(Evidence(model, masks, first, first, x, y, 0, "global", LOSSES[task.loss]))
-    return {"code": _code(function), "does": [_told(tensor, 3) for tensor in scores.values()]}
+    rounds = getattr(own, "rounds", 1)
+    return {"code": _code(function), "rounds": rounds, "does": [_told(tensor, 3) for tensor in scores.values()]}
 
 
 def treatment_effect(own: Any, factory: Factory, model: nn.Module, masks: Masks) -> dict[str, Any]:
@@ -75,10 +87,9 @@ def treatment_effect(own: Any, factory: Factory, model: nn.Module, masks: Masks)
     function, first = getattr(own, "start", own), state(model)
     half = {n: torch.arange(m.numel(), device=m.device).view_as(m) % 2 == 0 for n, m in masks.items()}
     begun = function(Origin(factory, first, half, 0, 0, 1, first, first, 0.1))
-    return {
-        "code": _code(function),
-        "does": [_told(tensor, 3) for tensor in (*begun.state.params.values(), *begun.masks.values())],
-    }
+    told = [_told(tensor, 3) for tensor in (*begun.state.params.values(), *begun.masks.values())]
+    how = repr((begun.order_seed, begun.frozen, begun.learning_rate, begun.dynamics))
+    return {"code": _code(function), "how": how, "does": told}
 
 
 def _told(tensor: Tensor, digits: int) -> str:

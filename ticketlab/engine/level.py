@@ -10,7 +10,6 @@ import pandas as pd
 from torch import nn
 
 from ticketlab.errors import Refused
-from ticketlab.masks import masked
 from ticketlab.seeds import Factory, initialise
 from ticketlab.state import Masks, Params, State, select
 
@@ -76,7 +75,7 @@ class Level:
     def module(
         self, replica: int = 0, *, at: Literal["start", "end"] = "end", model: Factory | None = None
     ) -> nn.Module:
-        """A plain ``nn.Module`` with the network in it, pruned weights zero, in evaluation mode.
+        """A plain ``nn.Module`` with the network in it, in evaluation mode; pruned weights are zero unless frozen.
 
         Args:
             replica: Row of ``metrics``.
@@ -95,7 +94,11 @@ class Level:
         state = one.start if at == "start" else one.end
         net = initialise(factory, 0).eval()
         own = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-        for name, tensor in {**masked(state.params, None if at == "start" else one.masks), **state.buffers}.items():
+        for name, tensor in {**state.params, **state.buffers}.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise Refused(
+                    f"model must build the study's architecture: it has no {name!r} of {tuple(tensor.shape)}."
+                )
             own[name].data = tensor.detach().clone()
         return net
 

@@ -212,6 +212,7 @@ def _probe(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> bool:
             )
         LOSSES[task.loss].check(y, len(x), outputs.shape[1:])
         network(model, start.begun, task.train.x, finite=False)  # what is trained is evaluated: each example by itself
+        _refuse_hidden_state(model, start.begun, x)
         # A hook on a parameter is not copied with it.
         hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
         net = None if hooked else copied(model)
@@ -226,6 +227,28 @@ def _probe(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> bool:
                 return bool(close(net(x.clone()), outputs))
             except Exception:  # whatever a copy that does not stand on its own raises
                 return False
+
+
+def _refuse_hidden_state(model: nn.Module, begun: State, x: Tensor) -> None:
+    """What training changes must be a parameter or a buffer: nothing else is stored, evaluated or rewound."""
+
+    def fresh() -> dict[str, Tensor]:
+        return {n: t.clone() for part in begun for n, t in part.items()}
+
+    with lent(model, fresh(), None):
+        before = model(x.clone())
+        model.train()
+        model(x.clone())
+        model.eval()
+        values = fresh()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.data = values[name]
+        after = model(x.clone())
+    if not close(before, after):
+        raise Refused(
+            "what a forward pass in training mode changes must be a parameter or a buffer: outputs differ after one "
+            "with both put back, so that the model keeps state elsewhere. Register it with register_buffer."
+        )
 
 
 def copied(model: nn.Module) -> nn.Module | None:

@@ -54,7 +54,7 @@ class KernelOperator:
         """
         if vector.shape != (self.size,):
             raise Refused(f"vector must have shape ({self.size},), [n * out]: got {tuple(vector.shape)}.")
-        parts = vector.view(len(self.x), self.n_outputs).split(self.block_size)
+        parts = vector.detach().view(len(self.x), self.n_outputs).split(self.block_size)
         with self.problem.net.lent() as weights, torch.enable_grad():
             found = _twice(self.problem, weights, list(zip(self.x.split(self.block_size), parts, strict=True)))
         if found is None:

@@ -27,7 +27,7 @@ from ticketlab.errors import Refused
 from ticketlab.lending import attention_as_products, lent
 from ticketlab.permutation.axes import Axes, Axis
 from ticketlab.permutation.rules import JOINING, RULES, Result, Rule, Shape, fits, opaque, pointwise, tensors_in, tie
-from ticketlab.probing import check_output
+from ticketlab.probing import check_examples, check_output
 from ticketlab.seeds import kept_generators
 
 _REGIONS = ("wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint")
@@ -57,9 +57,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     Raises:
         Refused: The module cannot be traced on this input, or returns something other than one tensor [n, ...].
     """
-    if not isinstance(x, Tensor) or x.numel() == 0:
-        given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise Refused(f"x must hold at least one example on its first axis: got {given}. Pass a tensor [n, ...].")
+    check_examples(x)
     named = {n: t for every in (model.named_parameters, model.named_buffers) for n, t in every(remove_duplicate=False)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated internals of torch.export

@@ -155,7 +155,8 @@ def _vectorised(
         for end in () if slopes is None else (0, -1):
             if i == end % len(blocks):
                 own = found[end] if plan.by_rows else found[end].mT
-                if not close(own @ plan.weights, slopes[end]):  # type: ignore[index]
+                weights, slope = plan.weights.to(own.dtype), slopes[end].to(own.dtype)  # type: ignore[index]
+                if not close(own @ weights, slope):
                     return None
         values.append(_of_matrices(found))
     return values
