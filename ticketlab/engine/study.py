@@ -347,7 +347,8 @@ def model_and_task(config: ImpConfig, *, device: torch.device | str | None = Non
     Raises:
         Refused: An unknown name, or data that cannot be loaded.
     """
-    study = Study(config, device=device)
+    # Neither depends on criteria and treatments, which may be a user's own.
+    study = Study(replace(config, criterion="magnitude", treatments=("ticket",)), device=device)
     return study.model, study.task
 
 
