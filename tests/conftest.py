@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads that spin starve a shared machine
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -20,3 +21,9 @@ def _strict_determinism():
     before = torch.random.get_rng_state()
     yield
     assert torch.equal(before, torch.random.get_rng_state()), "the library drew from the global generator"
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_closed():
+    yield
+    plt.close("all")

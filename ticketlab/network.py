@@ -431,7 +431,7 @@ def _check_outputs(net: Network, x: Tensor, finite: bool) -> bool:
                 f"outputs must not depend on the rest of the batch: batch norm {name!r} keeps no running statistics. "
                 "Build it with track_running_stats=True."
             )
-    one = _sound(net)
+    one = next(net.each()) if finite else _sound(net)
     examples = probe(x)
     with torch.no_grad(), watching_generators(x.device) as drawn:
         try:
