@@ -121,6 +121,22 @@ class Dense(nn.Module):
         return self.head(self.norm(x).relu().mean((2, 3)))
 
 
+class Stem(nn.Module):
+    """Convolutions, a norm, and tokens of what they see, as in LeViT and CvT.
+
+    A batch norm of torch 2.13 and 2.14 misreads the gradient that comes back to a single example this way.
+    """
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.Hardswish(), nn.Conv2d(8, 12, 2), norm(12))
+        self.mix, self.head = nn.Linear(12, 12), nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head((tokens + self.mix(tokens).tanh()).mean(1))
+
+
 def normed(norm: Callable[[int], nn.Module], dropout: float = 0.0) -> nn.Module:
     """Two convolutions, each behind it a norm."""
     return nn.Sequential(
@@ -136,6 +152,8 @@ PLAIN = {
     "mixer": Architecture(Mixer),
     "checkpointed": Architecture(Dense),
     "checkpointed_reentrant": Architecture(partial(Dense, reentrant=True)),
+    "stem": Architecture(Stem),
+    "stem_instance_norm": Architecture(partial(Stem, nn.InstanceNorm2d)),
     "group_norm": Architecture(partial(normed, partial(nn.GroupNorm, 2))),
     "instance_norm": Architecture(partial(normed, nn.InstanceNorm2d)),
     "instance_norm_tracked": Architecture(partial(normed, partial(nn.InstanceNorm2d, track_running_stats=True))),
@@ -204,6 +222,9 @@ EFFICIENT = {"width_coefficient": 0.25, "depth_coefficient": 1.0, "depth_divisor
 EFFICIENT |= {"kernel_sizes": [3, 3], "in_channels": [32, 32], "out_channels": [32, 32], "strides": [1, 2]}
 EFFICIENT |= {"num_block_repeats": [1, 2], "expand_ratios": [1, 2], "dropout_rate": 0.0, "drop_connect_rate": 0.0}
 
+LEVIT = {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4]}
+LEVIT |= {"image_size": 32, "mlp_ratio": [2, 2, 2], "drop_path_rate": 0}
+
 HUGGING_FACE = {
     "hf_resnet": of_hugging_face("ResNetForImageClassification", **STAGES, embedding_size=8, layer_type="basic"),
     "hf_regnet": of_hugging_face("RegNetForImageClassification", **STAGES, embedding_size=8, groups_width=4),
@@ -217,6 +238,7 @@ HUGGING_FACE = {
     ),
     "hf_vit": of_hugging_face("ViTForImageClassification", **ENCODER, image_size=16, patch_size=8),
     "hf_swin": of_hugging_face("SwinForImageClassification", **WINDOWS, image_size=16, drop_path_rate=0.0),
+    "hf_levit": replace(of_hugging_face("LevitForImageClassification", **LEVIT), shape=(3, 32, 32)),
     "hf_bert": of_hugging_face(
         "BertForSequenceClassification",
         **ENCODER,

@@ -60,6 +60,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
     "gru": ("embed.weight",),
     "hf_vit": ("*.cls_token", "*.position_embeddings"),
     "hf_swin": ("*.relative_position_bias_table",),
+    "hf_levit": ("*.attention_biases",),
     "hf_bert": ("*_embeddings.weight",),
     "hf_gpt2": ("*.wte.weight", "*.wpe.weight"),  # the first is the output layer's too
     "hf_t5_encoder": ("inner.shared.weight", "*.relative_attention_bias.weight"),
@@ -110,9 +111,9 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         return {n: torch.rand(named(self.net)[n].shape, generator=generator) < 0.67 for n in prunable(self)}
 
-    @cached_property
+    @property
     def ticket(self) -> nn.Module:
-        """m * theta as a plain module in evaluation mode."""
+        """m * theta as a plain module of its own, in evaluation mode."""
         net = copy.deepcopy(self.net)
         with torch.no_grad():
             for name, mask in self.masks.items():
@@ -153,8 +154,11 @@ def case(name: str) -> Case:
         warnings.simplefilter("ignore")  # of the libraries' own
         model, *nets = (tl.initialise(arch.build, seed).double() for seed in range(3))
         task, generator = arch.task(), torch.Generator().manual_seed(7)
-        for net in nets if name != "hf_mixtral_grouped" else ():
-            disturb(net, task.train.x, generator)
+        if name != "hf_mixtral_grouped":
+            for net in nets:
+                disturb(net, task.train.x, generator)
+            with torch.no_grad():
+                model.eval()(task.train.x)  # what it keeps of its own weights must not be taken for others'
     return Case(name, arch, model.eval(), *(net.eval() for net in nets), task)
 
 
@@ -253,13 +257,10 @@ def pruned_by_sorting(masks: Named, net: nn.Module, fraction: float) -> Named:
 def measure_kernel(case: Case) -> None:
     x, _ = case.examples(2)
     theta = tl.ntk.kernel(case.model, case.state, x, masks=case.masks)
-    rows = []
-    for one in x:
-        for output in case.ticket(one[None]).flatten():
-            found = torch.autograd.grad(
-                output, list(case.ticket.parameters()), retain_graph=True, materialize_grads=True
-            )
-            rows.append(live_part(case, dict(zip(named(case.ticket), found, strict=True))))
+    net = case.ticket
+    outputs, weights = net(x).flatten(), list(net.parameters())  # a batch: see architectures.Stem
+    found = [torch.autograd.grad(output, weights, retain_graph=True, materialize_grads=True) for output in outputs]
+    rows = [live_part(case, dict(zip(named(net), row, strict=True))) for row in found]
     jacobian = torch.stack([torch.cat([part.flatten() for part in row.values()]) for row in rows])
     case.close(theta.flatten(2).flatten(0, 1), jacobian @ jacobian.T)
 
@@ -292,19 +293,20 @@ def measure_singular_values(case: Case) -> None:
     if source is not None:
         with pytest.raises(Refused, match=r"x must be floating .* Name source="):
             measure()
-    found, expected = measure(source=source), []
-    for one in x:
-        before = one[None] if source is None else case.ticket.get_submodule(source)(one[None]).detach()
-        jacobian = torch.autograd.functional.jacobian(partial(behind, case.ticket, source, one[None]), before)
-        expected.append(torch.linalg.svdvals(jacobian.view(-1, before.numel())))
+    found, expected, net = measure(source=source), [], case.ticket
+    before = (x.clone() if source is None else net.get_submodule(source)(x).detach()).requires_grad_()
+    after = behind(net, source, x, before).flatten(1)
+    for i in range(len(x)):
+        rows = [torch.autograd.grad(output, before, retain_graph=True)[0][i].flatten() for output in after[i]]
+        expected.append(torch.linalg.svdvals(torch.stack(rows)))
     case.close(found, torch.stack(expected))
 
 
-def behind(net: nn.Module, source: str | None, x: Tensor, value: Tensor) -> Tensor:
+def behind(net: nn.Module, source: str | None, x: Tensor, values: Tensor) -> Tensor:
     """Outputs where the input, or what module ``source`` returns, is this."""
     if source is None:
-        return net(value)
-    handle = net.get_submodule(source).register_forward_hook(lambda *_: value)
+        return net(values)
+    handle = net.get_submodule(source).register_forward_hook(lambda *_: values)
     try:
         return net(x)
     finally:
@@ -312,9 +314,10 @@ def behind(net: nn.Module, source: str | None, x: Tensor, value: Tensor) -> Tens
 
 
 def plain_gradient(case: Case) -> Named:
-    loss = loss_of(case.ticket, *case.examples(4))
-    found = torch.autograd.grad(loss, list(case.ticket.parameters()), materialize_grads=True, allow_unused=True)
-    return dict(zip(named(case.ticket), found, strict=True))
+    net = case.ticket
+    loss = loss_of(net, *case.examples(4))
+    found = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True, allow_unused=True)
+    return dict(zip(named(net), found, strict=True))
 
 
 def measure_gradient(case: Case) -> None:
@@ -333,16 +336,14 @@ def measure_permutation(case: Case) -> None:
     x, _ = case.examples(3)
     groups = tl.permutation.groups(case.model, x)
     pi = tl.permutation.random(groups, 0)
-    params = {n: p.detach() for n, p in case.ticket.named_parameters()}
-    own = {**params, **case.state.buffers}
+    net = case.ticket
+    own = {n: p.detach().clone() for n, p in (*net.named_parameters(), *net.named_buffers())}
     moved = tl.permutation.permute(groups, own, pi)
-    net = copy.deepcopy(case.ticket)
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        tensor.data = moved[name]
-    assert all(
-        any(not torch.equal(moved[n], own[n]) for n in params if group in groups.of(n)) for group in groups.sizes
-    )
+    for group in groups.sizes:
+        assert any(not torch.equal(moved[n], own[n]) for n in named(net) if group in groups.of(n))
     with torch.no_grad():
+        for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+            tensor.copy_(moved[name])
         case.close(net(x), case.ticket(x))
 
 
@@ -355,13 +356,12 @@ def measure_outputs(case: Case) -> None:
 def measure_output_layer(case: Case) -> None:
     """The last linear layer that runs."""
     found = tl.graph.output_layers(case.model, case.examples(4)[0])
-    last: list[nn.Module] = []
-    linear = [m for m in case.ticket.modules() if isinstance(m, nn.Linear)]
-    handles = [m.register_forward_hook(lambda module, *_: last.append(module)) for m in linear]
-    case.ticket(case.examples(1)[0])
-    for handle in handles:
-        handle.remove()
-    assert found == tuple(n for n, p in named(case.ticket).items() if p is last[-1].weight)
+    net, last = case.ticket, list[nn.Module]()
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, *_: last.append(module))
+    net(case.examples(1)[0])
+    assert found == tuple(n for n, p in named(net).items() if p is last[-1].weight)
 
 
 def measure_uses(case: Case) -> None:
@@ -373,7 +373,7 @@ def measure_uses(case: Case) -> None:
     def note(name: str, width: int, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         expected[name] = expected.get(name, 0) + output.numel() / width
 
-    net = copy.deepcopy(case.ticket)
+    net = case.ticket
     for name in prunable(case):
         module = net.get_submodule(name.rpartition(".")[0])
         width = next((getattr(module, a) for a in ("out_features", "out_channels", "nf") if hasattr(module, a)), None)
@@ -453,6 +453,29 @@ def test_right_or_refused_by_name(name, measure):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_are_of_measures(name):
     assert set(REFUSED[name]) <= set(MEASURES) and name in ALL
+
+
+@pytest.mark.parametrize("name", ["stem", "stem_instance_norm", "hf_levit", "checkpointed"])
+def test_one_example_has_the_derivatives_that_it_has_in_a_batch(name):
+    one = case(name)
+
+    def measured(n: int) -> list[Tensor]:
+        x, y = (part[[0] * n] for part in one.examples(1))
+        kernels = [
+            tl.ntk.kernel(one.model, one.state, x, masks=one.masks, method=method)[0, :, 0]
+            for method in ("auto", "generic")
+        ]
+        evidence = Evidence(one.model, one.masks, one.state, one.state, x, y)
+        by_name = (
+            tl.gradients.gradient(one.model, one.state, x, y, masks=one.masks),
+            tl.criteria.score("obd_gauss_newton", evidence),
+        )
+        flat = [torch.cat([part.flatten() for part in some.values()]) for some in by_name]
+        return [*kernels, *flat, tl.signal.jacobian_singular_values(one.model, one.state, x, masks=one.masks)[0]]
+
+    for found, expected in zip(measured(1), measured(2), strict=True):
+        one.close(found, expected)
+    one.close(measured(1)[0], tl.ntk.kernel(one.model, one.state, one.examples(2)[0], masks=one.masks)[0, :, 0])
 
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

@@ -37,6 +37,9 @@ def lent(
             tensor.data = given[name] if name in given else tensor.data.clone()
             tensor.grad = None
         model.train(training)
+        if not training:
+            forget(model)
+            _mend_norms(model)
         yield model
     finally:
         put_back()
@@ -48,6 +51,37 @@ def lent(
             tensor.grad = gradient
             if tensor.requires_grad != trained:
                 tensor.requires_grad_(trained)
+
+
+def forget(model: nn.Module) -> None:
+    """Have modules compute anew what they compute of their weights once and keep until they are trained again.
+
+    LeViT's attention biases are such: those of other weights, or of a graph that has been freed. Modes stay.
+    """
+    if all(type(module).train is nn.Module.train for module in model.modules()):
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    model.eval()
+    for module, mode in modes:
+        if module.training != mode:
+            module.training = mode
+
+
+def _mend_norms(model: nn.Module) -> None:
+    """Norms whose backward pass is right for a single example: taken off with all else that is left on the module.
+
+    On a CPU batch norm reads the gradient of one example in the wrong order where it comes back through a transpose
+    (torch 2.13 and 2.14): an index on the way makes it contiguous.
+    """
+
+    def contiguous_gradient(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        single = isinstance(output, Tensor) and output.ndim > 2 and len(output) == 1 and output.requires_grad
+        return output.index_select(0, output.new_zeros(1, dtype=torch.long)) if single else None
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.register_forward_hook(contiguous_gradient)
 
 
 def _remember(model: nn.Module, own: set[int]) -> Callable[[], None]:

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
 from ticketlab.errors import Refused, check_type
-from ticketlab.lending import attention_as_products, lent, placed, recurrence_as_products
+from ticketlab.lending import attention_as_products, forget, lent, placed, recurrence_as_products
 from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.probing import attempt, check_examples, close, probe, watching_generators
 from ticketlab.seeds import kept_generators
@@ -96,12 +96,14 @@ class Network:
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) of the module as it stands, inside `lent`; ``x`` is not written into."""
+        forget(self.model)
         return self.model(x.clone() if self.writes_input else x)
 
     def call(self, weights: Mapping[str, Tensor], x: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
         """f(x) as a pure function of named parameters; what ``weights`` lacks stays as it is here."""
         tensors = {**self.params, **self.buffers, **(buffers or {}), **weights}
         with attention_as_products(), placed(self.model, tensors):
+            forget(self.model)
             return self.model(x.clone() if self.writes_input else x)
 
     @torch.no_grad()
