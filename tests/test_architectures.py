@@ -500,3 +500,20 @@ def test_what_draws_as_it_trains_is_refused_by_name(arch, why):
     config = tl.ImpConfig(levels=1, init_seeds=(0,), dtype="float64", recipe=tl.Recipe(steps=2, batch_size=4))
     with pytest.raises(Refused, match=why):
         next(tl.imp(config, model=arch.build, task=arch.task(), store=None, progress=False))
+
+
+class Coupled(nn.Module):
+    """What it takes of the rest of the batch is nothing at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.head = nn.Parameter(torch.zeros(())), nn.Linear(768, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.gain * x.amax(0)).flatten(1))
+
+
+def test_coupling_that_first_weights_hide_is_refused_where_training_shows_it():
+    config = tl.ImpConfig(levels=0, init_seeds=(0,), dtype="float64", recipe=tl.Recipe(steps=2, batch_size=4))
+    with pytest.raises(Refused, match="each example must pass through the network by itself"):
+        next(tl.imp(config, model=Coupled, task=Architecture(Coupled).task(), store=None, progress=False))

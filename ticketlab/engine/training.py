@@ -145,6 +145,7 @@ def train(
                 watch.check(end)
                 snapshots[end] = live.clone()
             bar.update(end - begin)
+    network(model, live, task.train.x, finite=False)  # as `_probe`: first weights may hide it, as gains of zero do
     return Outcome(live, snapshots, watch.metrics(), watch.curves(), time.perf_counter() - began, masks)
 
 
