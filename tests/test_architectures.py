@@ -139,6 +139,10 @@ def named(net: nn.Module) -> dict[str, nn.Parameter]:
     return dict(net.named_parameters())
 
 
+def trained(net: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in net.named_parameters() if p.requires_grad}
+
+
 def prunable(case: Case) -> tuple[str, ...]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tested apart
@@ -258,9 +262,9 @@ def measure_kernel(case: Case) -> None:
     x, _ = case.examples(2)
     theta = tl.ntk.kernel(case.model, case.state, x, masks=case.masks)
     net = case.ticket
-    outputs, weights = net(x).flatten(), list(net.parameters())  # a batch: see architectures.Stem
-    found = [torch.autograd.grad(output, weights, retain_graph=True, materialize_grads=True) for output in outputs]
-    rows = [live_part(case, dict(zip(named(net), row, strict=True))) for row in found]
+    outputs, weights = net(x).flatten(), trained(net)  # a batch: see architectures.Stem
+    of_weights = partial(torch.autograd.grad, inputs=list(weights.values()), retain_graph=True, materialize_grads=True)
+    rows = [live_part(case, dict(zip(weights, of_weights(output), strict=True))) for output in outputs]
     jacobian = torch.stack([torch.cat([part.flatten() for part in row.values()]) for row in rows])
     case.close(theta.flatten(2).flatten(0, 1), jacobian @ jacobian.T)
 
@@ -316,8 +320,8 @@ def behind(net: nn.Module, source: str | None, x: Tensor, values: Tensor) -> Ten
 def plain_gradient(case: Case) -> Named:
     net = case.ticket
     loss = loss_of(net, *case.examples(4))
-    found = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True, allow_unused=True)
-    return dict(zip(named(net), found, strict=True))
+    found = torch.autograd.grad(loss, list(trained(net).values()), materialize_grads=True, allow_unused=True)
+    return dict(zip(trained(net), found, strict=True))
 
 
 def measure_gradient(case: Case) -> None:
