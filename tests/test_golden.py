@@ -37,7 +37,8 @@ from ticketlab.engine.transfer import carry
 from ticketlab.engine.treatments import Start
 
 GOLDEN = Path(__file__).parent / "golden"
-RTOL = 1e-11
+RTOL = {"cpu": 1e-11, "cuda": 1e-8}
+DEVICE = "cpu"  # a test sets it
 F64 = torch.float64
 Tree = dict[str, Any]
 
@@ -87,7 +88,7 @@ def clusters(*shape: int, n_classes: int = 4, seed: int = 0, **options: Any) -> 
     centres = 2 * torch.rand(n_classes, *shape, generator=generator, dtype=F64) - 1
     y = torch.arange(400) % n_classes
     x = centres[y] + 3 * torch.rand(400, *shape, generator=generator, dtype=F64) - 1.5
-    return tl.Task.from_tensors(x, y, name="clusters", validation_size=80, test_size=80, **options)
+    return tl.Task.from_tensors(x, y, name="clusters", validation_size=80, test_size=80, **options).to(DEVICE)
 
 
 SGD = tl.Recipe(
@@ -122,7 +123,7 @@ def of_masks(masks: Mapping[str, Tensor]) -> Tree:
     for r in range(len(next(iter(masks.values())))):
         digest = hashlib.sha256()
         for name in sorted(masks):
-            digest.update(name.encode() + masks[name][r].bool().contiguous().numpy().tobytes())
+            digest.update(name.encode() + masks[name][r].bool().contiguous().cpu().numpy().tobytes())
         hashes.append(digest.hexdigest())
     return {"sha256": hashes, "kept": {name: m.flatten(1).sum(1).tolist() for name, m in sorted(masks.items())}}
 
@@ -131,7 +132,7 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> Tree:
     """Of each tensor and replica: its sum, its sum of squares, its product with a fixed vector."""
     numbers = {}
     for name, tensor in sorted(tensors.items()):
-        rows = tensor.double().reshape(len(tensor), -1)
+        rows = tensor.cpu().double().reshape(len(tensor), -1)
         fixed = torch.arange(rows.shape[1], dtype=F64).cos()
         numbers[name] = {
             "size": rows.shape[1],
@@ -152,7 +153,7 @@ def of_table(table: pd.DataFrame) -> Tree:
 def of_levels(config: tl.ImpConfig, model: Callable[[], nn.Module], task: tl.Task | None) -> Tree:
     """A study, level by level."""
     found = {}
-    for level in tl.imp(config, model=model, task=task, store=None, device="cpu", progress=False):
+    for level in tl.imp(config, model=model, task=task, store=None, device=DEVICE, progress=False):
         found[f"level {level.level}"] = {
             "density": level.density,
             "masks": of_masks(level.masks),
@@ -178,7 +179,7 @@ def of_training(model: nn.Module, starts: list[Start], task: tl.Task, recipe: tl
 
 
 def network(factory: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    return tl.initialise(factory, seed).to(F64)
+    return tl.initialise(factory, seed).to(DEVICE, F64)
 
 
 def alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -349,7 +350,7 @@ def supermasks() -> Tree:
 
 def transfer() -> Tree:
     """A ticket's mask, and its weights, on the same problem and on one of more classes, then trained there."""
-    *_, last = tl.imp(CONFIG, model=small, task=clusters(10), store=None, device="cpu", progress=False)
+    *_, last = tl.imp(CONFIG, model=small, task=clusters(10), store=None, device=DEVICE, progress=False)
     ticket = last.select(treatment="ticket", init_seed=3)
     found = {}
     for factory, n_classes in ((small, 4), (more_classes, 5)):
@@ -376,9 +377,9 @@ def differences(found: Any, stored: Any, where: str = "") -> Iterator[str]:
     if isinstance(stored, dict) and "rows" in stored:
         size, pairs = stored["size"], zip(found["rows"], stored["rows"], strict=True)
         for r, (new, old) in enumerate(pairs):
-            slack = RTOL * math.sqrt(size * old[1])  # of a sum; of the sum of squares it is relative
+            slack = RTOL[DEVICE] * math.sqrt(size * old[1])  # of a sum; of the sum of squares it is relative
             near = abs(new[0] - old[0]) <= slack and abs(new[2] - old[2]) <= slack
-            if found["size"] != size or not near or abs(new[1] - old[1]) > 2 * RTOL * old[1]:
+            if found["size"] != size or not near or abs(new[1] - old[1]) > 2 * RTOL[DEVICE] * old[1]:
                 yield f"{where}, replica {r}: {new}, was {old}"
     elif isinstance(stored, dict):
         for name, old in stored.items():
@@ -390,14 +391,19 @@ def differences(found: Any, stored: Any, where: str = "") -> Iterator[str]:
         for i, (new, old) in enumerate(zip(found, stored, strict=False)):
             yield from differences(new, old, f"{where}[{i}]")
     elif isinstance(stored, float) and isinstance(found, float | int):
-        if not math.isclose(found, stored, rel_tol=RTOL, abs_tol=1e-12):
+        if not math.isclose(found, stored, rel_tol=RTOL[DEVICE], abs_tol=1e-12):
             yield f"{where}: {found}, was {stored}"
     elif found != stored:
         yield f"{where}: {found}, was {stored}"
 
 
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_have_not_moved(kind):
+def test_numbers_have_not_moved(kind, device, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", device)
     stored = json.loads((GOLDEN / f"{kind}.json").read_text())
     moved = list(differences(json.loads(json.dumps(KINDS[kind]())), stored))
     assert not moved, f"{len(moved)} numbers moved, the first of them: " + "\n".join(moved[:20])

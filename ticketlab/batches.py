@@ -70,11 +70,22 @@ def crop_flip(
         raise Refused(
             f"x must be [batch, c, h, w] and padding >= 0: got shape {tuple(x.shape)} and {padding}. Reshape x."
         )
-    n, c, h, w = x.shape
+    return crop_flipped(x, crop_flip_draws(len(x), order_seed, step, padding).to(x.device), padding)
+
+
+def crop_flip_draws(n: int, order_seed: int, step: int, padding: int = 4) -> Int64[Tensor, "3 n 1"]:
+    """The top and left edges of n crops, in 0..2 padding, and whether each is mirrored; on the CPU."""
     generator = stream("augment", order_seed, step)
     shifts = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
-    flips = torch.randint(0, 2, (1, n, 1), generator=generator)
-    top, left, flip = torch.cat([shifts, flips]).to(x.device)  # [n, 1] each, in one transfer
+    return torch.cat([shifts, torch.randint(0, 2, (1, n, 1), generator=generator)])
+
+
+def crop_flipped(
+    x: Float[Tensor, "batch c h w"], draws: Int64[Tensor, "3 batch 1"], padding: int = 4
+) -> Float[Tensor, "batch c h w"]:
+    """The images cropped and mirrored as drawn; everything on the device of ``x``."""
+    n, c, h, w = x.shape
+    top, left, flip = draws  # [n, 1] each
     rows = top + torch.arange(h, device=x.device)  # [n, h]
     column = torch.arange(w, device=x.device)
     columns = left + torch.where(flip.bool(), w - 1 - column, column)  # [n, w]

@@ -5,6 +5,7 @@ its slice of the stack, so that whatever works in a plain PyTorch loop works her
 weight stays where it starts, at zero or ``frozen`` at its own value, because its gradient is masked: SGD and Adam with
 zero gradient and zero state leave a weight where it is. Weight decay leaves a zero where it is, but nothing else, so
 the two exclude each other. ``vmap`` is an optimisation, used where its gradients are those of the loop.
+On a GPU a step of the loop is a CUDA graph where it can be one (``graphed``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from ticketlab import masks as mask_ops
 from ticketlab.data import Task, batch_indices, crop_flip
+from ticketlab.engine import graphed
 from ticketlab.engine.dynamic.moves import Dynamics, validate
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.watch import OnEval, Watch, put_back
@@ -291,6 +293,10 @@ def _advance(
     apart = any(start.apart for start in starts)
     if execution == "vmap" and apart:
         raise Refused("replicas with rates or dynamics of their own need the loop: leave execution at 'auto'.")
+    if execution == "auto" and task.device.type == "cuda" and copies:
+        advance = _graphed(model, live, masks, starts, task, recipe)
+        if advance is not None:
+            return advance
     how = resolve(execution, model, task.device, len(starts))
     if how == "vmap" and not apart:
         why = _why_not_vmap(model, live, starts, task, recipe) if copies else "it cannot be copied"
@@ -301,16 +307,19 @@ def _advance(
     return _loop(model, live, masks, starts, task, recipe, copies)
 
 
-def make_optimizer(recipe: Recipe, params: Sequence[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(recipe: Recipe, params: Sequence[Tensor], rate: Tensor | None = None) -> torch.optim.Optimizer:
     """The recipe's optimizer, in its fused form (one pass over weights, gradients and state) where that is right.
 
     On a CPU the fused forms skip blocks in half precision (pytorch issue 191763), and none knows complex numbers.
+    With a ``rate`` on the device it can be part of a CUDA graph.
     """
     fused = all(p.is_floating_point() and (p.device.type != "cpu" or p.dtype.itemsize >= 4) for p in params)
-    shared: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "fused": fused}
+    lr = recipe.learning_rate if rate is None else rate
+    shared: dict[str, Any] = {"lr": lr, "weight_decay": recipe.weight_decay, "fused": fused}
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(params, momentum=recipe.momentum, nesterov=recipe.nesterov, **shared)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](params, **shared)
+    adaptive = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    return adaptive(params, capturable=rate is not None, **shared)
 
 
 @dataclass(frozen=True)
@@ -414,6 +423,23 @@ def _loop(
             torch.set_num_threads(cores)  # threads made later start from the last value set anywhere
 
     return advance
+
+
+def _graphed(
+    model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe
+) -> Advance | None:
+    """The loop without Python between its steps, where a step of every replica can be recorded."""
+    if any(start.dynamics is not None for start in starts):
+        return None
+    graphs = []
+    for r, start in enumerate(starts):
+        one = _replica(model, live, masks, start, r, recipe, own=True)
+        trained = [p for p in one.net.parameters() if p.requires_grad]
+        feed = partial(graphed.Feed.of, task, recipe, start.order_seed, start.learning_rate)
+        graphs.append(graphed.Graph(one.net, one.pruned, partial(make_optimizer, recipe, trained), feed, task))
+        if not graphs[-1].record():
+            return None
+    return lambda steps, alive: graphed.run([graphs[r] for r in alive], steps)
 
 
 def _vmap(model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe) -> Advance:

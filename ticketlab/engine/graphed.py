@@ -1,0 +1,161 @@
+"""A training step as a CUDA graph, so that a GPU does not wait for Python.
+
+A small network leaves a GPU idle while its kernels are launched one by one. Here the whole step of a replica (batch,
+augmentation, forward, backward, mask, optimizer) is recorded once and replayed on a stream of its own, beside those of
+the other replicas: the very kernels of the loop, at about the speed of the GPU. What changes from step to step lies on
+the device in a `Feed` of many steps; a counter on the device says which one is next.
+
+Leans on what the loop ensures: a module that stands on its own, no draws in its forward pass, no state but parameters
+and buffers. Whatever cannot be recorded, or gives other weights than eager steps, is left to the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from ticketlab.batches import crop_flip_draws, crop_flipped
+from ticketlab.data import Task, batch_indices
+from ticketlab.engine.recipe import Recipe
+from ticketlab.losses import LOSSES
+from ticketlab.probing import close
+
+AHEAD = 100  # steps whose indices, draws and rates lie on the device at a time
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What steps differ in, on one device."""
+
+    order: Tensor
+    """Indices of the batches, [step, batch]."""
+    draws: Tensor
+    """Of the augmentation, [step, 3, batch, 1]; [step, 0] without one."""
+    rate: Tensor
+    """Learning rates, [step]."""
+
+    @classmethod
+    def of(cls, task: Task, recipe: Recipe, order_seed: int, rate: float | None, steps: range) -> Feed:
+        """Those of the loop: functions of the seed and the step alone. At most `AHEAD` steps, filled up to as many."""
+        filled = [*steps, *[steps[-1]] * (AHEAD - len(steps))]
+        n, batch = len(task.train), recipe.batch_size
+        order = [batch_indices(n, batch, order_seed, step) for step in filled]
+        augmented = task.augmentation == "crop_flip"
+        draws = [crop_flip_draws(batch, order_seed, step) if augmented else torch.empty(0) for step in filled]
+        rates = [recipe.learning_rate_at(step) if rate is None else rate for step in filled]
+        return cls(torch.stack(order), torch.stack(draws), torch.tensor(rates))
+
+    def to(self, device: torch.device) -> Feed:
+        return Feed(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class Graph:
+    """A replica's step, recorded.
+
+    Args:
+        net: In training mode; its parameters and buffers are what is trained.
+        pruned: Weights, and their masks in the same dtype.
+        optimizer: Makes the optimizer from a learning rate on the device.
+        feed: The feed of the steps of a range.
+        task: On a CUDA device.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        pruned: Sequence[tuple[Tensor, Tensor]],
+        optimizer: Callable[[Tensor], torch.optim.Optimizer],
+        feed: Callable[[range], Feed],
+        task: Task,
+    ) -> None:
+        self.net, self.pruned, self.task, self.make_feed = net, pruned, task, feed
+        self.feed = feed(range(1)).to(task.device)
+        self.next = torch.zeros(1, dtype=torch.int64, device=task.device)  # the row of the feed
+        self.rate = torch.zeros((), device=task.device)
+        self.optimizer = optimizer(self.rate)
+        self.stream = torch.cuda.Stream(task.device)
+        self.graph = torch.cuda.CUDAGraph()
+
+    def record(self) -> bool:
+        """Record a step; whether replaying it gives what eager steps give. Weights and buffers stay as they are."""
+        known = [t.detach().clone() for t in self._tensors()]
+        places = [t.data_ptr() for t in self._tensors()]
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.load(range(2))
+            self._step()
+            self._step()
+            eager = [t.detach().clone() for t in self._tensors()]
+            self._restore(known)
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self._step()
+        except RuntimeError:  # a forward pass that waits for the device, or an optimizer that does
+            self._restore(known)
+            return False
+        if [t.data_ptr() for t in self._tensors()] != places:  # a buffer was put in another's place
+            return False
+        with torch.cuda.stream(self.stream):
+            self.load(range(2))
+            self.graph.replay()
+            self.graph.replay()
+            same = all(close(t.detach().double(), e.double()) for t, e in zip(self._tensors(), eager, strict=True))
+            self._restore(known)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return same
+
+    def load(self, steps: range) -> None:
+        """The feed of at most `AHEAD` steps, behind whatever this stream still has to do."""
+        with torch.cuda.stream(self.stream):
+            for field in fields(Feed):
+                getattr(self.feed, field.name).copy_(getattr(self.make_feed(steps), field.name), non_blocking=True)
+            self.next.zero_()
+
+    def replay(self) -> None:
+        with torch.cuda.stream(self.stream):
+            self.graph.replay()
+
+    def _step(self) -> None:
+        index, draws, rate = (getattr(self.feed, f.name).index_select(0, self.next)[0] for f in fields(Feed))
+        x, y = self.task.train.x[index], self.task.train.y[index]
+        loss = LOSSES[self.task.loss].mean(self.net(crop_flipped(x, draws) if draws.numel() else x), y)
+        self.rate.copy_(rate)
+        self.optimizer.zero_grad()
+        loss.backward()
+        for weight, mask in self.pruned:
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
+        self.optimizer.step()
+        self.next.add_(1)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.net.parameters(), *self.net.buffers()]
+
+    @torch.no_grad()
+    def _restore(self, known: Sequence[Tensor]) -> None:
+        """Weights and buffers as they were, and an optimizer that has seen nothing."""
+        for tensor, value in zip(self._tensors(), known, strict=True):
+            tensor.copy_(value)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+
+def run(graphs: Sequence[Graph], steps: range) -> None:
+    """Advance every replica by these steps, side by side."""
+    here = torch.cuda.current_stream()
+    for graph in graphs:
+        graph.stream.wait_stream(here)
+    for begin in range(steps.start, steps.stop, AHEAD):
+        part = range(begin, min(begin + AHEAD, steps.stop))
+        for graph in graphs:
+            graph.load(part)
+        for _ in part:
+            for graph in graphs:
+                graph.replay()
+    for graph in graphs:
+        here.wait_stream(graph.stream)
