@@ -26,6 +26,13 @@ def build(name, shape=(3, 32, 32), n_classes=10, seed=0):
     return initialise(lambda: models.build(name, shape, n_classes), seed)
 
 
+def shaped(name, shape=(3, 32, 32), n_classes=10):
+    """The network without its draws, which take longer than all else."""
+    with torch.device("meta"):
+        model = models.build(name, shape, n_classes)
+    return model.to_empty(device="cpu")
+
+
 def prunable_sizes(model):
     return [m.numel() for m in masks.ones(model).values()]
 
@@ -123,3 +130,52 @@ def test_other_depths_are_refused(depth):
 def test_an_unknown_name_comes_with_the_nearest(given, meant):
     with pytest.raises(ValueError, match=f"unknown model '{given}'. Did you mean '{meant}'.*Known: lenet_300_100"):
         models.build(given, (1, 28, 28), 10)
+
+
+# Residual networks. Totals as published: He et al. (2016), table 6, to the hundredth of a million; Frankle et al.
+# (2020), 274K for ResNet-20 with projections; torchvision's model cards for ResNet-18, 34 and 50.
+RESNETS = [
+    ("resnet_20_padded", (3, 32, 32), 10, 269_722),
+    ("resnet_32_padded", (3, 32, 32), 10, 464_154),
+    ("resnet_56_padded", (3, 32, 32), 10, 853_018),
+    ("resnet_110_padded", (3, 32, 32), 10, 1_727_962),
+    ("resnet_20", (3, 32, 32), 10, 272_474),
+    ("resnet_18", (3, 32, 32), 10, 11_173_962),
+    ("resnet_18", (3, 224, 224), 1000, 11_689_512),
+    ("resnet_34", (3, 224, 224), 1000, 21_797_672),
+    ("resnet_50", (3, 224, 224), 1000, 25_557_032),
+]
+
+
+def cifar_resnet_counts(depth, width, projections):
+    """Weights of convolutions and the output layer, and all parameters, from the layers that the paper lists."""
+    n, w = (depth - 2) // 6, width
+    convolutions, channels = [27 * w], w
+    norms = [w]
+    for units in (w, 2 * w, 4 * w):
+        for _ in range(n):
+            convolutions += [9 * channels * units, 9 * units * units]
+            norms += [units, units]
+            if channels != units and projections:
+                convolutions.append(channels * units)
+                norms.append(units)
+            channels = units
+    prunable = sum(convolutions) + 4 * w * 10
+    return prunable, prunable + 10 + 2 * sum(norms)
+
+
+@pytest.mark.parametrize(("name", "shape", "n_classes", "published"), RESNETS)
+def test_residual_networks_have_the_published_parameters(name, shape, n_classes, published):
+    model = shaped(name, shape, n_classes)
+    assert sum(p.numel() for p in model.parameters()) == published
+    wanted = [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert list(masks.prunable(model)) == wanted
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20, 32, 56])
+@pytest.mark.parametrize("width", [4, 16])
+@pytest.mark.parametrize("kind", ["", "_padded"])
+def test_residual_counts_by_hand(depth, width, kind):
+    model = shaped(f"resnet_{depth}{kind}_w{width}")
+    counts = masks.total(masks.ones(model)), sum(p.numel() for p in model.parameters())
+    assert counts == cifar_resnet_counts(depth, width, not kind)
