@@ -196,6 +196,12 @@ def test_lanczos_finds_the_top_of_the_spectrum():
         signal.largest_singular_values(model, params, x, n_values=3)
 
 
+def test_the_top_of_a_jacobian_that_is_zero_is_zero():
+    model = build(small_mlp).eval()
+    nothing = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters() if p.ndim > 1}
+    assert not signal.largest_singular_values(model, state(model), normal(3, 6), masks=nothing).any()
+
+
 def test_sections_multiply_to_the_whole():
     model = build(lambda: nn.Sequential(nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5)))
     params = gaussian(model, 1, 2.0, 0.1)

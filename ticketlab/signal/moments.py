@@ -205,5 +205,7 @@ def _largest(
 
     operator = LinearOperator((side, side), matvec=product, dtype=np.float64)
     start = torch.randn(side, generator=generator, dtype=torch.float64).numpy()
+    if not product(start).any():  # J = 0, as where a mask has cut this input off: ARPACK would stop
+        return torch.zeros(n_values, dtype=torch.float64)
     values = eigsh(operator, k=n_values, which="LA", v0=start, return_eigenvectors=False)
     return torch.from_numpy(np.sqrt(np.clip(np.sort(values)[::-1], 0, None)).copy())
