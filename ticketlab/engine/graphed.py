@@ -21,9 +21,9 @@ from ticketlab.batches import crop_flip_draws, crop_flipped
 from ticketlab.data import Task, batch_indices
 from ticketlab.engine.recipe import Recipe
 from ticketlab.losses import LOSSES
-from ticketlab.probing import close
 
 AHEAD = 100  # steps whose indices, draws and rates lie on the device at a time
+NEAR = 0.1  # of the change that two steps make; a recording that leaves something out differs by about 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Graph:
             self.load(range(2))
             self.graph.replay()
             self.graph.replay()
-            same = all(close(t.detach().double(), e.double()) for t, e in zip(self._tensors(), eager, strict=True))
+            same = _same_change(known, eager, [t.detach() for t in self._tensors()])
             self._restore(known)
         torch.cuda.current_stream().wait_stream(self.stream)
         return same
@@ -125,9 +125,9 @@ class Graph:
         self.rate.copy_(rate)
         self.optimizer.zero_grad()
         loss.backward()
-        for weight, mask in self.pruned:
-            if weight.grad is not None:
-                weight.grad.mul_(mask)
+        masked = [(weight.grad, mask) for weight, mask in self.pruned if weight.grad is not None]
+        if masked:
+            torch._foreach_mul_(*map(list, zip(*masked, strict=True)))
         self.optimizer.step()
         self.next.add_(1)
 
@@ -143,6 +143,16 @@ class Graph:
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
+
+
+def _same_change(before: Sequence[Tensor], one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
+    """Whether two ways went from ``before`` to the same tensors, in all: rounding alone moves a tensor without a
+    gradient, and kernels of a GPU do not round alike twice."""
+    counts = [torch.equal(a, b) for a, b in zip(one, two, strict=True) if not a.is_floating_point()]
+    triples = [t for t in zip(before, one, two, strict=True) if t[0].is_floating_point()]
+    apart = sum(float((a - b).double().square().sum()) for _, a, b in triples)
+    moved = sum(float((a - b).double().square().sum()) for b, a, _ in triples)
+    return all(counts) and apart <= NEAR**2 * moved
 
 
 def run(graphs: Sequence[Graph], steps: range) -> None:
