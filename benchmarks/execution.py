@@ -1,6 +1,6 @@
-"""How a stack of replicas is best computed: a loop over replicas, or ``vmap``. What ``network.resolve`` rests on.
+"""How a stack of replicas is best computed: a loop, ``vmap``, or on a GPU recorded steps. What ``auto`` rests on.
 
-Each case trains R replicas for a segment of steps both ways, in the same rounds, on random inputs of the task's shape.
+Each case trains R replicas for a segment of steps each way, in the same rounds, on random inputs of the task's shape.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import tyro
 
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
-from ticketlab.engine.training import Start, _loop, _vmap
-from ticketlab.network import resolve
+from ticketlab.engine.training import Start, advancing
+from ticketlab.network import Execution, resolve
 from ticketlab.state import stack, stack_states
 
 CASES = (("mlp_100_50", (1, 8, 8)), ("lenet_300_100", (1, 8, 8)), ("lenet_300_100", (1, 28, 28)), ("conv_2", (1, 8, 8)))
+LARGE = (("conv_2_bn", (3, 32, 32)), ("resnet_20", (3, 32, 32)))  # on a GPU
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Config:
 
 
 def segment(
-    make: Callable[..., Callable], name: str, shape: tuple[int, ...], replicas: int, config: Config
+    execution: Execution, name: str, shape: tuple[int, ...], replicas: int, config: Config
 ) -> Callable[[], None]:
     """Training of a stack of dense networks between two evaluations."""
     generator = torch.Generator().manual_seed(0)
@@ -52,19 +53,21 @@ def segment(
     masks = {n: m.to(task.device) for n, m in tl.masks.ones(nets[0]).items()}
     starts = [Start(tl.state(net).to(task.device, task.dtype), masks, r) for r, net in enumerate(nets)]
     live, every = stack_states([start.begun for start in starts]), stack([masks] * replicas)
-    advance = make(nets[0], live, every, starts, task, tl.Recipe(steps=10**6))
+    advance = advancing(nets[0], live, every, starts, task, tl.Recipe(steps=10**6), execution)
     return lambda: advance(range(config.steps), range(replicas))
 
 
 def run(config: Config) -> pd.DataFrame:
     """One row a case and number of replicas."""
     rows = []
-    for name, shape in CASES:
+    on_gpu = torch.device(config.device).type == "cuda"
+    ways: tuple[Execution, ...] = ("loop", "vmap", "auto") if on_gpu else ("loop", "vmap")
+    for name, shape in (*CASES, *LARGE) if on_gpu else CASES:
         model = tl.initialise(partial(tl.models.build, name, shape, 10), 0)
         for r in config.replicas:
-            ways = {"loop": partial(_loop, copies=True), "vmap": _vmap}
-            seconds = alternate({w: segment(make, name, shape, r, config) for w, make in ways.items()}, config.rounds)
-            ms = {f"{w}_ms": 1e3 * statistics.median(s) / config.steps / r for w, s in seconds.items()}
+            seconds = alternate({w: segment(w, name, shape, r, config) for w in ways}, config.rounds)
+            named = {"auto": "recorded"}
+            ms = {f"{named.get(w, w)}_ms": 1e3 * statistics.median(s) / config.steps / r for w, s in seconds.items()}
             rows.append(
                 {
                     "model": name,
@@ -73,7 +76,7 @@ def run(config: Config) -> pd.DataFrame:
                     "replicas": r,
                     **ms,
                     "loop_over_vmap": median_ratio(seconds["loop"], seconds["vmap"]),
-                    "chosen": resolve("auto", model, torch.device(config.device), r),
+                    "chosen": "recorded" if on_gpu else resolve("auto", model, torch.device(config.device), r),
                     "n_rounds": config.rounds,
                     "hardware": hardware(),
                 }

@@ -26,9 +26,8 @@ import tyro
 
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
-from ticketlab.engine.training import Start, _loop, _vmap
+from ticketlab.engine.training import Start, advancing
 from ticketlab.models import mlp
-from ticketlab.network import resolve
 from ticketlab.state import Masks, stack, stack_states
 
 MATRIX = 1024  # side of the square product that gives the matrix-product rate
@@ -97,8 +96,7 @@ def engine(task: tl.Task, config: Config, batch_size: int, replicas: int) -> Cal
     states = [tl.state(net).to(task.device, task.dtype) for net in nets]
     starts = [Start(state, masks, r) for r, (state, masks) in enumerate(zip(states, every, strict=True))]
     recipe, live = tl.Recipe(steps=10**6, batch_size=batch_size), stack_states([start.begun for start in starts])
-    make = {"loop": partial(_loop, copies=True), "vmap": _vmap}[resolve("auto", nets[0], task.device, replicas)]
-    advance = make(nets[0], live, stack(every), starts, task, recipe)
+    advance = advancing(nets[0], live, stack(every), starts, task, recipe)
     return lambda: advance(range(config.steps), range(replicas))
 
 

@@ -130,7 +130,7 @@ def train(
     copies = _probe(model, starts[0], task, recipe)
     began = time.perf_counter()
     live, masks = stack_states([start.begun for start in starts]), stack([start.masks for start in starts])
-    advance = _advance(model, live, masks, starts, task, recipe, execution, copies)
+    advance = advancing(model, live, masks, starts, task, recipe, execution, copies)
     watch = Watch(model, live, masks, task, execution, on_eval)
     watch.check(first_step)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
@@ -280,16 +280,17 @@ def _dropout(module: nn.Module) -> float:
 # Advancing a stack.
 
 
-def _advance(
+def advancing(
     model: nn.Module,
     live: State,
     masks: Masks,
     starts: Sequence[Start],
     task: Task,
     recipe: Recipe,
-    execution: Execution,
-    copies: bool,
+    execution: Execution = "auto",
+    copies: bool = True,
 ) -> Advance:
+    """What moves the stack ``live`` through a range of steps: (steps, replicas still alive) -> None."""
     apart = any(start.apart for start in starts)
     if execution == "vmap" and apart:
         raise Refused("replicas with rates or dynamics of their own need the loop: leave execution at 'auto'.")
