@@ -77,20 +77,28 @@ class Graph:
         self.rate = torch.zeros((), device=task.device)
         self.optimizer = optimizer(self.rate)
         self.stream = torch.cuda.Stream(task.device)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.layout = torch.cuda.CUDAGraph(), torch.contiguous_format
 
     def record(self) -> bool:
-        """Record a step; whether replaying it gives what eager steps give. Weights and buffers stay as they are."""
+        """Record a step; whether replaying it gives what eager steps give. Weights and buffers stay as they are.
+
+        Images lie channels last, as convolutions of a GPU want them, unless the forward pass cannot take them so.
+        """
+        images = self.task.train.x.ndim == 4
+        return any(self._record(layout) for layout in (torch.channels_last, torch.contiguous_format)[not images :])
+
+    def _record(self, layout: torch.memory_format) -> bool:
+        self.layout, self.graph = layout, torch.cuda.CUDAGraph()
         known = [t.detach().clone() for t in self._tensors()]
         places = [t.data_ptr() for t in self._tensors()]
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.load(range(2))
-            self._step()
-            self._step()
-            eager = [t.detach().clone() for t in self._tensors()]
-            self._restore(known)
         try:
+            with torch.cuda.stream(self.stream):
+                self.load(range(2))
+                self._step()
+                self._step()
+                eager = [t.detach().clone() for t in self._tensors()]
+                self._restore(known)
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self._step()
         except RuntimeError:  # a forward pass that waits for the device, or an optimizer that does
@@ -121,7 +129,8 @@ class Graph:
     def _step(self) -> None:
         index, draws, rate = (getattr(self.feed, f.name).index_select(0, self.next)[0] for f in fields(Feed))
         x, y = self.task.train.x[index], self.task.train.y[index]
-        loss = LOSSES[self.task.loss].mean(self.net(crop_flipped(x, draws) if draws.numel() else x), y)
+        x = crop_flipped(x, draws) if draws.numel() else x
+        loss = LOSSES[self.task.loss].mean(self.net(x.contiguous(memory_format=self.layout)), y)
         self.rate.copy_(rate)
         self.optimizer.zero_grad()
         loss.backward()
