@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from architectures import ALL
 from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from ticketlab.data import batch_indices
 from ticketlab.engine import graphed
 from ticketlab.engine.training import Start, train
 
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 Example = tuple[nn.Module, tl.State, dict[str, Tensor], tl.Task]
@@ -224,6 +226,54 @@ def test_a_diverged_replica_leaves_the_others_alone():
         together = train(model, starts, task, SGD, progress=False)
     for n, p in alone.end.params.items():
         torch.testing.assert_close(p, together.end.params[n][[0, 2]], rtol=1e-4, atol=1e-4)
+
+
+CONFIG = tl.ImpConfig(
+    levels=2, prune_fraction=0.3, init_seeds=(5, 6), rewind_step=4, treatments=("ticket", "reinit", "sibling"),
+    recipe=replace(SGD, weight_decay=0.0),
+)  # fmt: skip
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_study_takes_the_gpu_and_a_stopped_one_goes_on(name, tmp_path):
+    factory, problem = NETWORKS[name]
+    task = problem(dtype=torch.float32)
+    study = tl.Study(CONFIG, model=factory, task=task, progress=False)
+    assert study.task.device .type == DEVICE.type
+    first_levels = [level.level for level, _ in zip(study.levels(tmp_path), range(2), strict=False)]
+    *_, last = tl.imp(CONFIG, model=factory, task=task, store=tmp_path, progress=False)
+    run = tl.load_run(next(tmp_path.iterdir()))
+    assert first_levels == [0, 1] and last.level == 2
+    assert float(last.density) == last.metrics["density"].iloc[0]
+    for n, p in run[2].end.params.items():
+        assert torch.equal(p.cpu(), last.end.params[n].cpu())
+    module = last.module(0)
+    loss, error = tl.evaluate(module, tl.state(module), task.test.x.to(DEVICE), task.test.y.to(DEVICE))
+    assert float(error) == pytest.approx(last.metrics["test_error"][0], abs=1e-6)
+    assert float(loss) == pytest.approx(last.metrics["test_loss_nats"][0], rel=1e-3)
+
+
+@needs_gpu
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+@pytest.mark.filterwarnings("ignore:only .* of all matrix entries:UserWarning")
+@pytest.mark.parametrize("name", ALL)
+def test_networks_of_others_train_on_a_gpu_as_on_the_cpu(name):
+    one = ALL[name]
+    if one.missing:
+        pytest.skip(one.missing)
+    config = replace(
+        CONFIG, levels=1, init_seeds=(5,), rewind_step=1, dtype="float64", treatments=("ticket",),
+        prunable=one.prunable, recipe=replace(CONFIG.recipe, steps=3, batch_size=4, warmup_steps=0, eval_every=2),
+    )  # fmt: skip
+    ends = [
+        list(tl.imp(config, model=one.build, task=one.task(), device=d, store=None, progress=False))[-1]
+        for d in (DEVICE, "cpu")
+    ]
+    for n, mask in ends[0].masks.items():
+        assert torch.equal(mask.cpu(), ends[1].masks[n])
+    for n, p in ends[0].end.params.items():
+        torch.testing.assert_close(p.cpu(), ends[1].end.params[n], rtol=1e-4, atol=1e-5)
 
 
 def test_a_feed_is_that_of_the_loop():

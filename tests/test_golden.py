@@ -39,6 +39,7 @@ from ticketlab.engine.treatments import Start
 GOLDEN = Path(__file__).parent / "golden"
 RTOL = {"cpu": 1e-11, "cuda": 1e-8}
 DEVICE = "cpu"  # a test sets it
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 F64 = torch.float64
 Tree = dict[str, Any]
 
@@ -399,7 +400,7 @@ def differences(found: Any, stored: Any, where: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_have_not_moved(kind, device, monkeypatch):

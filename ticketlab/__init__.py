@@ -35,6 +35,7 @@ from ticketlab.engine.training import train as train_starts
 from ticketlab.network import apply, evaluate
 from ticketlab.seeds import initialise
 from ticketlab.state import State, state
+from ticketlab.version import __version__
 
 train = takes_stacks(train_starts)
 
@@ -50,6 +51,7 @@ __all__ = [
     "State",
     "Study",
     "Task",
+    "__version__",
     "apply",
     "bounds",
     "connectivity",

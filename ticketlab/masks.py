@@ -184,7 +184,8 @@ def total(masks: Mapping[str, Tensor], *, stacked: bool = False) -> int:
 
 def density(masks: Mapping[str, Tensor], *, stacked: bool = False) -> Tensor:
     """kept / prunable, in [0, 1], float64; one number per replica when ``stacked``."""
-    return kept(masks, stacked=stacked).double() / total(masks, stacked=stacked)
+    count = kept(masks, stacked=stacked).double()
+    return count / torch.full_like(count, total(masks, stacked=stacked))  # a GPU multiplies by 1 / a plain number
 
 
 # Counts: the one currency.

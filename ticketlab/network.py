@@ -123,19 +123,19 @@ class Network:
     ) -> tuple[Float[Tensor, "*replica"], Float[Tensor, "*replica"]]:
         """Mean loss in nats and error in [0, 1], float64: summed example by example, whatever the batches."""
 
-        def sums(forward: Callable[[Tensor], Tensor]) -> Float[Tensor, "*replica 2"]:
+        def means(forward: Callable[[Tensor], Tensor]) -> Float[Tensor, "*replica 2"]:
             total = torch.zeros(2, dtype=torch.float64, device=x.device)
             for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
                 one = loss.each(forward(xs), ys)
                 total = total + torch.stack([part.sum(-1, dtype=torch.float64) for part in one], -1)
-            return total
+            return total / torch.full_like(total, len(y))  # a GPU multiplies by 1 / a plain number
 
         if self._by_vmap(x, execution):
-            return (sums(self._mapped) / len(y)).unbind(-1)  # type: ignore[return-value]
+            return means(self._mapped).unbind(-1)  # type: ignore[return-value]
         found = []
         for one in self.each():
             with one.lent():
-                found.append(sums(one.forward) / len(y))
+                found.append(means(one.forward))
         return (found[0] if self.replicas is None else torch.stack(found)).unbind(-1)  # type: ignore[return-value]
 
     def _by_vmap(self, x: Tensor, execution: Execution) -> bool:

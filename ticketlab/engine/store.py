@@ -21,7 +21,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from ticketlab import masks as mask_ops
 from ticketlab.engine.level import Level
 from ticketlab.errors import Refused
 from ticketlab.state import State, select
+from ticketlab.version import __version__
 
 CONFIG, MANIFEST, WEIGHTS, MASKS, METRICS, CURVES, LOCK = (
     "config.json",
@@ -56,7 +56,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": f"{device.type}: {name}",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "ticketlab": version("ticketlab"),
+        "ticketlab": __version__,
         "commit": _commit(),
     }
 
