@@ -60,6 +60,8 @@ def levels(study: Study, folder: Path | None) -> Iterator[Level]:
 
 def _dense(study: Study) -> Level:
     """Level 0: the dense networks, their weights at step k as ``start``."""
+    if study.dense is not None:
+        return study.dense
     config, k = study.config, study.config.rewind_step
     starts, rows = [], []
     for init_seed, order_seed in zip(config.init_seeds, study.order_seeds, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -95,6 +96,7 @@ class Study:
         shape, n_classes = self.task.input_shape, self.task.n_classes
         self.factory: Factory = model or (lambda: models.build(config.model, shape, n_classes))
         self.given, self.execution, self.progress = start, execution, progress
+        self.dense: Level | None = None
         self.model = self.initialised(config.init_seeds[0])
         self.names = mask_ops.prunable(self.model, config.prunable or None)
         self._check()
@@ -154,6 +156,26 @@ class Study:
     @cached_property
     def identity(self) -> str:
         return runs.identity(self.description)
+
+    def rewound(self, step: int, dense: Level) -> Study:
+        """The same study with another rewind step k, its dense networks those of this one: a grid over k trains them
+        once.
+
+        Args:
+            step: k.
+            dense: Level 0 of this study, its networks kept at k (``snapshot_steps``).
+
+        Raises:
+            Refused: A step that was not kept.
+        """
+        if step not in dense.snapshots:
+            raise Refused(f"the rewind step must be one that level 0 kept: got {step} of {sorted(dense.snapshots)}.")
+        other = copy.copy(self)
+        for name in ("description", "identity"):
+            other.__dict__.pop(name, None)
+        other.config = replace(self.config, rewind_step=step)
+        other.dense = replace(dense, start=dense.snapshots[step].clone())
+        return other
 
     def folder(self, store: str | Path = "runs") -> Path:
         """Where a store keeps the levels."""

@@ -15,6 +15,7 @@ import torch
 
 from ticketlab import masks as mask_ops
 from ticketlab.engine import values
+from ticketlab.engine.dynamic.spread import drawn, spread_over
 from ticketlab.engine.training import Start
 from ticketlab.errors import Refused
 from ticketlab.seeds import Factory, derived_seed, initialise
@@ -90,6 +91,13 @@ def sibling_order(order_seed: int, level: int) -> int:
 def random_mask(origin: Origin) -> Start:
     """The rewound weights under as many live weights in all, at random positions of the whole network."""
     return Start(origin.rewound, mask_ops.random_mask(origin.masks, origin.draw("random mask")), origin.order_seed)
+
+
+def random_erk(origin: Origin) -> Start:
+    """The rewound weights under as many live weights in all, at random positions, layers as dense as
+    Erdos-Renyi-Kernel makes them (Evci et al. 2020): the fair random mask, where a uniform one starves small layers."""
+    counts = spread_over({n: m.shape for n, m in origin.masks.items()}, int(mask_ops.kept(origin.masks)))
+    return Start(origin.rewound, drawn(origin.masks, counts, origin.draw("random ERK mask")), origin.order_seed)
 
 
 def layerwise_shuffle(origin: Origin) -> Start:
@@ -202,6 +210,7 @@ TREATMENTS: dict[str, Treatment] = {
     "ticket": Treatment(ticket, seed_fixed=True),
     "reinit": Treatment(reinit, redraws=True, seed_fixed=True),
     "random_mask": Treatment(random_mask, seed_fixed=True),
+    "random_erk": Treatment(random_erk, seed_fixed=True),
     "layerwise_shuffle": Treatment(layerwise_shuffle, seed_fixed=True),
     "dense_restart": Treatment(dense_restart, seed_fixed=True),
     "sibling": Treatment(sibling, alike=True),

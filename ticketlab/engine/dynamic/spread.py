@@ -51,9 +51,20 @@ def layer_counts(
     if not 0 < density <= 1:
         raise Refused(f"density must lie in (0, 1]: got {density}.")
     shapes = {name: mask.shape for name, mask in mask_ops.ones(model, prunable).items()}
+    first = _first_layer(model, tuple(shapes), x) if spread == "first_dense" else None
+    budget = math.floor(density * sum(shape.numel() for shape in shapes.values()) + 0.5)
+    return spread_over(shapes, budget, spread, first)
+
+
+def spread_over(
+    shapes: Mapping[str, torch.Size], budget: int, spread: Spread = "erdos_renyi_kernel", first: str | None = None
+) -> dict[str, int]:
+    """How many of ``budget`` weights each layer keeps, to the weight; ``first``: a layer to make dense.
+
+    Raises:
+        Refused: A budget that leaves a layer empty, or cannot pay for a dense first layer.
+    """
     sizes = {name: shape.numel() for name, shape in shapes.items()}
-    budget = math.floor(density * sum(sizes.values()) + 0.5)
-    first = _first_layer(model, tuple(sizes), x) if spread == "first_dense" else None
     exact = _solve({name: _raw(shape, spread) for name, shape in shapes.items()}, sizes, budget, first)
     counts = {name: math.floor(share + 1e-9) for name, share in exact.items()}
     remainders = sorted(counts, key=lambda name: counts[name] - exact[name])  # a stable sort: ties to the first layer
@@ -62,8 +73,8 @@ def layer_counts(
     empty = [name for name, count in counts.items() if count < 1]
     if empty:
         raise Refused(
-            f"every layer must keep a live weight: {empty} would have none of {budget} at density {density} under "
-            f"{spread!r}. Keep more, or take 'erdos_renyi_kernel', which keeps small layers denser."
+            f"every layer must keep a live weight: {empty} would have none of {budget} under {spread!r}. Keep more, or "
+            "take 'erdos_renyi_kernel', which keeps small layers denser."
         )
     return counts
 
@@ -128,5 +139,10 @@ def sparse_masks(
     wrong = {name: count for name, count in kept.items() if not 0 <= count <= full[name].numel()}
     if wrong or not any(kept.values()):
         raise Refused(f"each layer must keep 0 to all of its weights, some layer one: got {wrong or dict(kept)}.")
-    first = {name: (torch.arange(m.numel()) < kept[name]).view_as(m) for name, m in full.items()}
-    return {name: m.to(full[name].device) for name, m in mask_ops.layerwise_shuffle(first, seed).items()}
+    return drawn(full, kept, seed)
+
+
+def drawn(like: Masks, kept: Mapping[str, int], seed: int) -> Masks:
+    """Masks of these shapes with exactly ``kept[name]`` live weights in each layer, at positions drawn uniformly."""
+    first = {name: (torch.arange(m.numel()) < kept[name]).view_as(m) for name, m in like.items()}
+    return {name: m.to(like[name].device) for name, m in mask_ops.layerwise_shuffle(first, seed).items()}
