@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ticketlab import losses
+from ticketlab import losses, text
 from ticketlab.arrays import as_inputs, as_targets, check_layout, n_outputs
 from ticketlab.batches import batch_indices, crop_flip, epoch_order
 from ticketlab.datasets import SOURCES, Augmentation, Source, read
@@ -338,7 +338,7 @@ def _split_off(split: Split, size: int | float, what: str, generator: torch.Gene
     return Split(split.x[first], split.y[first]), Split(split.x[others], split.y[others])
 
 
-NAMES = tuple(SOURCES)
+NAMES = (*SOURCES, *text.NAMES)
 
 
 def load(
@@ -349,7 +349,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Task:
-    """A named set, normalised channel by channel, its validation set split from the training data.
+    """A named set: images normalised channel by channel, or text; its validation set split from the training data.
 
     The test set is always the same one, shuffled once; for digits, which has none of its own, it is
     a fixed 360 of the 1,797 examples. Files are looked for under ``TICKETLAB_DATA``: the four IDX files, gzipped
@@ -357,20 +357,26 @@ def load(
     CIFAR-10 in ``cifar10/cifar-10-batches-bin``. Otherwise the set comes from OpenML and is cached in
     ``TICKETLAB_DATA/openml``, or in scikit-learn's own folder when the variable is not set.
 
+    ``stdlib_lm`` and ``stdlib_topics`` need neither: they are made of the sources of the running Python's standard
+    library, see `ticketlab.text`, and bear the digest of that text in their name, ``stdlib_lm.1c0ffee5``. By that name
+    they are found again, or refused where the text is another.
+
     Args:
         name: One of `NAMES`.
-        validation_size: 5,000 if None, and 200 for digits.
+        validation_size: 5,000 if None, 200 for digits, and 1,000 and 800 passages for the two of text.
         split_seed: Of the split between training and validation.
         device: Of all tensors.
-        dtype: Of the images [n, c, h, w].
+        dtype: Of the images [n, c, h, w]; tokens [n, t] are int64.
 
     Raises:
-        Refused: An unknown name, files that are missing, damaged or of another size, no network.
+        Refused: An unknown name, files that are missing, damaged or of another size, no network, another text.
     """
-    if name not in NAMES:
+    if name not in SOURCES and text.split_name(name)[0] not in text.NAMES:
         raise Refused(nearest("task", name, NAMES))
     if dtype not in FLOATING:
         raise Refused(f"dtype must be floating: got {dtype}. Use torch.float32.")
+    if name not in SOURCES:
+        return _of_text(name, validation_size, split_seed).to(device)
     source = SOURCES[name]
     raw = read(name)
     shuffled = torch.randperm(len(raw.y_test), generator=stream("test", 0)).numpy()
@@ -386,6 +392,13 @@ def load(
         n_classes=source.n_classes,
         augmentation=source.augmentation,
     ).to(device)
+
+
+def _of_text(name: str, validation_size: int | None, split_seed: int) -> Task:
+    full_name, passages = text.read(name, validation_size=validation_size, split_seed=split_seed)
+    train, validation, test = (Split(*(torch.from_numpy(a.astype(np.int64)) for a in part)) for part in passages)
+    n_classes = len(text.TOPICS) if train.y.ndim == 1 else text.VOCABULARY
+    return Task(full_name, train, validation, test, n_classes)
 
 
 def usable_device(device: torch.device | str) -> torch.device:

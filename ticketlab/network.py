@@ -24,6 +24,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
+from ticketlab.batches import portion
 from ticketlab.errors import Refused, check_type
 from ticketlab.lending import attention_as_products, forget, lent, placed, recurrence_as_products
 from ticketlab.losses import CROSS_ENTROPY, Loss
@@ -122,10 +123,11 @@ class Network:
         self, x: Tensor, y: Tensor, loss: Loss = CROSS_ENTROPY, batch_size: int = 2500, execution: Execution = "auto"
     ) -> tuple[Float[Tensor, "*replica"], Float[Tensor, "*replica"]]:
         """Mean loss in nats and error in [0, 1], float64: summed example by example, whatever the batches."""
+        size = portion(x, y, batch_size)
 
         def means(forward: Callable[[Tensor], Tensor]) -> Float[Tensor, "*replica 2"]:
             total = torch.zeros(2, dtype=torch.float64, device=x.device)
-            for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            for xs, ys in zip(x.split(size), y.split(size), strict=True):
                 one = loss.each(forward(xs), ys)
                 total = total + torch.stack([part.sum(-1, dtype=torch.float64) for part in one], -1)
             return total / torch.full_like(total, len(y))  # a GPU multiplies by 1 / a plain number

@@ -88,10 +88,11 @@ class Study:
         self.own: dict[str, dict[str, Any]] = {"criteria": dict(criteria or {}), "treatments": dict(treatments or {})}
         name = getattr(model, "__name__", type(model).__name__) if model else config.model
         every = tuple(dict.fromkeys((*config.treatments, *self.own["treatments"])))
-        self.config = replace(config, model=_file_name(name), task=task.name if task else config.task, treatments=every)
         self.criterion = _criterion(config.criterion, self.own["criteria"])
         self.treatments = _treatments(every, self.own["treatments"])
         self.task = _task(config, task, device)
+        # The task's own name: that of text says which text it is.
+        self.config = replace(config, model=_file_name(name), task=self.task.name, treatments=every)
         shape, n_classes = self.task.input_shape, self.task.n_classes
         self.factory: Factory = model or (lambda: models.build(config.model, shape, n_classes))
         self.given, self.execution, self.progress = start, execution, progress
