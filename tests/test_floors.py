@@ -28,7 +28,7 @@ GROUND = (
         "permutation",
         "models",
     ),
-    *("idx", "text", "datasets", "arrays", "batches", "data", "functional", "raw", "version"),
+    *("idx", "text", "datasets", "arrays", "batches", "data", "tokens", "functional", "raw", "version"),
 )
 FLOORS = {
     **{f"ticketlab.{room}": 0 for room in GROUND},

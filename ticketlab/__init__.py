@@ -35,6 +35,7 @@ from ticketlab.engine.training import train as train_starts
 from ticketlab.network import apply, evaluate
 from ticketlab.seeds import initialise
 from ticketlab.state import State, state
+from ticketlab.tokens import task_from_text
 from ticketlab.version import __version__
 
 train = takes_stacks(train_starts)
@@ -75,5 +76,6 @@ __all__ = [
     "signal",
     "state",
     "supermask",
+    "task_from_text",
     "train",
 ]

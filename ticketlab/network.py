@@ -287,8 +287,9 @@ def resolve(
     """How a stack of replicas is computed: the one place where this is chosen.
 
     On an accelerator launches dominate and ``vmap`` shares them. On a CPU it pays for small fully connected
-    networks alone, where Python's overhead dominates too; convolutions take a slow grouped path under it, and
-    from about 10^5 weights on a thread for each replica is faster (measured by ``benchmarks/execution.py``).
+    networks alone, where Python's overhead dominates too; convolutions take a slow grouped path under it, fused
+    attention, which networks of tokens have, a loop, and from about 10^5 weights on a thread for each replica is
+    faster (measured by ``benchmarks/execution.py``).
     A single replica has nothing to share.
     """
     if execution not in ("auto", "loop", "vmap"):
@@ -298,7 +299,9 @@ def resolve(
     if replicas == 1:
         return "loop"
     small = sum(p.numel() for p in model.parameters()) < 100_000
-    return "vmap" if device.type != "cpu" or (small and all(p.ndim <= 2 for p in model.parameters())) else "loop"
+    matrices = all(p.ndim <= 2 for p in model.parameters())
+    tokens = any(isinstance(module, nn.Embedding) for module in model.modules())
+    return "vmap" if device.type != "cpu" or (small and matrices and not tokens) else "loop"
 
 
 # Checks.

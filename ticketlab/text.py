@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ _OPTIONAL = ("distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle"
 _TESTS = {"test", "tests", "idle_test"}
 
 _SHARE = 0.11
-"""Of the bytes of each topic, and of all other files, that may go to the test set, and of them to the validation set."""
+"""Of the bytes of each topic, and of the files of none, that may go to the test set; as much to the validation set."""
 
 
 class Passages(NamedTuple):
@@ -129,7 +130,7 @@ def topic_of(name: str) -> str | None:
 
 def split_name(name: str) -> tuple[str, str]:
     """The name of a task and the digest behind it, "" where there is none."""
-    task, _, digest = name.partition(".")
+    task, _, digest = str(name).partition(".")
     return task, digest
 
 
@@ -149,6 +150,8 @@ def read(name: str, *, validation_size: int | None = None, split_seed: int = 0) 
         Refused: Another text than the name says, or more validation passages than there are.
     """
     task, wanted = split_name(name)
+    if validation_size is not None and not (isinstance(validation_size, Integral) and validation_size > 0):
+        raise Refused(f"validation_size must be a number of passages, at least 1: got {validation_size}.")
     text = stdlib()
     if wanted not in ("", text.digest):
         raise Refused(
@@ -163,13 +166,14 @@ def read(name: str, *, validation_size: int | None = None, split_seed: int = 0) 
     found = []
     for split, (kind, size) in enumerate(sizes.items()):
         # The test set is always the same one, as of the other named sets.
-        order = torch.randperm(len(passages), generator=stream("test", 0) if kind == "test" else stream("split", split_seed))
-        mine = order.numpy()[splits[owners][order.numpy()] == split]
+        generator = stream("test", 0) if kind == "test" else stream("split", split_seed)
+        order = torch.randperm(len(passages), generator=generator).numpy()
+        mine = order[splits[owners[order]] == split]
         kept = _balanced(mine, topics, size) if task == "stdlib_topics" else mine[:size]
-        if kind == "validation" and validation_size is not None and len(kept) != validation_size:
+        if len(kept) < size and validation_size is not None and kind == "validation":
             raise Refused(
-                f"validation_size must be in 1..{len(kept)}, the passages of the files that {task} is validated on: got "
-                f"{validation_size}. Lower it."
+                f"validation_size must be at most {len(kept)}, the passages of the files that {task} is validated on: "
+                f"got {validation_size}. Lower it."
             )
         x = np.concatenate([np.full((len(kept), 1), BEGIN, np.uint8), passages[kept, :-1]], 1)
         found.append(Passages(x, topics[kept] if task == "stdlib_topics" else passages[kept]))
@@ -178,7 +182,8 @@ def read(name: str, *, validation_size: int | None = None, split_seed: int = 0) 
 
 def _split_of_files(names: Sequence[str], sizes: Sequence[int], split_seed: int) -> np.ndarray:
     """0 for files to train on, 1 for validation, 2 for test; each topic, and all other files, divided by itself."""
-    of_topic, size, found = np.array([topic_of(name) or "" for name in names]), np.array(sizes), np.zeros(len(names), int)
+    of_topic = np.array([topic_of(name) or "" for name in names])
+    size, found = np.array(sizes), np.zeros(len(names), int)
     for number, topic in enumerate(("", *TOPICS)):
         mine = np.flatnonzero(of_topic == topic)
         for split, seeds in ((2, (0, number)), (1, (split_seed, number))):
