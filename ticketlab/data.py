@@ -25,6 +25,7 @@ from ticketlab.batches import batch_indices, crop_flip, epoch_order
 from ticketlab.datasets import SOURCES, Augmentation, Source, read
 from ticketlab.errors import Refused, nearest
 from ticketlab.losses import FLOATING, LOSSES, Loss, LossName
+from ticketlab.mapped import Mapped, rows
 from ticketlab.seeds import stream
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+:-]{0,99}")
@@ -36,7 +37,7 @@ class Split:
     """Examples and what they should give.
 
     Attributes:
-        x: Inputs [n, ...]: floating, or tokens in int64.
+        x: Inputs [n, ...]: floating, or tokens in int64; a tensor, or a `mapped.Mapped` that stands for one on disk.
         y: Labels in int64, [n] or [n, t] with a label per token; or floating targets [n, out].
 
     Raises:
@@ -62,7 +63,7 @@ class Split:
 
 @dataclass(frozen=True, repr=False)
 class Task:
-    """A problem held in memory, all splits on one device.
+    """A problem, all splits on one device; inputs in memory, or on disk and read batch by batch (``load_shards``).
 
     Attributes:
         name: Name of the set, which goes into the names of run folders: letters, digits and ``_ . + : -``.
@@ -185,13 +186,16 @@ class Task:
         """The first n examples of each split; None keeps all.
 
         The first n are a random sample, for splits are shuffled when they are made. The one exception
-        is a test set of one's own given to `from_tensors`, which keeps the order it came in.
+        is a test set of one's own given to `from_tensors`, which keeps the order it came in. What is
+        limited is in memory.
 
         Raises:
             Refused: An n outside 1..length of its split.
         """
 
         def cut(what: str, split: Split, n: int | None) -> Split:
+            if n is None and isinstance(split.x, Mapped):
+                return split
             n = len(split) if n is None else n
             if not isinstance(n, Integral) or not 1 <= n <= len(split):
                 raise Refused(f"the limit of {what} must be in 1..{len(split)}: got {n}. Use None to keep all.")
@@ -217,7 +221,7 @@ class Task:
 
         def keep(split: Split) -> Split:
             kept = (split.y >= first) & (split.y <= last)
-            return Split(split.x[kept], split.y[kept] - first)
+            return Split(rows(split.x, kept), split.y[kept] - first)
 
         return self.map(keep, name=f"{self.name}_{first}-{last}", n_classes=last - first + 1)
 
@@ -232,6 +236,7 @@ class Task:
             raise Refused(f"resize needs images [c, h, w] and sides of at least 1: got {self.input_shape} and {size}.")
         if self.input_shape[1:] == size:
             return self
+        self._refuse_on_disk("resize")
 
         def scale(x: Tensor) -> Tensor:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))  # halves have no kernel on a CPU
@@ -253,11 +258,16 @@ class Task:
             raise Refused(f"grey needs images [c, h, w] of one channel or three: got {self.input_shape}.")
         if self.input_shape[0] == 1:
             return self
+        self._refuse_on_disk("grey")
 
         def fade(x: Tensor) -> Tensor:
             return torch.einsum("nchw,c->nhw", x, x.new_tensor(_LUMA))[:, None]
 
         return self.map(lambda split: Split(fade(split.x), split.y), name=f"{self.name}_grey")
+
+    def _refuse_on_disk(self, what: str) -> None:
+        if any(isinstance(split.x, Mapped) for split in self.splits()):
+            raise Refused(f"{what} needs all examples in memory: some are on disk. Do it before they are written.")
 
     def fingerprint(self) -> str:
         """16 hex digits (SHA-256) of all that makes the task what it is, the same on every device."""
@@ -265,6 +275,9 @@ class Task:
         digest = hashlib.sha256(repr((self.name, int(self.n_classes), self.augmentation, *later)).encode())
         for split in self.splits():
             for tensor in (split.x, split.y):
+                if isinstance(tensor, Mapped):
+                    digest.update(tensor.fingerprint().encode())
+                    continue
                 digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
                 # as bytes, because numpy has no bfloat16
                 digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().data)
@@ -335,7 +348,7 @@ def _split_off(split: Split, size: int | float, what: str, generator: torch.Gene
         )
     order = torch.randperm(n, generator=generator).to(split.y.device)
     first, others = order[: int(count)], order[int(count) :]
-    return Split(split.x[first], split.y[first]), Split(split.x[others], split.y[others])
+    return Split(rows(split.x, first), split.y[first]), Split(rows(split.x, others), split.y[others])
 
 
 NAMES = (*SOURCES, *text.NAMES)

@@ -27,6 +27,7 @@ from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
 from ticketlab.errors import Refused, nearest
 from ticketlab.lending import lent
 from ticketlab.losses import LOSSES
+from ticketlab.mapped import bytes_of
 from ticketlab.network import Execution
 from ticketlab.probing import attempt
 from ticketlab.seeds import Factory, derived_seed, initialise, kept_generators
@@ -190,8 +191,7 @@ class Study:
         sizes = [t.numel() * t.element_size() for part in state(self.model) for t in part.values()]
         kept = sum(mask.numel() for mask in self.ones.values())
         held = {"adam": 2, "adamw": 2, "sgd": 1}[recipe.optimizer] + 4  # weights, gradients, the best, the last
-        splits = (self.task.train, self.task.validation, self.task.test)
-        dataset = sum(t.numel() * t.element_size() for split in splits for t in (split.x, split.y))
+        dataset = sum(bytes_of(t) for split in self.task.splits() for t in (split.x, split.y))
         states = 2 * trainings + n * len({0, config.rewind_step, *config.snapshot_steps})
         disk = states * sum(sizes) + trainings * kept
         return Estimate(trainings, steps, seconds / 3600, wide * sum(sizes) * held + dataset, disk)
