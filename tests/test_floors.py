@@ -28,7 +28,8 @@ GROUND = (
         "permutation",
         "models",
     ),
-    *("idx", "datasets", "arrays", "batches", "data", "functional", "raw", "version"),
+    *("idx", "text", "datasets", "arrays", "batches", "mapped", "data", "tokens", "functional", "raw", "version"),
+    *("shards", "shard_writer", "image_folder", "to_shards"),
 )
 FLOORS = {
     **{f"ticketlab.{room}": 0 for room in GROUND},

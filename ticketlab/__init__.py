@@ -32,15 +32,20 @@ from ticketlab.engine.stacks import takes_stacks
 from ticketlab.engine.study import Estimate, Study, imp, model_and_task, run_folder
 from ticketlab.engine.training import Outcome, Start
 from ticketlab.engine.training import train as train_starts
+from ticketlab.image_folder import ImageFolder
 from ticketlab.network import apply, evaluate
 from ticketlab.seeds import initialise
+from ticketlab.shard_writer import write_shards
+from ticketlab.shards import load_shards, verify_shards
 from ticketlab.state import State, state
+from ticketlab.tokens import task_from_text
 from ticketlab.version import __version__
 
 train = takes_stacks(train_starts)
 
 __all__ = [
     "Estimate",
+    "ImageFolder",
     "ImpConfig",
     "Level",
     "Outcome",
@@ -64,6 +69,7 @@ __all__ = [
     "imp",
     "initialise",
     "load_run",
+    "load_shards",
     "load_task",
     "masks",
     "model_and_task",
@@ -75,5 +81,8 @@ __all__ = [
     "signal",
     "state",
     "supermask",
+    "task_from_text",
     "train",
+    "verify_shards",
+    "write_shards",
 ]

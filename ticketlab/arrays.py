@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ticketlab import losses
 from ticketlab.errors import Refused
 from ticketlab.losses import FLOATING
+from ticketlab.mapped import Mapped
 
 
 def as_tensor(values: Any, what: str) -> Tensor:
@@ -47,6 +48,8 @@ def as_inputs(values: Any, what: str = "x") -> Tensor:
     Raises:
         Refused: NaN or infinity, bytes as pixels come, negative integers, or any other dtype.
     """
+    if isinstance(values, Mapped):  # checked when it was written; it stands for a tensor
+        return cast(Tensor, values)
     x = as_tensor(values, what)
     if x.dtype == torch.uint8:
         raise Refused(

@@ -19,6 +19,27 @@ def epoch_order(n: int, order_seed: int, epoch: int) -> Int64[Tensor, " n"]:
     return torch.randperm(n, generator=stream("order", order_seed, epoch))
 
 
+_NUMBERS = 2500 * 3072  # of inputs in one forward pass: 2,500 small colour images, or 51 of ImageNet's size
+_PER_TOKEN = 256  # numbers of an embedding, or of outputs, that a token stands for
+
+
+def portion(x: Tensor, y: Tensor, size: int) -> int:
+    """How many examples go through a network at once: ``size``, or fewer where they are large.
+
+    What a forward pass holds grows with its inputs, and with its outputs where each token has a label.
+
+    Args:
+        x: Examples [n, ...].
+        y: Their targets; the largest label of tokens [n, t] tells how many outputs there are.
+        size: The most.
+    """
+    each = x[:1].numel()
+    if not x.is_floating_point():
+        of_token = not y.is_floating_point() and y.ndim > 1
+        each *= max(_PER_TOKEN, int(y.max()) + 1 if of_token else 0)
+    return max(1, min(size, _NUMBERS // max(1, each)))
+
+
 # One entry a replica and epoch, so that many replicas can step in turn: 60 MB on MNIST, when full.
 _recent_order: Callable[[int, int, int], Tensor] = lru_cache(maxsize=128)(epoch_order)
 

@@ -268,8 +268,8 @@ def recalibrate(
     for one in replace(net, buffers=forgotten).each():
         with one.lent():
             _count_calls(model)
-            for batch in x[:whole].split(batch_size):
-                one.forward(batch)
+            for begin in range(0, whole, batch_size):
+                one.forward(x[begin : begin + batch_size])
             anew = {n: b.clone() for n, b in model.named_buffers() if n in names}
         found.append(one.buffers | anew)
     return found[0] if net.replicas is None else stack(found)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ticketlab import losses
+from ticketlab import losses, text
 from ticketlab.arrays import as_inputs, as_targets, check_layout, n_outputs
 from ticketlab.batches import batch_indices, crop_flip, epoch_order
 from ticketlab.datasets import SOURCES, Augmentation, Source, read
 from ticketlab.errors import Refused, nearest
 from ticketlab.losses import FLOATING, LOSSES, Loss, LossName
+from ticketlab.mapped import Mapped, rows
 from ticketlab.seeds import stream
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+:-]{0,99}")
@@ -36,7 +37,7 @@ class Split:
     """Examples and what they should give.
 
     Attributes:
-        x: Inputs [n, ...]: floating, or tokens in int64.
+        x: Inputs [n, ...]: floating, or tokens in int64; a tensor, or a `mapped.Mapped` that stands for one on disk.
         y: Labels in int64, [n] or [n, t] with a label per token; or floating targets [n, out].
 
     Raises:
@@ -62,7 +63,7 @@ class Split:
 
 @dataclass(frozen=True, repr=False)
 class Task:
-    """A problem held in memory, all splits on one device.
+    """A problem, all splits on one device; inputs in memory, or on disk and read batch by batch (``load_shards``).
 
     Attributes:
         name: Name of the set, which goes into the names of run folders: letters, digits and ``_ . + : -``.
@@ -185,13 +186,16 @@ class Task:
         """The first n examples of each split; None keeps all.
 
         The first n are a random sample, for splits are shuffled when they are made. The one exception
-        is a test set of one's own given to `from_tensors`, which keeps the order it came in.
+        is a test set of one's own given to `from_tensors`, which keeps the order it came in. What is
+        limited is in memory.
 
         Raises:
             Refused: An n outside 1..length of its split.
         """
 
         def cut(what: str, split: Split, n: int | None) -> Split:
+            if n is None and isinstance(split.x, Mapped):
+                return split
             n = len(split) if n is None else n
             if not isinstance(n, Integral) or not 1 <= n <= len(split):
                 raise Refused(f"the limit of {what} must be in 1..{len(split)}: got {n}. Use None to keep all.")
@@ -217,7 +221,7 @@ class Task:
 
         def keep(split: Split) -> Split:
             kept = (split.y >= first) & (split.y <= last)
-            return Split(split.x[kept], split.y[kept] - first)
+            return Split(rows(split.x, kept), split.y[kept] - first)
 
         return self.map(keep, name=f"{self.name}_{first}-{last}", n_classes=last - first + 1)
 
@@ -232,6 +236,7 @@ class Task:
             raise Refused(f"resize needs images [c, h, w] and sides of at least 1: got {self.input_shape} and {size}.")
         if self.input_shape[1:] == size:
             return self
+        self._refuse_on_disk("resize")
 
         def scale(x: Tensor) -> Tensor:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))  # halves have no kernel on a CPU
@@ -253,11 +258,16 @@ class Task:
             raise Refused(f"grey needs images [c, h, w] of one channel or three: got {self.input_shape}.")
         if self.input_shape[0] == 1:
             return self
+        self._refuse_on_disk("grey")
 
         def fade(x: Tensor) -> Tensor:
             return torch.einsum("nchw,c->nhw", x, x.new_tensor(_LUMA))[:, None]
 
         return self.map(lambda split: Split(fade(split.x), split.y), name=f"{self.name}_grey")
+
+    def _refuse_on_disk(self, what: str) -> None:
+        if any(isinstance(split.x, Mapped) for split in self.splits()):
+            raise Refused(f"{what} needs all examples in memory: some are on disk. Do it before they are written.")
 
     def fingerprint(self) -> str:
         """16 hex digits (SHA-256) of all that makes the task what it is, the same on every device."""
@@ -265,6 +275,9 @@ class Task:
         digest = hashlib.sha256(repr((self.name, int(self.n_classes), self.augmentation, *later)).encode())
         for split in self.splits():
             for tensor in (split.x, split.y):
+                if isinstance(tensor, Mapped):
+                    digest.update(tensor.fingerprint().encode())
+                    continue
                 digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
                 # as bytes, because numpy has no bfloat16
                 digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().data)
@@ -335,10 +348,10 @@ def _split_off(split: Split, size: int | float, what: str, generator: torch.Gene
         )
     order = torch.randperm(n, generator=generator).to(split.y.device)
     first, others = order[: int(count)], order[int(count) :]
-    return Split(split.x[first], split.y[first]), Split(split.x[others], split.y[others])
+    return Split(rows(split.x, first), split.y[first]), Split(rows(split.x, others), split.y[others])
 
 
-NAMES = tuple(SOURCES)
+NAMES = (*SOURCES, *text.NAMES)
 
 
 def load(
@@ -349,7 +362,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Task:
-    """A named set, normalised channel by channel, its validation set split from the training data.
+    """A named set: images normalised channel by channel, or text; its validation set split from the training data.
 
     The test set is always the same one, shuffled once; for digits, which has none of its own, it is
     a fixed 360 of the 1,797 examples. Files are looked for under ``TICKETLAB_DATA``: the four IDX files, gzipped
@@ -357,20 +370,26 @@ def load(
     CIFAR-10 in ``cifar10/cifar-10-batches-bin``. Otherwise the set comes from OpenML and is cached in
     ``TICKETLAB_DATA/openml``, or in scikit-learn's own folder when the variable is not set.
 
+    ``stdlib_lm`` and ``stdlib_topics`` need neither: they are made of the sources of the running Python's standard
+    library, see `ticketlab.text`, and bear the digest of that text in their name, ``stdlib_lm.1c0ffee5``. By that name
+    they are found again, or refused where the text is another.
+
     Args:
         name: One of `NAMES`.
-        validation_size: 5,000 if None, and 200 for digits.
+        validation_size: 5,000 if None, 200 for digits, and 1,000 and 800 passages for the two of text.
         split_seed: Of the split between training and validation.
         device: Of all tensors.
-        dtype: Of the images [n, c, h, w].
+        dtype: Of the images [n, c, h, w]; tokens [n, t] are int64.
 
     Raises:
-        Refused: An unknown name, files that are missing, damaged or of another size, no network.
+        Refused: An unknown name, files that are missing, damaged or of another size, no network, another text.
     """
-    if name not in NAMES:
+    if name not in SOURCES and text.split_name(name)[0] not in text.NAMES:
         raise Refused(nearest("task", name, NAMES))
     if dtype not in FLOATING:
         raise Refused(f"dtype must be floating: got {dtype}. Use torch.float32.")
+    if name not in SOURCES:
+        return _of_text(name, validation_size, split_seed).to(device)
     source = SOURCES[name]
     raw = read(name)
     shuffled = torch.randperm(len(raw.y_test), generator=stream("test", 0)).numpy()
@@ -386,6 +405,13 @@ def load(
         n_classes=source.n_classes,
         augmentation=source.augmentation,
     ).to(device)
+
+
+def _of_text(name: str, validation_size: int | None, split_seed: int) -> Task:
+    full_name, passages = text.read(name, validation_size=validation_size, split_seed=split_seed)
+    train, validation, test = (Split(*(torch.from_numpy(a.astype(np.int64)) for a in part)) for part in passages)
+    n_classes = len(text.TOPICS) if train.y.ndim == 1 else text.VOCABULARY
+    return Task(full_name, train, validation, test, n_classes)
 
 
 def usable_device(device: torch.device | str) -> torch.device:

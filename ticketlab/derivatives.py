@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from ticketlab.batches import portion
 from ticketlab.errors import Refused
 from ticketlab.losses import Loss
 from ticketlab.network import Network
@@ -135,6 +136,7 @@ def _looped(net: Network, cotangents: Cotangents, names: Sequence[str], *block: 
 
 def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, float]]:
     """Parts that fit in memory, each with its share of the examples."""
+    size = portion(x, y, size)
     for xs, ys in zip(x.split(size), y.split(size), strict=True):
         yield xs, ys, len(xs) / len(x)
 

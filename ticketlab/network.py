@@ -24,10 +24,11 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import masks as mask_ops
+from ticketlab.batches import portion
 from ticketlab.errors import Refused, check_type
 from ticketlab.lending import attention_as_products, forget, lent, placed, recurrence_as_products
 from ticketlab.losses import CROSS_ENTROPY, Loss
-from ticketlab.probing import attempt, check_examples, close, probe, watching_generators
+from ticketlab.probing import attempt, check_examples, close, few, probe, watching_generators
 from ticketlab.seeds import kept_generators
 from ticketlab.state import Buffers, Masks, Params, State, check_finite, check_module, select
 
@@ -122,10 +123,11 @@ class Network:
         self, x: Tensor, y: Tensor, loss: Loss = CROSS_ENTROPY, batch_size: int = 2500, execution: Execution = "auto"
     ) -> tuple[Float[Tensor, "*replica"], Float[Tensor, "*replica"]]:
         """Mean loss in nats and error in [0, 1], float64: summed example by example, whatever the batches."""
+        size = portion(x, y, batch_size)
 
         def means(forward: Callable[[Tensor], Tensor]) -> Float[Tensor, "*replica 2"]:
             total = torch.zeros(2, dtype=torch.float64, device=x.device)
-            for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            for xs, ys in zip(x.split(size), y.split(size), strict=True):
                 one = loss.each(forward(xs), ys)
                 total = total + torch.stack([part.sum(-1, dtype=torch.float64) for part in one], -1)
             return total / torch.full_like(total, len(y))  # a GPU multiplies by 1 / a plain number
@@ -223,7 +225,7 @@ def network(
         return net
     _check_inputs(net, x)
     if finite:
-        check_finite("x", x)
+        check_finite("x", few(x))  # of those on disk all were checked when they were written
     if given is None:
         _refuse_unknown_buffers(net, x, replaced)
     return replace(net, writes_input=_check_outputs(net, x, finite))
@@ -285,8 +287,9 @@ def resolve(
     """How a stack of replicas is computed: the one place where this is chosen.
 
     On an accelerator launches dominate and ``vmap`` shares them. On a CPU it pays for small fully connected
-    networks alone, where Python's overhead dominates too; convolutions take a slow grouped path under it, and
-    from about 10^5 weights on a thread for each replica is faster (measured by ``benchmarks/execution.py``).
+    networks alone, where Python's overhead dominates too; convolutions take a slow grouped path under it, fused
+    attention, which networks of tokens have, a loop, and from about 10^5 weights on a thread for each replica is
+    faster (measured by ``benchmarks/execution.py``).
     A single replica has nothing to share.
     """
     if execution not in ("auto", "loop", "vmap"):
@@ -296,7 +299,9 @@ def resolve(
     if replicas == 1:
         return "loop"
     small = sum(p.numel() for p in model.parameters()) < 100_000
-    return "vmap" if device.type != "cpu" or (small and all(p.ndim <= 2 for p in model.parameters())) else "loop"
+    matrices = all(p.ndim <= 2 for p in model.parameters())
+    tokens = any(isinstance(module, nn.Embedding) for module in model.modules())
+    return "vmap" if device.type != "cpu" or (small and matrices and not tokens) else "loop"
 
 
 # Checks.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ticketlab.errors import Refused
+from ticketlab.mapped import Mapped
 from ticketlab.seeds import kept_generators, stream
 
 _FAULTS_OF_INPUT = (RuntimeError, TypeError, LookupError, AttributeError, ValueError, AssertionError, ArithmeticError)
@@ -29,6 +30,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 def probe(x: Tensor) -> Tensor:
     """Three examples: the first, the last, and one that is in no batch, of entries that occur at their places."""
     check_examples(x)
+    x = few(x)
     generator = stream("probe", 0)
     index = torch.randint(0, len(x), x[0].shape, generator=generator).to(x.device)
     other = x.gather(0, index[None])[0]
@@ -40,6 +42,11 @@ def probe(x: Tensor) -> Tensor:
         else:
             other = x.flatten()[torch.randint(0, x.numel(), x[0].shape, generator=generator).to(x.device)]
     return torch.stack([x[0], x[-1], other])
+
+
+def few(x: Tensor) -> Tensor:
+    """Inputs as they are; of those on disk a few."""
+    return x.few() if isinstance(x, Mapped) else x
 
 
 @contextmanager
@@ -113,6 +120,6 @@ def check_output(y: Any, n: int, who: str = "the model") -> Tensor:
 
 def check_examples(x: Tensor) -> None:
     """Raise unless there is one example at least on the first axis of a tensor."""
-    if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+    if not isinstance(x, Tensor | Mapped) or x.ndim == 0 or len(x) == 0:
         given = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise Refused(f"x must hold at least one example on its first axis: got {given}. Pass a tensor [n, ...].")

@@ -21,7 +21,7 @@ class ImpConfig:
     """An IMP study: seeds x treatments, trained and pruned level after level."""
 
     task: str = "digits"
-    """Data set: digits (bundled), mnist, fashion_mnist, cifar10, cifar100 or svhn."""
+    """Data set: digits, stdlib_lm, stdlib_topics (no files needed), mnist, fashion_mnist, cifar10, cifar100 or svhn."""
     model: str = "mlp_100_50"
     """Architecture: lenet_300_100, mlp_100_50, conv_2, conv_4, conv_6, or conv_2_bn and so on."""
     levels: int = 8

@@ -28,6 +28,7 @@ from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
 from ticketlab.errors import Refused, nearest
 from ticketlab.lending import lent
 from ticketlab.losses import LOSSES
+from ticketlab.mapped import bytes_of
 from ticketlab.network import Execution
 from ticketlab.probing import attempt
 from ticketlab.seeds import Factory, derived_seed, initialise, kept_generators
@@ -89,10 +90,11 @@ class Study:
         self.own: dict[str, dict[str, Any]] = {"criteria": dict(criteria or {}), "treatments": dict(treatments or {})}
         name = getattr(model, "__name__", type(model).__name__) if model else config.model
         every = tuple(dict.fromkeys((*config.treatments, *self.own["treatments"])))
-        self.config = replace(config, model=_file_name(name), task=task.name if task else config.task, treatments=every)
         self.criterion = _criterion(config.criterion, self.own["criteria"])
         self.treatments = _treatments(every, self.own["treatments"])
         self.task = _task(config, task, device)
+        # The task's own name: that of text says which text it is.
+        self.config = replace(config, model=_file_name(name), task=self.task.name, treatments=every)
         shape, n_classes = self.task.input_shape, self.task.n_classes
         self.factory: Factory = model or (lambda: models.build(config.model, shape, n_classes))
         self.given, self.execution, self.progress = start, execution, progress
@@ -211,8 +213,7 @@ class Study:
         sizes = [t.numel() * t.element_size() for part in state(self.model) for t in part.values()]
         kept = sum(mask.numel() for mask in self.ones.values())
         held = {"adam": 2, "adamw": 2, "sgd": 1}[recipe.optimizer] + 4  # weights, gradients, the best, the last
-        splits = (self.task.train, self.task.validation, self.task.test)
-        dataset = sum(t.numel() * t.element_size() for split in splits for t in (split.x, split.y))
+        dataset = sum(bytes_of(t) for split in self.task.splits() for t in (split.x, split.y))
         states = 2 * trainings + n * len({0, config.rewind_step, *config.snapshot_steps})
         disk = states * sum(sizes) + trainings * kept
         return Estimate(trainings, steps, seconds / 3600, wide * sum(sizes) * held + dataset, disk)

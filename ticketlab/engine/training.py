@@ -430,6 +430,8 @@ def _graphed(
     model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe
 ) -> Advance | None:
     """The loop without Python between its steps, where a step of every replica can be recorded."""
+    if not isinstance(task.train.x, Tensor):
+        return None  # a batch that is read from disk asks Python
     if task.dtype == torch.float64 or any(start.dynamics is not None for start in starts):
         return None  # a rate on the device is a float32, and masks that move ask Python
     graphs = []

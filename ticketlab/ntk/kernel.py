@@ -8,6 +8,8 @@ torch.Size([5, 2, 5, 2])
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
@@ -153,11 +155,26 @@ def _kernel(
     return theta
 
 
+def _refuse_beyond_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """A system may promise more memory than it has, and end the process that uses it."""
+    wanted = math.prod(shape) * dtype.itemsize
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else wanted
+    if wanted > there:
+        raise Refused(
+            f"the kernel must fit into memory: {shape} takes {wanted / 2**30:.0f} GB, and {device} has "
+            f"{there / 2**30:.0f}. Take fewer inputs, outputs='trace' or 'sum_logits', or ntk.operator, which holds none."
+        )
+
+
 def _filled(work: _Work, x1: Tensor, x2: Tensor | None) -> Tensor:
     """All pairs of blocks. Blocks of the second side are made again for each of the first: one pair is held."""
     size, symmetric, other = work.block_size, x2 is None, x1 if x2 is None else x2
     n, m, o = len(x1), len(other), work.n_outputs
     shape = (n, m) if work.trace else (n, o, m, o)
+    _refuse_beyond_memory(shape, work.problem.dtype, work.problem.device)
     theta = torch.empty(shape, dtype=work.problem.dtype, device=work.problem.device)
 
     def at(i: int, j: int) -> Tensor:

@@ -9,18 +9,23 @@ The loss is the task's, over the examples given.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ticketlab.derivatives import Cotangents, hessian_product, pullback, rows
 from ticketlab.engine.criteria.evidence import Criterion, Evidence, Scores
+from ticketlab.errors import Refused
 from ticketlab.losses import IGNORED, Loss
+from ticketlab.network import output_shape
 from ticketlab.probing import close
 from ticketlab.state import Params
 
 EXACT_LIMIT = 20_000
 """Most live weights of ``obd_exact``, which costs a Hessian-vector product for each."""
+_MOST_OUTPUTS = 4096  # of an example, for each of which the Gauss-Newton diagonal takes a backward pass
 _HESSIAN_COLUMNS = 32  # computed at once
 _ROW_ELEMENTS = 2**24  # of the rows of one example held at once
 
@@ -74,6 +79,12 @@ def obd_gauss_newton(evidence: Evidence) -> Scores:
     for the softmax Hessian of an example is diag(p) - p p^T = sum_c r_c r_c^T. It costs as many backward passes
     of single examples as there are outputs, and no labels, unless some tokens of an example do not count.
     """
+    n_outputs = math.prod(output_shape(evidence.network, evidence.inputs))
+    if n_outputs > _MOST_OUTPUTS:
+        raise Refused(
+            f"it takes a backward pass per output of an example, {_MOST_OUTPUTS} at most: the model has {n_outputs}. Use "
+            "obd_fisher or snip, which take one in all."
+        )
     return _saliency(evidence.final, _mean_squares(evidence, _roots(evidence.loss)))
 
 
