@@ -93,6 +93,15 @@ def gradients(one: Example) -> Any:
     )
 
 
+def curvature(one: Example) -> Any:
+    model, state, masks, task = one
+    both = [
+        tl.curvature.top_eigenvalues(model, state, task, k=3, matrix=matrix, masks=masks, limit=40)
+        for matrix in ("hessian", "gauss_newton")
+    ]
+    return [found.values for found in both], tl.curvature.trace(model, state, task, masks=masks, limit=40, n_probes=4)
+
+
 def path(one: Example) -> Any:
     model, state, masks, task = one
     found = tl.connectivity.linear_path(model, state, end_of(one), task, masks=masks, n_alphas=5)
@@ -131,8 +140,8 @@ def bounds(one: Example) -> Any:
 MEASURES: dict[str, Callable[[Example], Any]] = {
     **{f"ntk {m} {o}": partial(ntk, m, o)
        for m in ("auto", "structured", "rows", "gather", "generic") for o in ("full", "trace")},
-    "spectrum": spectrum, "signal": signal, "gradients": gradients, "path": path, "permutations": permutations,
-    "overlaps": overlaps, "bounds": bounds, "effective masks": graphs,
+    "spectrum": spectrum, "signal": signal, "gradients": gradients, "curvature": curvature, "path": path,
+    "permutations": permutations, "overlaps": overlaps, "bounds": bounds, "effective masks": graphs,
 }  # fmt: skip
 
 

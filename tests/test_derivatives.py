@@ -10,7 +10,7 @@ from test_network import Checkpointed, Recurrent, Tied, grouped, spectral
 from torch import nn
 
 from ticketlab import derivatives
-from ticketlab.derivatives import gradient, hessian_product, pullback, rows
+from ticketlab.derivatives import gauss_newton_product, gradient, hessian_product, pullback, rows
 from ticketlab.losses import CROSS_ENTROPY, SQUARED_ERROR
 from ticketlab.network import network
 from ticketlab.state import state
@@ -68,6 +68,7 @@ def test_of_some_parameters_and_of_what_a_loss_does_not_reach():
     assert not gradient(net, x, y, SQUARED_ERROR)["first.weight"].any()
     vector = dict(net.params)
     assert not hessian_product(net, x, y, SQUARED_ERROR, vector)["first.weight"].any()
+    assert not gauss_newton_product(net, x, y, SQUARED_ERROR, vector)["first.weight"].any()
 
 
 class Stopped(nn.Module):
@@ -89,6 +90,26 @@ def test_hessian_products_are_those_of_double_backward(kind):
     truth = torch.autograd.grad(sum((g * v).sum() for g, v in zip(slope, vector.values(), strict=True)), weights)
     found = hessian_product(net, x, y, CROSS_ENTROPY, vector, batch_size=4)
     for one, expected in zip(found.values(), truth, strict=True):
+        torch.testing.assert_close(one, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("loss", [CROSS_ENTROPY, SQUARED_ERROR], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_gauss_newton_products_are_those_of_the_dense_jacobian(kind, loss):
+    net, other, x, y = problem(kind)
+    generator = torch.Generator().manual_seed(0)
+    names = list(net.params)[:3]
+    vector = {n: torch.randn(net.params[n].shape, generator=generator, dtype=net.dtype) for n in names}
+    inner, z = [other.get_parameter(n) for n in names], other(x)
+    target = y if loss is CROSS_ENTROPY else z.detach() + 1
+    dense = [torch.autograd.grad(one, inner, retain_graph=True) for one in z.flatten()]  # a row per output
+    along = torch.stack([sum((g * v).sum() for g, v in zip(row, vector.values(), strict=True)) for row in dense])
+    whole = torch.autograd.functional.hessian(lambda z: loss.mean(z, target), z.detach()).reshape(z.numel(), -1)
+    bent = whole @ along
+    found = gauss_newton_product(net, x, target, loss, vector, batch_size=4)
+    assert list(found) == names
+    for i, one in enumerate(found.values()):
+        expected = sum(b * row[i] for b, row in zip(bent, dense, strict=True))
         torch.testing.assert_close(one, expected, **CLOSE)
 
 

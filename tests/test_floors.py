@@ -34,7 +34,10 @@ GROUND = (
 FLOORS = {
     **{f"ticketlab.{room}": 0 for room in GROUND},
     "ticketlab.engine": 1,
-    **{f"ticketlab.{room}": 2 for room in ("ntk", "connectivity", "signal", "gradients", "bounds", "overlap")},
+    **{
+        f"ticketlab.{room}": 2
+        for room in ("ntk", "connectivity", "signal", "gradients", "curvature", "bounds", "overlap")
+    },
     "figures": 3,
     "analyses": 4,
     "examples": 4,

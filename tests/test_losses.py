@@ -164,6 +164,17 @@ def test_roots_square_to_the_hessian(name):
         torch.testing.assert_close(roots[i].mT @ roots[i], hessian)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_hessian_in_the_outputs_times_a_vector(name):
+    loss, z, y = CASES[name]
+    along = draw(*z.shape, seed=4)
+    whole = torch.autograd.functional.hessian(lambda w: 5 * loss.mean(w, y), z).reshape(z.numel(), -1)
+    found = loss.bend(z, y, along)
+    torch.testing.assert_close(found.flatten(), whole @ along.flatten())
+    stack = torch.stack([z, -z])
+    torch.testing.assert_close(loss.bend(stack, y, torch.stack([along, along]))[0], found)
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 

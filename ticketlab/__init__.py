@@ -11,6 +11,7 @@ from __future__ import annotations
 from ticketlab import (
     bounds,
     connectivity,
+    curvature,
     functional,
     gradients,
     graph,
@@ -61,6 +62,7 @@ __all__ = [
     "bounds",
     "connectivity",
     "criteria",
+    "curvature",
     "dynamic",
     "evaluate",
     "functional",

@@ -79,6 +79,53 @@ def hessian_product(
     return total
 
 
+def gauss_newton_product(
+    net: Network,
+    x: Tensor,
+    y: Tensor,
+    loss: Loss,
+    vector: Mapping[str, Tensor],
+    batch_size: int = 500,
+) -> Params:
+    r"""Product of the Gauss-Newton matrix of the mean loss, in the parameters that ``vector`` names, with it.
+
+    .. math:: G v = \frac1N \sum_n J_n^\top \frac{\partial^2 \ell_n}{\partial f^2} J_n v
+
+    The generalised one (Schraudolph 2002): the Hessian without the curvature of the network itself. w -> J' w is linear
+    in w, and the derivative of v . J' w in w is J v: no forward-mode rule is needed.
+
+    Raises:
+        Refused: An operation whose derivative cannot be differentiated, or is wrong then.
+    """
+    names = tuple(vector)
+    total = {n: torch.zeros_like(net.params[n]) for n in names}
+    with torch.enable_grad(), net.lent() as weights:
+        inner = [weights[n] for n in names]
+        for xs, ys, share in batches(x, y, batch_size):
+            outputs = net.forward(xs)
+            bent = loss.bend(outputs.detach(), ys, _pushed(outputs, inner, [vector[n] for n in names])) / len(xs)
+            for name, part in zip(names, pullback(outputs, inner, bent), strict=True):
+                total[name] += share * part
+    return total
+
+
+def _pushed(y: Tensor, inner: Sequence[Tensor], vector: Sequence[Tensor]) -> Tensor:
+    """J v, held against w . J v = J' w . v: a backward pass that is not differentiable in w gives zeros, no error."""
+    w = torch.linspace(1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y).requires_grad_()
+    products = [p * v for p, v in zip(pullback(y, inner, w, create_graph=True), vector, strict=True)]
+    along = torch.stack([p.sum() for p in products]).sum()
+    found = pullback(along, [w], retain_graph=True)[0]
+    with torch.no_grad():
+        directly = w * found
+        size = torch.stack([p.square().sum() for p in [*products, directly]]).sum().sqrt()
+        if not close(torch.stack([directly.sum(), size]), torch.stack([along, size])):
+            raise Refused(
+                "PyTorch must be able to differentiate the model's backward pass for this, and what it gives is wrong. "
+                "Let the backward pass of a torch.autograd.Function be made of differentiable operations."
+            )
+    return found
+
+
 def rows(
     net: Network, x: Float[Tensor, "n *input"], cotangents: Cotangents, names: Sequence[str], *targets: Tensor
 ) -> Generator[tuple[slice, dict[str, Float[Tensor, "block c *shape"]]], None, None]:

@@ -71,6 +71,12 @@ class Loss:
         """Gradient of each example's loss in its own outputs: softmax minus one-hot for cross-entropy."""
         return torch.func.grad(lambda z: self.each(z, targets).loss.sum())(outputs)
 
+    def bend(
+        self, outputs: Float[Tensor, "*replica n ..."], targets: Tensor, along: Float[Tensor, "*replica n ..."]
+    ) -> Float[Tensor, "*replica n ..."]:
+        """Product of the Hessian of each example's loss in its own outputs with a vector of that example."""
+        return torch.func.grad(lambda z: (self.residual(z, targets) * along).sum())(outputs)
+
 
 def cross_entropy(
     outputs: Float[Tensor, "*replica n *token classes"], targets: Int[Tensor, "n *token"], label_smoothing: float = 0.0
