@@ -19,10 +19,12 @@ FIVE = (0, 1, 2, 3, 4)
 class Preset:
     """One study of a paper."""
 
+    paper: str
+    """Authors and year."""
+    source: str
+    """Where in the paper what stands, and what differs here."""
     config: ImpConfig
     """As in the paper."""
-    source: str
-    """The paper, where in it, and what differs here."""
     small: ImpConfig
     """The same question in minutes on two CPU cores."""
     shortened: str
@@ -60,10 +62,9 @@ _LENET = ImpConfig(
     recipe=Recipe(steps=50_000, batch_size=60, optimizer="adam", learning_rate=1.2e-3),
 )
 _CONV_SOURCE = (
-    "Frankle & Carbin (2019), figures 2 and 5, appendix H: Adam, batch 60, layer scope, output layer at half the "
-    "rate, five trials, 5,000 validation examples, tickets rewound to step 0 beside reinitialised ones. Differs: "
-    "training batches are cropped and flipped, as every task made of cifar10 is; the paper names no augmentation for "
-    "these."
+    "Figures 2 and 5, appendix H: Adam, batch 60, layer scope, output layer at half the rate, five trials, 5,000 "
+    "validation examples, tickets rewound to step 0 beside reinitialised ones. Differs: training batches are cropped "
+    "and flipped, as every task made of cifar10 is; the paper names no augmentation."
 )
 _CONV_SHORT = (
     "Runs on the bundled digits (8 x 8 pixels) in place of CIFAR-10, for 300 steps, 3 levels and 3 seeds, with 200 "
@@ -83,7 +84,7 @@ def _conv(depth: int, steps: int, rate: float, conv_fraction: float) -> Preset:
         recipe=Recipe(steps=steps, batch_size=60, optimizer="adam", learning_rate=rate),
     )
     small = _smaller(config, {"steps": 300}, task="digits", levels=3, init_seeds=(0, 1, 2), validation_size=200)
-    return Preset(config, _CONV_SOURCE, small, _CONV_SHORT)
+    return Preset("Frankle & Carbin (2019)", _CONV_SOURCE, config, small, _CONV_SHORT)
 
 
 # Frankle et al. (2020).
@@ -181,10 +182,11 @@ _BERT = ImpConfig(
 
 PRESETS: dict[str, Preset] = {
     "mnist_lenet_300_100": Preset(
+        "Frankle & Carbin (2019)",
+        "Figures 2 to 4, appendix G: Adam at 1.2e-3, batch 60, 50,000 steps, layer scope, 20 % a level and 10 % of "
+        "the output layer, five trials, 5,000 validation examples, looked at every 100 steps, tickets rewound to step "
+        "0 beside reinitialised ones.",
         _LENET,
-        "Frankle & Carbin (2019), figures 2 to 4, appendix G: Adam at 1.2e-3, batch 60, 50,000 steps, layer scope, 20"
-        " % a level and 10 % of the output layer, five trials, 5,000 validation examples, looked at every 100 steps, "
-        "tickets rewound to step 0 beside reinitialised ones.",
         _smaller(_LENET, {"steps": 1_500}, levels=10, init_seeds=(0, 1, 2)),
         "Trains for 1,500 steps in place of 50,000, to 10 levels (11 % of the weights) in place of 20, for 3 seeds.",
     ),
@@ -192,31 +194,32 @@ PRESETS: dict[str, Preset] = {
     "cifar_conv_4": _conv(4, 25_000, 3e-4, 0.10),
     "cifar_conv_6": _conv(6, 30_000, 3e-4, 0.15),
     "cifar_resnet_20": Preset(
+        "Frankle et al. (2020)",
+        "Table 1, the standard ResNet-20: SGD with momentum 0.9 at 0.1, a tenth of it from steps 32,000 and 48,000 "
+        "on, 63,000 steps, batch 128, weight decay 1e-4, global scope, 20 % a level. Rewound to step 500, which "
+        "suffices for its tickets; the dense network is stable from step 2,000, which is stored too. Differs: batch "
+        "norm begins with scales of 1, in the authors' code with uniform ones in [0, 1); 5,000 images are held out "
+        "for validation. The paper's other variants: --learning-rate 0.01, or 0.03 with --warmup-steps 30000.",
         _RESNET_20,
-        "Frankle et al. (2020), table 1, the standard ResNet-20: SGD with momentum 0.9 at 0.1, a tenth of it from "
-        "steps 32,000 and 48,000 on, 63,000 steps, batch 128, weight decay 1e-4, global scope, 20 % a level. Rewound "
-        "to step 500, which suffices for its tickets; the dense network is stable from step 2,000, which is stored "
-        "too. Differs: batch norm begins with scales of 1, in the authors' code with uniform ones in [0, 1); 5,000 "
-        "images are held out for validation. The paper's other variants: --learning-rate 0.01, or 0.03 with "
-        "--warmup-steps 30000.",
         _cifar_small(_RESNET_20, "resnet_8_w8", _CIFAR_SMALL),
         "ResNet-8 of width 8 (19,954 parameters) in place of ResNet-20; " + _CIFAR_SHORT,
     ),
     "cifar_vgg_16": Preset(
+        "Frankle et al. (2020)",
+        "Table 1, the standard VGG-16: as ResNet-20, rewound to step 1,000, from which on the dense network is "
+        "stable. Differs: convolutions have no bias before batch norm, whose scales begin at 1; 5,000 images are held "
+        "out for validation; the output layer is pruned as any other.",
         _VGG_16,
-        "Frankle et al. (2020), table 1, the standard VGG-16: as ResNet-20, rewound to step 1,000, from which on the "
-        "dense network is stable. Differs: convolutions have no bias before batch norm, whose scales begin at 1; "
-        "5,000 images are held out for validation; the output layer is pruned as any other.",
         _cifar_small(_VGG_16, "vgg_16_w8", _CIFAR_SMALL),
         "VGG-16 of width 8 (231,746 parameters) in place of 64; " + _CIFAR_SHORT,
     ),
     "imagenet_resnet_50": Preset(
+        "Frankle et al. (2020)",
+        "Table 1: SGD with momentum 0.9 at 0.4, a tenth of it after epochs 30, 60 and 80, of 90, five epochs of "
+        "warm-up, batch 1,024, weight decay 1e-4, pruned once, to 30 %. Rewound to epoch 6 of 90, the 7 % of training "
+        "within which Frankle et al. (2019, Stabilizing) find tickets. ImageNet is not a named set: pass its arrays "
+        "as task=. Differs: batch norm begins with scales of 1, without weights of zero in the last of a block.",
         _RESNET_50,
-        "Frankle et al. (2020), table 1: SGD with momentum 0.9 at 0.4, a tenth of it after epochs 30, 60 and 80, of "
-        "90, five epochs of warm-up, batch 1,024, weight decay 1e-4, pruned once, to 30 %. Rewound to epoch 6 of 90, "
-        "the 7 % of training within which Frankle et al. (2019, Stabilizing) find tickets. ImageNet is not a named "
-        "set: pass its arrays as task=. Differs: batch norm begins with scales of 1, without weights of zero in the "
-        "last of a block.",
         _smaller(
             _RESNET_50,
             {"steps": 300, "batch_size": 60, "learning_rate": 0.05, "milestones": (100, 200, 270), "warmup_steps": 20,
@@ -227,12 +230,13 @@ PRESETS: dict[str, Preset] = {
         "seeds. No random masks.",
     ),
     "vit_cifar": Preset(
-        _VIT,
-        "No paper's tickets: the network and the recipe of DeiT-Ti (Touvron et al. 2021, tables 1 and 9), with "
-        "patches of 4 on CIFAR-10: AdamW at 5e-4 for a batch of 512, weight decay 0.05, 300 epochs of 88 steps, 5 of "
-        "them a warm-up, cosine. Global scope, 20 % a level, rewound to epoch 15 (5 %), chosen here. Differs: crops "
-        "and flips are the only augmentation; no stochastic depth; no label smoothing; weight decay on every "
+        "network and recipe of Touvron et al. (2021)",
+        "No paper's tickets: the network and the recipe of DeiT-Ti (tables 1 and 9), with patches of 4 on CIFAR-10: "
+        "AdamW at 5e-4 for a batch of 512, weight decay 0.05, 300 epochs of 88 steps, 5 of them a warm-up, cosine. "
+        "Global scope, 20 % a level, rewound to epoch 15 (5 %), chosen here. Differs: crops and flips are the only "
+        "augmentation; no stochastic depth; no label smoothing; weight decay on every "
         "parameter.",
+        _VIT,
         _smaller(
             _VIT,
             {"steps": 500, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 50, "eval_every": 100},
@@ -243,19 +247,20 @@ PRESETS: dict[str, Preset] = {
         "2 levels, for 2 seeds, with 1,000 validation examples. No random masks.",
     ),
     "bert_finetune": Preset(
+        "Chen et al. (2020)",
+        "MNLI: BERT-base fine-tuned for 3 epochs of 12,271 steps with AdamW at 2e-5, batch 32, 128 tokens; 10 % a "
+        "round of the linear layers below the head, global scope, rewound to the pretrained weights. Pass those as "
+        "start= and the data as task= (see tl.models.bert); without start= it is a BERT that has read nothing. "
+        "Differs: the rate is constant, where theirs falls linearly to 0; no dropout in fresh models; their code "
+        "prunes 10 % of all weights a round, their text 10 % of those left, as here.",
         _BERT,
-        "Chen et al. (2020), MNLI: BERT-base fine-tuned for 3 epochs of 12,271 steps with AdamW at 2e-5, batch 32, "
-        "128 tokens; 10 % a round of the linear layers below the head, global scope, rewound to the pretrained "
-        "weights. Pass those as start= and the data as task= (see tl.models.bert); without start= it is a BERT that "
-        "has read nothing. Differs: the rate is constant, where theirs falls linearly to 0; no dropout in fresh "
-        "models; their code prunes 10 % of all weights a round, their text 10 % of those left, as here.",
         _smaller(
             _BERT,
             {"steps": 600, "learning_rate": 1e-3, "eval_every": 100},
             task="stdlib_topics", model="encoder_tiny_d2_w64_h2", levels=3, treatments=("ticket", "reinit"),
             init_seeds=(0, 1), prunable=("blocks.*",),
         ),
-        "An encoder of 2 blocks of width 64 on bytes of the standard library, from random weights, for 600 steps at a"
-        " rate of 1e-3, 3 levels and 2 seeds. No random masks.",
+        "An encoder of 2 blocks of width 64 on bytes of the standard library, from random weights, for 600 steps at a "
+        "rate of 1e-3, 3 levels and 2 seeds. No random masks.",
     ),
 }  # fmt: skip
