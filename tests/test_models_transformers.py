@@ -153,7 +153,10 @@ def test_bert_and_gpt2_have_the_published_parameters(transformers):
     bert = shaped("bert_base", (128,), 3)
     assert count(bert.inner.bert) == 109_482_240
     assert count(bert) == 109_482_240 + 3 * 769
-    assert count(shaped("gpt2_base", (128,), 50_257)) == 124_439_808
+    gpt2 = shaped("gpt2_base", (128,), 50_257)
+    assert count(gpt2) == 124_439_808  # the output layer is the embedding
+    layers = [p for n, p in gpt2.named_parameters() if ".c_" in n and p.ndim == 2]
+    assert sum(p.numel() for p in layers) == 12 * 12 * 768**2 == 84_934_656
 
 
 def test_what_chen_et_al_prune_is_the_linear_layers_below_the_head(transformers):
