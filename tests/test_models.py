@@ -271,12 +271,16 @@ def test_sizes_stand_behind_a_name():
     assert (len(model.blocks), model.blocks[0].attention.heads) == (2, 2)
     assert model.patches.weight.shape == (12, 3, 8, 8)
     assert build("encoder_tiny_v99", (7,)).embedding.num_embeddings == 99
+    model = build("vit_mini_s10_o20")
+    assert (model.blocks[-1].drop_path.p, model.dropout.p) == (0.1, 0.2)
 
 
 @pytest.mark.parametrize(
     ("name", "match"),
     [
         ("resnet_20_d3", r"behind resnet_20 may stand _wN \(width\), each once and at least 1: got 'resnet_20_d3'"),
+        ("resnet_20_s10", r"behind resnet_20 may stand _wN \(width\), each once"),
+        ("vit_mini_s100", r"drop_path must lie in \[0, 1\): got 0.0 and 1.0"),
         ("resnet_20_w0", "at least 1: got 'resnet_20_w0'"),
         ("resnet_20_w8_w4", "each once"),
         ("conv_2_w8", "behind conv_2 may stand no sizes"),

@@ -1,7 +1,8 @@
 """The networks of the lottery-ticket papers, by name: ``build(name, input_shape, n_classes)``.
 
 Behind most names sizes may stand that are not the paper's, a letter and a number each: ``resnet_20_w8`` begins with 8
-channels instead of 16, ``vit_tiny_d6_w96_p2`` has 6 blocks of width 96 on patches of 2 pixels.
+channels instead of 16, ``vit_tiny_d6_w96_p2`` has 6 blocks of width 96 on patches of 2 pixels, ``vit_tiny_s10`` drops
+10 % of the paths in its last block (stochastic depth), ``encoder_tiny_o10`` 10 % of its entries (dropout).
 """
 
 from __future__ import annotations
@@ -61,11 +62,12 @@ _MODELS: dict[str, Maker] = {
 NAMES = tuple(_MODELS)
 
 _SIZES = {"w": "width", "d": "depth", "h": "heads", "p": "patch", "v": "vocabulary"}
+_PERCENT = {"o": "dropout", "s": "drop_path"}
 _LETTERS = {
-    **{"resnet": "w", "vgg": "w", "vit": "dwhp", "encoder": "dwhv", "decoder": "dwh"},
-    **{"bert": "dwhv", "gpt2": "dwh", "llama": "dwh"},
+    **{"resnet": "w", "vgg": "w", "vit": "dwhpos", "encoder": "dwhvos", "decoder": "dwhos"},
+    **{"bert": "dwhvo", "gpt2": "dwho", "llama": "dwh"},
 }
-"""Sizes that a family takes behind its names."""
+"""Sizes, and shares in percent, that a family takes behind its names."""
 
 
 def build(name: str, input_shape: Sequence[int], n_classes: int) -> nn.Module:
@@ -96,6 +98,7 @@ def maker(name: str) -> Maker:
     sizes = {size[0]: int(size[1:]) for size in found["sizes"].split("_")[1:]}
     letters = _LETTERS.get(found["stem"].partition("_")[0], "")
     if not set(sizes) <= set(letters) or min(sizes.values()) < 1 or len(sizes) < found["sizes"].count("_"):
-        known = ", ".join(f"_{letter}N ({_SIZES[letter]})" for letter in letters) or "no sizes"
+        known = ", ".join(f"_{letter}N ({(_SIZES | _PERCENT)[letter]})" for letter in letters) or "no sizes"
         raise Refused(f"behind {found['stem']} may stand {known}, each once and at least 1: got {name!r}.")
-    return partial(_MODELS[found["stem"]], **{_SIZES[letter]: size for letter, size in sizes.items()})
+    shares = {_PERCENT[letter]: size / 100 for letter, size in sizes.items() if letter in _PERCENT}
+    return partial(_MODELS[found["stem"]], **shares, **{_SIZES[n]: size for n, size in sizes.items() if n in _SIZES})
