@@ -1,9 +1,11 @@
-"""``python -m analyses`` lists the analyses."""
+"""``python -m analyses`` lists the analyses, and the presets that they can begin with."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
+
+from analyses.presets import described
 
 
 def listed() -> dict[str, str]:
@@ -17,3 +19,4 @@ if __name__ == "__main__":
     found = listed()
     print("python -m analyses.NAME [--help]:\n")
     print("\n".join(f"{name:<{max(map(len, found))}}  {what}" for name, what in found.items()))
+    print(f"\n--preset NAME [--small]:\n\n{described()}")

@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import ticketlab as tl
+from analyses import presets
 from figures.style import save
+from ticketlab.engine.presets import PRESETS
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
 
@@ -79,7 +81,16 @@ def main(
     """
     try:
         flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-        config = tyro.cli(config_type, prog=f"python -m analyses.{name}", args=argv, config=flags)
+        default, rest = presets.taken_off(config_type, sys.argv[1:] if argv is None else argv)
+        about = f"{config_type.__doc__}\n\n--preset NAME [--small] begins with a paper's study: {', '.join(PRESETS)}."
+        config = tyro.cli(
+            config_type,
+            prog=f"python -m analyses.{name}",
+            description=about,
+            args=rest,
+            default=default,
+            config=flags,
+        )
         folder = result_folder(name, config)
         tables = run(config)
         paths = _write_all(folder, name, config, tables, draw)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ticketlab.data import Task
+from ticketlab.models import build
 
 VOCABULARY, TOKENS, CLASSES = 8, 4, 3
 
@@ -393,4 +394,20 @@ TIMM = {
     "timm_densenet": of_timm("densenet", "DenseNet", **DENSENET),
 }
 
-ALL: dict[str, Architecture] = {**PLAIN, **HUGGING_FACE, **TORCHVISION, **TIMM}
+
+# Our own.
+
+
+def named(name: str, shape: tuple[int, ...] = (3, 16, 16), *, words: bool = False, **more: Any) -> Architecture:
+    return Architecture(partial(build, name, shape, VOCABULARY if words else CLASSES), shape, words=words, **more)
+
+
+OWN = {
+    "resnet": named("resnet_8_w4", (3, 8, 8)),
+    "resnet_padded": named("resnet_8_padded_w4", (3, 8, 8)),
+    "vit": named("vit_mini_d2_w8_h2", (3, 8, 8)),
+    "encoder": named(f"encoder_tiny_d2_w8_h2_v{VOCABULARY}", (TOKENS,), source="embedding"),
+    "decoder": named("decoder_tiny_d2_w8_h2", (TOKENS,), words=True, source="embedding"),
+}
+
+ALL: dict[str, Architecture] = {**PLAIN, **OWN, **HUGGING_FACE, **TORCHVISION, **TIMM}

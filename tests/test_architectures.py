@@ -58,6 +58,9 @@ REFUSED: dict[str, dict[str, str]] = {
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "lstm": ("embed.weight",),
     "gru": ("embed.weight",),
+    "vit": ("token", "position"),
+    "encoder": ("embedding.weight", "position"),
+    "decoder": ("embedding.weight", "position"),
     "hf_vit": ("*.cls_token", "*.position_embeddings"),
     "hf_swin": ("*.relative_position_bias_table",),
     "hf_levit": ("*.attention_biases",),

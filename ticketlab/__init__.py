@@ -24,9 +24,10 @@ from ticketlab import (
 )
 from ticketlab.data import Split, Task
 from ticketlab.data import load as load_task
-from ticketlab.engine import criteria, dynamic, supermask
+from ticketlab.engine import criteria, dynamic, presets, supermask
 from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.level import Level
+from ticketlab.engine.presets import preset
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.run import Run, load_run
 from ticketlab.engine.stacks import takes_stacks
@@ -79,6 +80,8 @@ __all__ = [
     "ntk",
     "overlap",
     "permutation",
+    "preset",
+    "presets",
     "run_folder",
     "signal",
     "state",

@@ -23,7 +23,7 @@ class ImpConfig:
     task: str = "digits"
     """Data set: digits, stdlib_lm, stdlib_topics (no files needed), mnist, fashion_mnist, cifar10, cifar100 or svhn."""
     model: str = "mlp_100_50"
-    """Architecture: lenet_300_100, mlp_100_50, conv_2, conv_4, conv_6, or conv_2_bn and so on."""
+    """Architecture: lenet_300_100, conv_2, resnet_20, vgg_16, vit_tiny, ... (models.NAMES), resnet_20_w8 and so on."""
     levels: int = 8
     """Prunings after the dense level 0; 1 is one-shot pruning. A stored run can be extended."""
     prune_fraction: float = 0.2
