@@ -87,41 +87,43 @@ def run(config: Config) -> Tables:
     ``children``: a row per pair, with barriers, distances and errors; ``paths``: their lines; ``networks``: accuracies
     of the runs; ``claims``: per cell of k, level and treatment, instability and the error above the dense network's.
     """
+    parts: dict[str, list[pd.DataFrame]] = {"networks": [], "children": [], "paths": []}
+    for name, table in cells(config):
+        parts[name].append(table)
+    tables = {name: joined(tables) for name, tables in parts.items()}
+    return tables | {"claims": claims(tables["children"])}
+
+
+def cells(config: Config) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of the tables, each with its name, as they come: k after k, level after level.
+
+    Raises:
+        Refused: No rewind steps or one twice, levels that the study does not have, and whatever a study refuses.
+    """
     steps = sorted(set(config.rewind_steps))
     if len(steps) < len(config.rewind_steps) or not steps:
         raise Refused(f"rewind_steps must be one or more different steps: got {config.rewind_steps}.")
-    config_of_first = replace(
-        config.study,
-        rewind_step=steps[0],
-        snapshot_steps=tuple(sorted({*steps, *config.study.snapshot_steps})),
-    )
-    study, dense = tl.Study(config_of_first, device=config.device), None
+    kept = tuple(sorted({*steps, *config.study.snapshot_steps}))
+    study = tl.Study(replace(config.study, rewind_step=steps[0], snapshot_steps=kept), device=config.device)
     measured = chosen_levels(config.at_levels, config.study.levels, (config.study.levels,), first=1)
     test = len(study.task.test) if config.test_examples is None else min(config.test_examples, len(study.task.test))
     shown = study.task.limit(train=min(config.train_examples, len(study.task.train)), test=test)
-    networks, children, paths = [], [], []
+    about, dense = {"task": study.config.task, "model": study.config.model}, None
     for k in steps:
         study = study if dense is None else study.rewound(k, dense)
         print(f"run: {study.folder(config.store)}", flush=True)
         for level in followed(study.levels(config.store)):
             dense = dense or level
-            networks.append(level.metrics.assign(rewind_step=k, level_density=level.density))
+            table = level.metrics.assign(rewind_step=k, level_density=level.density, **about)
+            yield "networks", table.drop(columns="replica")
             if level.level == 0 or level.level in measured:
-                parents = list(_dense(study, level, k) if level.level == 0 else _subnetworks(level))
+                parents = list(_dense(level, k) if level.level == 0 else _subnetworks(level))
                 for rows, lines in _pairs(study, parents, k, shown, config.n_alphas):
-                    children.append(rows)
-                    paths.append(lines)
-    about = {"task": study.config.task, "model": study.config.model}
-    every, table = joined(networks), joined(children).assign(**about)
-    return {
-        "children": table,
-        "paths": joined(paths),
-        "networks": every[[c for c in every if c not in ("replica", "curves")]].assign(**about),
-        "claims": claims(table),
-    }
+                    yield "children", rows.assign(**about)
+                    yield "paths", lines
 
 
-def _dense(study: tl.Study, level: tl.Level, k: int) -> Iterator[Parent]:
+def _dense(level: tl.Level, k: int) -> Iterator[Parent]:
     """Only a child that began with fresh optimizer state is one: the network that went on is one for k = 0 alone."""
     for seed in survivors(level):
         one = level.select(treatment="ticket", init_seed=seed)

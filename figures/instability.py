@@ -29,6 +29,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.0))
         _against_k(axes[0, 0], shown, 100 * shown["test_barrier_error"], "error barrier between children (points)")
         _level(axes[0, 0], STABLE, "stable below 2")
+        axes[0, 0].set_ylim(top=max(1.25 * STABLE, axes[0, 0].get_ylim()[1]))
         error = 50 * (shown["test_error_a"] + shown["test_error_b"])
         _against_k(axes[0, 1], shown, error, "test error of the children (%)")
         axes[0, 1].get_legend().remove()

@@ -165,7 +165,8 @@ def _refuse_beyond_memory(shape: tuple[int, ...], dtype: torch.dtype, device: to
     if wanted > there:
         raise Refused(
             f"the kernel must fit into memory: {shape} takes {wanted / 2**30:.0f} GB, and {device} has "
-            f"{there / 2**30:.0f}. Take fewer inputs, outputs='trace' or 'sum_logits', or ntk.operator, which holds none."
+            f"{there / 2**30:.0f}. Take fewer inputs, outputs='trace' or 'sum_logits', or ntk.operator, which "
+            "holds none."
         )
 
 

@@ -82,8 +82,8 @@ def obd_gauss_newton(evidence: Evidence) -> Scores:
     n_outputs = math.prod(output_shape(evidence.network, evidence.inputs))
     if n_outputs > _MOST_OUTPUTS:
         raise Refused(
-            f"it takes a backward pass per output of an example, {_MOST_OUTPUTS} at most: the model has {n_outputs}. Use "
-            "obd_fisher or snip, which take one in all."
+            f"it takes a backward pass per output of an example, {_MOST_OUTPUTS} at most: the model has {n_outputs}. "
+            "Use obd_fisher or snip, which take one in all."
         )
     return _saliency(evidence.final, _mean_squares(evidence, _roots(evidence.loss)))
 
