@@ -22,8 +22,12 @@ def train_alone(
     frozen: bool = False,
     learning_rate: float | None = None,
     copies: bool = True,
+    spared: tuple[str, ...] = (),
 ) -> nn.Module:
-    """A plain PyTorch loop over one network: masks on weights and gradients, an unfused optimizer."""
+    """A plain PyTorch loop over one network: masks on weights and gradients, an unfused optimizer.
+
+    ``spared`` are the names of the parameters without weight decay, for a recipe that does not decay all.
+    """
     net = (copy.deepcopy(model) if copies else model).train()
     named = dict(net.named_parameters())
     dead = {name: named[name].detach().clone()[~mask] * float(frozen) for name, mask in masks.items()}
@@ -31,12 +35,18 @@ def train_alone(
         for name, mask in masks.items():
             named[name][~mask] = dead[name]
     options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "foreach": False, "fused": False}
-    if recipe.optimizer == "sgd":
-        optimizer = torch.optim.SGD(net.parameters(), momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
+    groups = [
+        {"params": [p for n, p in named.items() if n not in spared]},
+        {"params": [named[n] for n in spared], "weight_decay": 0.0},
+    ]
+    if callable(recipe.optimizer):
+        optimizer = recipe.optimizer(list(named.values()))
+    elif recipe.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.nesterov, **options)
     elif recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(net.parameters(), **options)
+        optimizer = torch.optim.Adam(groups, **options)
     else:
-        optimizer = torch.optim.AdamW(net.parameters(), **options)
+        optimizer = torch.optim.AdamW(groups, **options)
     for step in range(first_step, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(step) if learning_rate is None else learning_rate
@@ -45,9 +55,11 @@ def train_alone(
         if task.augmentation == "crop_flip":
             x = crop_flip(x, order_seed, step)
         optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
+        F.cross_entropy(net(x), y, label_smoothing=recipe.label_smoothing).backward()
         for name, mask in masks.items():
             named[name].grad[~mask] = 0.0
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), recipe.clip_norm)
         optimizer.step()
         with torch.no_grad():
             for name, mask in masks.items():

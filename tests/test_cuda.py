@@ -240,7 +240,7 @@ def test_a_study_takes_the_gpu_and_a_stopped_one_goes_on(name, tmp_path):
     factory, problem = NETWORKS[name]
     task = problem(dtype=torch.float32)
     study = tl.Study(CONFIG, model=factory, task=task, progress=False)
-    assert study.task.device .type == DEVICE.type
+    assert study.task.device.type == DEVICE.type
     first_levels = [level.level for level, _ in zip(study.levels(tmp_path), range(2), strict=False)]
     *_, last = tl.imp(CONFIG, model=factory, task=task, store=tmp_path, progress=False)
     run = tl.load_run(next(tmp_path.iterdir()))

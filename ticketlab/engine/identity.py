@@ -1,4 +1,4 @@
-"""What names a study beside its config: what its network does, and what a user's own criterion or treatment does.
+"""What names a study beside its config: what its network does, and what is a user's own does.
 
 All of it is a few numbers of a few digits, taken in float64, so that rounding does not vary from machine to machine.
 """
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from ticketlab.data import Task
 from ticketlab.engine.criteria import Evidence
+from ticketlab.engine.optimizer import make_optimizer
+from ticketlab.engine.recipe import Recipe, own_name
 from ticketlab.engine.treatments import Origin
+from ticketlab.errors import Refused
 from ticketlab.lending import attention_as_products, lent
 from ticketlab.losses import LOSSES
 from ticketlab.seeds import Factory, kept_generators
@@ -90,6 +93,50 @@ def treatment_effect(own: Any, factory: Factory, model: nn.Module, masks: Masks)
     told = [_told(tensor, 3) for tensor in (*begun.state.params.values(), *begun.masks.values())]
     how = repr((begun.order_seed, begun.frozen, begun.learning_rate, begun.dynamics))
     return {"code": _code(function), "how": how, "does": told}
+
+
+def optimizer_effect(own: Callable[..., torch.optim.Optimizer], model: nn.Module) -> dict[str, Any]:
+    """The code of a user's own optimizer, and where its first steps take the first network.
+
+    Raises:
+        Refused: An optimizer that fails on other gradients than those of training, or steps by chance: what it does
+            cannot be told, and so no stored run be named by it.
+    """
+    try:
+        with kept_generators(next(model.parameters()).device):
+            first, again = (_descent(own, model) for _ in range(2))
+    except Refused:
+        raise
+    except Exception as error:  # whatever a function of a user's own raises
+        raise Refused(
+            f"a stored run is named by what it does, and {own_name(own)} fails on gradients made up for it: {error}. "
+            "Train without a store, as store=None, or let it step on any gradients."
+        ) from error
+    if first != again:
+        raise Refused(
+            f"an optimizer must be a function of its parameters and gradients where a run is stored: {own_name(own)} "
+            "steps twice from the same weights to different ones. Leave its draws out, or train with store=None."
+        )
+    theirs = (getattr(own, "__module__", None) or "").startswith("torch.")  # its code is another in each version
+    return {"code": "" if theirs else _code(own), "does": first}
+
+
+def _descent(own: Callable[..., torch.optim.Optimizer], model: nn.Module) -> list[str]:
+    params = {n: nn.Parameter(p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
+    optimizer = make_optimizer(Recipe(optimizer=own), model, params)
+    for step in range(3):
+        for i, p in enumerate(params.values()):
+            made_up = torch.arange(p.numel(), device=p.device, dtype=torch.float64).add(i + step).cos()
+            p.grad = made_up.view_as(p).to(p.dtype) if p.requires_grad else None
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (1 + step)
+        optimizer.step()
+    return [_told(p, 3) for p in params.values()]
+
+
+def schedule_effect(recipe: Recipe) -> dict[str, Any]:
+    """The rate of every step."""
+    return {"rates": [f"{recipe.learning_rate_at(step):.9g}" for step in range(recipe.steps)]}
 
 
 def _told(tensor: Tensor, digits: int) -> str:
