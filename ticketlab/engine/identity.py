@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ticketlab.data import Task
 from ticketlab.engine.criteria import Evidence
-from ticketlab.engine.optimizer import make_optimizer
+from ticketlab.engine.optimizer import first_steps
 from ticketlab.engine.recipe import Recipe, own_name
 from ticketlab.engine.treatments import Origin
 from ticketlab.errors import Refused
 from ticketlab.lending import attention_as_products, lent
 from ticketlab.losses import LOSSES
-from ticketlab.seeds import Factory, kept_generators
+from ticketlab.probing import watching_generators
+from ticketlab.seeds import Factory, kept_generators, seed_generators
 from ticketlab.state import Masks, State, moved, state
 
 
@@ -56,24 +57,38 @@ def _attributes(model: nn.Module) -> list[str]:
 
 
 def _does(model: nn.Module, first: State, task: Task, dtype: torch.dtype, training: bool) -> list[str]:
-    """Outputs, gradients and buffers: gradients show what outputs do not, such as where the graph is cut."""
+    """Outputs, gradients and buffers: gradients show what outputs do not, such as where the graph is cut.
+
+    What draws does so from one seed, and on the CPU, for other devices draw other numbers from it.
+    """
     for wide, digits in ((torch.float64, 5), (dtype, 3)):
-        x, y = moved(task.train.x[:8], task.device, wide), task.train.y[:8]
-        try:
-            with (
-                lent(model, *first.to(task.device, wide).clone(), training=training),
-                attention_as_products(),
-                kept_generators(),
-                torch.enable_grad(),
-            ):
-                outputs = model(x.clone())
-                weights = [p for p in model.parameters() if p.requires_grad]
-                LOSSES[task.loss].mean(outputs, y).backward()  # unlike autograd.grad, through any checkpoint
-                slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-                return [_told(tensor, digits) for tensor in (*outputs.detach(), *slopes, *model.buffers())]
-        except Exception:  # a dtype of its own, or whatever a model raises at one that it does not take
-            continue
+        for device in dict.fromkeys((task.device, torch.device("cpu"))):
+            try:
+                told, drew = _told_of_passes(model, first, task, device, wide, digits, training)
+            except Exception:  # a dtype of its own, or whatever a model raises at one that it does not take
+                break
+            if not drew or device.type == "cpu":
+                return told
     return ["unknown"]
+
+
+def _told_of_passes(
+    model: nn.Module, first: State, task: Task, device: torch.device, wide: torch.dtype, digits: int, training: bool
+) -> tuple[list[str], bool]:
+    x, y = moved(task.train.x[:8], device, wide), task.train.y[:8].to(device)
+    with (
+        lent(model, *first.to(device, wide).clone(), training=training),
+        attention_as_products(),
+        kept_generators(device),
+        torch.enable_grad(),
+    ):
+        seed_generators(0, device)
+        with watching_generators(device) as drawn:
+            outputs = model(x.clone())
+            weights = [p for p in model.parameters() if p.requires_grad]
+            LOSSES[task.loss].mean(outputs, y).backward()  # unlike autograd.grad, through any checkpoint
+        slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        return [_told(tensor, digits) for tensor in (*outputs.detach(), *slopes, *model.buffers())], drawn()
 
 
 def criterion_effect(own: Any, model: nn.Module, task: Task, masks: Masks) -> dict[str, Any]:
@@ -104,7 +119,7 @@ def optimizer_effect(own: Callable[..., torch.optim.Optimizer], model: nn.Module
     """
     try:
         with kept_generators(next(model.parameters()).device):
-            first, again = (_descent(own, model) for _ in range(2))
+            first, again = ([_told(p, 3) for p in first_steps(own, model).values()] for _ in range(2))
     except Refused:
         raise
     except Exception as error:  # whatever a function of a user's own raises
@@ -119,19 +134,6 @@ def optimizer_effect(own: Callable[..., torch.optim.Optimizer], model: nn.Module
         )
     theirs = (getattr(own, "__module__", None) or "").startswith("torch.")  # its code is another in each version
     return {"code": "" if theirs else _code(own), "does": first}
-
-
-def _descent(own: Callable[..., torch.optim.Optimizer], model: nn.Module) -> list[str]:
-    params = {n: nn.Parameter(p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()}
-    optimizer = make_optimizer(Recipe(optimizer=own), model, params)
-    for step in range(3):
-        for i, p in enumerate(params.values()):
-            made_up = torch.arange(p.numel(), device=p.device, dtype=torch.float64).add(i + step).cos()
-            p.grad = made_up.view_as(p).to(p.dtype) if p.requires_grad else None
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01 / (1 + step)
-        optimizer.step()
-    return [_told(p, 3) for p in params.values()]
 
 
 def schedule_effect(recipe: Recipe) -> dict[str, Any]:

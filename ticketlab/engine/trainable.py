@@ -1,10 +1,11 @@
-"""What is refused before anything is trained, and whether a module's copies stand on their own."""
+"""What is refused before anything is trained, and what a module is: whether copies stand alone, whether it draws."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from ticketlab import masks as mask_ops
 from ticketlab.data import Task
 from ticketlab.engine.dynamic.moves import validate
+from ticketlab.engine.optimizer import first_steps
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.step import objective
 from ticketlab.errors import Refused
 from ticketlab.lending import lent
 from ticketlab.network import n_replicas, network
 from ticketlab.probing import attempt, close, watching_generators
+from ticketlab.seeds import kept_generators, seed_generators
 from ticketlab.state import State
 
 if TYPE_CHECKING:
@@ -63,44 +66,67 @@ def _check_start(start: Start, r: int, recipe: Recipe) -> None:
         )
 
 
-def stands_alone(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> bool:
-    """One training pass on a throwaway copy: refuse what cannot be trained; whether copies stand on their own.
+@dataclass(frozen=True)
+class Trainable:
+    """How a module can be trained."""
 
-    A copy does not where a hook or closure still reaches the module that it was copied from: poisoned, that one shows.
+    copies: bool
+    """Whether copies stand on their own. They do not where a hook or closure still reaches the original."""
+    draws: bool
+    """Whether a training step draws from a global generator, such as for dropout, and so needs them to itself."""
+
+
+def probed(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> Trainable:
+    """One training pass on a throwaway copy: refuse what cannot be trained, and tell how the rest is.
+
+    A copy that still reaches the module that it was copied from shows where that one is poisoned.
     """
-    found = [name or "the model" for name, m in model.named_modules() if _dropout(m) > 0]
-    if found:
-        raise Refused(
-            f"dropout draws from a global generator and cannot be replayed: set its probability to 0 in {found}."
-        )
     x, y = task.train.x[: recipe.batch_size], task.train.y[: recipe.batch_size]
     params, buffers = start.begun.clone()
-    with torch.no_grad(), watching_generators(task.device) as drawn:
-        with lent(model, params, {n: b.clone() for n, b in buffers.items()}, training=True):
+    fresh = {n: b.clone() for n, b in buffers.items()}
+    with torch.no_grad(), kept_generators(task.device):
+        seed_generators(0, task.device)
+        with watching_generators(task.device) as drawn, lent(model, params, fresh, training=True):
             outputs = attempt(model, x)
-        if drawn():
-            raise Refused(
-                "the model draws from a global generator as it trains, which cannot be replayed: its forward pass "
-                "advanced the generator's state. Leave out dropout and other noise, or draw it from a seed and a "
-                "step that are buffers."
-            )
+        draws = drawn() or any(_dropout(module) > 0 for module in model.modules()) or _steps_by_chance(recipe, model)
         objective(task, recipe).check(y, len(x), outputs.shape[1:])
         network(model, start.begun, task.train.x, finite=False)  # what is trained is evaluated: each example by itself
         _refuse_hidden_state(model, start.begun, x)
-        # A hook on a parameter is not copied with it.
-        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
-        net = None if hooked else copied(model)
-        if net is None:
+        seed_generators(0, task.device)
+        return Trainable(_copies(model, params, buffers, x, outputs), draws)
+
+
+def _copies(
+    model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Tensor, outputs: Tensor
+) -> bool:
+    # A hook on a parameter is not copied with it.
+    hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    net = None if hooked else copied(model)
+    if net is None:
+        return False
+    net.train()
+    put(net, params, buffers)
+    poison = [{n: torch.full_like(t, math.nan) if t.is_floating_point() else t for n, t in part.items()}
+              for part in (params, buffers)]  # fmt: skip
+    with lent(model, poison[0], poison[1], training=True):
+        try:
+            return bool(close(net(x.clone()), outputs))
+        except Exception:  # whatever a copy that does not stand on its own raises
             return False
-        net.train()
-        put(net, params, buffers)
-        poison = [{n: torch.full_like(t, math.nan) if t.is_floating_point() else t for n, t in part.items()}
-                  for part in (params, buffers)]  # fmt: skip
-        with lent(model, poison[0], poison[1], training=True):
-            try:
-                return bool(close(net(x.clone()), outputs))
-            except Exception:  # whatever a copy that does not stand on its own raises
-                return False
+
+
+def _steps_by_chance(recipe: Recipe, model: nn.Module) -> bool:
+    """Whether an optimizer of a user's own draws; True too where made-up gradients do not show it."""
+    if not callable(recipe.optimizer):
+        return False
+    with torch.enable_grad(), watching_generators(next(model.parameters()).device) as drawn:
+        try:
+            first_steps(recipe.optimizer, model)
+        except Refused:
+            raise
+        except Exception:  # whatever a function of a user's own raises
+            return True
+        return drawn()
 
 
 def _refuse_hidden_state(model: nn.Module, begun: State, x: Tensor) -> None:

@@ -28,18 +28,20 @@ from torch.func import functional_call, vmap
 from tqdm import tqdm
 
 from ticketlab import masks as mask_ops
+from ticketlab.batches import noise_seed
 from ticketlab.data import Task, batch_indices, crop_flip
 from ticketlab.engine import graphed
 from ticketlab.engine.dynamic.moves import Dynamics
 from ticketlab.engine.optimizer import clipping, make_optimizer
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.step import objective
-from ticketlab.engine.trainable import check, copied, put, stands_alone
+from ticketlab.engine.trainable import check, copied, probed, put
 from ticketlab.engine.watch import OnEval, Watch, put_back
 from ticketlab.errors import Refused
-from ticketlab.lending import lent
+from ticketlab.lending import lent, recurrence_as_products
 from ticketlab.network import Execution, network, resolve
-from ticketlab.probing import close
+from ticketlab.probing import close, watching_generators
+from ticketlab.seeds import seed_generators
 from ticketlab.state import Masks, State, select, stack, stack_states
 
 
@@ -109,6 +111,10 @@ def train(
     step t. A replica whose validation loss or weights turn non-finite is reported by a warning, put back to its last
     finite evaluation and left there; one that starts non-finite is not trained. The others are not touched.
 
+    Where the forward pass draws from a global generator (dropout, stochastic depth), the generators are seeded before
+    each step by `batches.noise_seed` of order seed and step, and put back afterwards. They are shared by threads, so
+    that on a CPU such replicas train one at a time; ``vmap`` is not used.
+
     Args:
         model: The architecture; its own weights, buffers and mode are not used or changed.
         starts: One per replica, all with masks of the same names. Replicas with rates or dynamics of their own are
@@ -124,14 +130,13 @@ def train(
     Raises:
         Refused: Shapes that do not fit, steps or rates out of range, frozen weights under weight decay or beside
             dynamics, which would move them, ``vmap`` where it does not follow, outputs that do not fit the task or, in
-            evaluation mode, depend on the rest of the batch, or a model that draws from a global generator as it
-            trains, such as by dropout: no seed of ours reaches it.
+            evaluation mode, depend on the rest of the batch or on chance.
     """
     check(model, starts, recipe, first_step, snapshot_steps)
-    copies = stands_alone(model, starts[0], task, recipe)
+    probe = probed(model, starts[0], task, recipe)
     began = time.perf_counter()
     live, masks = stack_states([start.begun for start in starts]), stack([start.masks for start in starts])
-    advance = advancing(model, live, masks, starts, task, recipe, execution, copies)
+    advance = advancing(model, live, masks, starts, task, recipe, execution, probe.copies, probe.draws)
     watch = Watch(model, live, masks, task, execution, on_eval)
     watch.check(first_step)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
@@ -140,8 +145,12 @@ def train(
     hidden = None if progress else True  # None: tqdm hides itself where the output is not a terminal
     label = progress if isinstance(progress, str) else "train"
     with tqdm(total=recipe.steps - first_step, desc=label, unit="step", disable=hidden) as bar:
+        if probe.draws and task.device.type == "cpu" and len(starts) > 1:
+            bar.set_postfix_str("one replica at a time: training draws from a global generator")
         for begin, end in pairwise([first_step, *stops]):
-            advance(range(begin, end), watch.alive)
+            with watching_generators(task.device) as drawn:  # and puts the caller's back
+                advance(range(begin, end), watch.alive)
+            _refuse_late_draws(drawn() and not probe.draws, begin, end)
             if end in looks:
                 watch.look(end)
             if end in snapshot_steps:
@@ -150,6 +159,14 @@ def train(
             bar.update(end - begin)
     network(model, live, task.train.x, finite=False)  # as at first: first weights may hide it, as gains of zero do
     return Outcome(live, snapshots, watch.metrics(), watch.curves(), time.perf_counter() - began, masks)
+
+
+def _refuse_late_draws(late: bool, begin: int, end: int) -> None:
+    if late:
+        raise Refused(
+            f"noise must be there from the first step, so that it is seeded: between steps {begin} and {end} something "
+            "began to draw from a global generator. Let the forward pass draw at each step, whether it uses it or not."
+        )
 
 
 # Advancing a stack.
@@ -164,6 +181,7 @@ def advancing(
     recipe: Recipe,
     execution: Execution = "auto",
     copies: bool = True,
+    draws: bool = False,
 ) -> Advance:
     """What moves the stack ``live`` through a range of steps: (steps, replicas still alive) -> None."""
     apart = callable(recipe.optimizer) or any(start.apart for start in starts)
@@ -172,7 +190,13 @@ def advancing(
             "an optimizer of your own, and replicas with rates or dynamics of their own, need the loop: leave "
             "execution at 'auto'."
         )
-    if execution == "auto" and task.device.type == "cuda" and copies and not callable(recipe.optimizer):
+    if execution == "vmap" and draws:
+        raise Refused(
+            "vmap draws other numbers than each network by itself, and training draws from a global generator, such as "
+            "for dropout: leave execution at 'auto', which takes the loop."
+        )
+    apart = apart or draws
+    if execution == "auto" and task.device.type == "cuda" and copies and not draws and not callable(recipe.optimizer):
         advance = _graphed(model, live, masks, starts, task, recipe)
         if advance is not None:
             return advance
@@ -183,7 +207,7 @@ def advancing(
             return _vmap(model, live, masks, starts, task, recipe)
         if execution == "vmap":
             raise Refused(f"vmap cannot follow this model as it trains: {why}. Leave execution at 'auto'.")
-    return _loop(model, live, masks, starts, task, recipe, copies)
+    return _loop(model, live, masks, starts, task, recipe, copies, draws)
 
 
 @dataclass(frozen=True)
@@ -200,12 +224,16 @@ class _Replica:
     optimizer: torch.optim.Optimizer
     clip: Callable[[], None] | None
     start: Start
+    draws: bool
+    """Whether the global generators are seeded before each step."""
 
     def run(self, task: Task, recipe: Recipe, steps: range) -> None:
         loss, dynamics, seed = objective(task, recipe), self.start.dynamics, self.start.order_seed
         updates = dynamics.update_steps(recipe.steps) if dynamics else ()
-        with self._holding():
+        with self._holding(), self._reproducible(task.device):
             for step, index in zip(steps, _orders(task, recipe, [seed], steps)[0], strict=True):
+                if self.draws:
+                    seed_generators(noise_seed(seed, step), task.device)
                 x, y = _batch(task, index, seed, step)
                 value = loss.mean(self.net(x), y)
                 if step in updates:
@@ -220,6 +248,11 @@ class _Replica:
 
     def _holding(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.own else lent(self.net, *self.slices, training=True)
+
+    def _reproducible(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The fused recurrent layers of accelerators draw from a state of their own, which no seed reaches."""
+        drops = self.draws and any(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in self.net.modules())
+        return recurrence_as_products(self.net, device) if drops else nullcontext()
 
     @torch.no_grad()
     def _keep(self) -> None:
@@ -257,7 +290,9 @@ class _Replica:
             mask.copy_(new)
 
 
-def _replica(model: nn.Module, live: State, masks: Masks, start: Start, r: int, recipe: Recipe, own: bool) -> _Replica:
+def _replica(
+    model: nn.Module, live: State, masks: Masks, start: Start, r: int, recipe: Recipe, own: bool, draws: bool = False
+) -> _Replica:
     slices = State(*({n: t[r].detach() for n, t in part.items()} for part in live))
     net = copied(model) if own else model
     assert net is not None
@@ -269,14 +304,24 @@ def _replica(model: nn.Module, live: State, masks: Masks, start: Start, r: int, 
     with nullcontext() if own else lent(net, *slices, training=True):  # the dtype and device decide what can be fused
         optimizer = make_optimizer(recipe, net, weights)
     clip = clipping(recipe, [p for p in weights.values() if p.requires_grad])
-    return _Replica(net, slices, own, pruned, select(masks, r), optimizer, clip, start)
+    return _Replica(net, slices, own, pruned, select(masks, r), optimizer, clip, start, draws)
 
 
 def _loop(
-    model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe, copies: bool
+    model: nn.Module,
+    live: State,
+    masks: Masks,
+    starts: Sequence[Start],
+    task: Task,
+    recipe: Recipe,
+    copies: bool,
+    draws: bool = False,
 ) -> Advance:
-    """Each replica by itself on its slice of the stack; on a CPU a thread works on one replica at a time."""
-    replicas = [_replica(model, live, masks, start, r, recipe, copies) for r, start in enumerate(starts)]
+    """Each replica by itself on its slice of the stack; on a CPU a thread works on one replica at a time.
+
+    Where training draws from the global generators, which all threads share, one replica trains at a time.
+    """
+    replicas = [_replica(model, live, masks, start, r, recipe, copies, draws) for r, start in enumerate(starts)]
     busy = [Lock() for _ in starts]
 
     def run(r: int, steps: range) -> None:
@@ -284,7 +329,7 @@ def _loop(
             replicas[r].run(task, recipe, steps)
 
     def advance(steps: range, alive: Sequence[int]) -> None:
-        cores = torch.get_num_threads() if task.device.type == "cpu" and copies else 1
+        cores = torch.get_num_threads() if task.device.type == "cpu" and copies and not draws else 1
         workers = max(1, min(cores, len(alive)))
         if workers == 1:
             for r in alive:
