@@ -65,7 +65,10 @@ def train_alone(
             np.random.seed(noise_seed(order_seed, step))
             random.seed(noise_seed(order_seed, step))
         optimizer.zero_grad()
-        F.cross_entropy(net(x), y, label_smoothing=recipe.label_smoothing).backward()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            outputs = net(x)
+        outputs = outputs.float() if recipe.precision == "bfloat16" else outputs
+        F.cross_entropy(outputs, y, label_smoothing=recipe.label_smoothing).backward()
         for name, mask in masks.items():
             if named[name].grad is not None:  # None: this pass has not used it
                 named[name].grad[~mask] = 0.0

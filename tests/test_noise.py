@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import blobs, build, images, small_mlp
 from reference import train_alone
-from torch import nn
+from torch import backends, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -64,7 +64,7 @@ def stochastic_depth(net, h):
     branch = net.b(h)
     if not net.training:
         return h + branch
-    return h + branch * (torch.rand(len(h), 1) < 0.7).to(h.dtype) / 0.7
+    return h + branch * (torch.rand(len(h), 1, device=h.device) < 0.7).to(h.dtype) / 0.7
 
 
 def numpys(net, h):
@@ -210,6 +210,33 @@ def test_noise_that_sets_in_later_is_refused_rather_than_left_to_chance():
     model = build(Late)
     with pytest.raises(ValueError, match="between steps 0 and 5 something began to draw"):
         train(model, [Start(state(model), {}, 0)], blobs(), ADAM)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", NOISY)
+def test_on_a_cuda_device_too(kind):
+    task, model = task_of(kind).to("cuda"), build(NOISY[kind], 3).cuda()
+    before = torch.cuda.get_rng_state()
+    once, again = (train(model, [Start(state(model), {}, 3)], task, ADAM).end.select(0).params for _ in range(2))
+    assert torch.equal(before, torch.cuda.get_rng_state())
+    with kept_generators("cuda"), backends.cudnn.flags(enabled=kind != "lstm"):  # whose fused form no seed reaches
+        alone = state(train_alone(model, {}, task, ADAM, 3, noise=True, fused=True)).params
+    for name, p in once.items():
+        torch.testing.assert_close(again[name], p, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(alone[name], p, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_has_one_name_on_every_device():
+    config = tl.ImpConfig(levels=1, init_seeds=(0,), recipe=ADAM)
+    for kind in ("dropout", "attention"):
+        names = {
+            tl.Study(config, model=NOISY[kind], task=blobs(dtype=torch.float32), device=device).identity
+            for device in ("cpu", "cuda")
+        }
+        assert len(names) == 1
 
 
 def test_a_study_with_dropout_goes_on_to_the_same_bits(tmp_path):

@@ -87,6 +87,8 @@ class ImpConfig:
         frozen = [name for name in self.treatments if name in TREATMENTS and TREATMENTS[name].frozen]
         if frozen and recipe.weight_decay:
             raise Refused(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
+        if recipe.precision != "float32" and self.dtype != "float32":
+            raise Refused(f"precision {recipe.precision!r} is for float32 weights: dtype is {self.dtype}. Change one.")
         if self.score_examples < 1:
             raise Refused(f"score_examples must be at least 1: got {self.score_examples}.")
         if self.levels < 0:
@@ -112,7 +114,7 @@ class ImpConfig:
 LATER_FIELDS = ("score_examples", "retraining", "prunable")
 """Fields that came after runs were stored: at their default they are not part of what names a run."""
 
-LATER_RECIPE_FIELDS = ("decay_all", "label_smoothing", "clip_norm")
+LATER_RECIPE_FIELDS = ("decay_all", "label_smoothing", "clip_norm", "precision")
 """The same of a recipe."""
 
 

@@ -60,7 +60,7 @@ class Graph:
         optimizer: Makes the optimizer from a learning rate on the device.
         feed: The feed of the steps of a range.
         task: On a CUDA device.
-        loss: (outputs, targets) -> what is descended.
+        loss: (inputs, targets) -> what is descended, of ``net``.
         clip: Scales gradients down, behind the mask.
     """
 
@@ -134,7 +134,7 @@ class Graph:
         index, draws, rate = (getattr(self.feed, f.name).index_select(0, self.next)[0] for f in fields(Feed))
         x, y = self.task.train.x[index], self.task.train.y[index]
         x = crop_flipped(x, draws) if draws.numel() else x
-        loss = self.loss(self.net(x.contiguous(memory_format=self.layout)), y)
+        loss = self.loss(x.contiguous(memory_format=self.layout), y)
         self.rate.copy_(rate)
         self.optimizer.zero_grad()
         loss.backward()

@@ -14,6 +14,7 @@ from ticketlab.errors import Refused, nearest
 
 Optimizers = Literal["adam", "adamw", "sgd"]
 Schedules = Literal["constant", "step", "cosine", "linear", "triangular", "one_cycle"]
+Precisions = Literal["float32", "tf32", "bfloat16"]
 
 if TYPE_CHECKING:
     OptimizerChoice = Optimizers | Callable[[list[Tensor]], Optimizer]
@@ -48,7 +49,11 @@ class Recipe:
     weight_decay: float = 0.0
     """L2 for sgd and adam, decoupled for adamw."""
     schedule: ScheduleChoice = "constant"
-    """How the learning rate moves, see ``learning_rate_at``; in Python also a function of your own, step -> rate."""
+    """How the learning rate moves; in Python also a function of your own, step -> rate.
+
+    Not at all, by `decay` at the milestones, along half a cosine or a line to 0 at T; up over the warm-up and down a
+    line to 0; or up and down as in PyTorch's OneCycleLR. Formulas: ``Recipe.learning_rate_at``.
+    """
     milestones: tuple[int, ...] = ()
     """Steps at which the step schedule multiplies the rate by `decay`."""
     decay: float = 0.1
@@ -63,9 +68,20 @@ class Recipe:
     """Share of the uniform distribution in the labels that are trained on; evaluation is of the plain loss."""
     clip_norm: float | None = None
     """Largest norm of a network's whole gradient, pruned weights left out; a longer one is scaled down to it."""
+    precision: Precisions = "float32"
+    """Of a training step's products: float32 (that of the weights' dtype, without TF32), tf32, or bfloat16.
+
+    bfloat16 is torch.autocast of the forward pass: weights, gradients, optimizer state and the loss stay float32. tf32
+    is of CUDA devices. Evaluation, as every measure, is in true float32, however a network was trained.
+    """
 
     def __post_init__(self) -> None:
-        for kind, given, known in (("optimizer", self.optimizer, Optimizers), ("schedule", self.schedule, Schedules)):
+        named = (
+            ("optimizer", self.optimizer, Optimizers),
+            ("schedule", self.schedule, Schedules),
+            ("precision", self.precision, Precisions),
+        )
+        for kind, given, known in named:
             if not callable(given) and given not in get_args(known):
                 raise Refused(nearest(kind, given, get_args(known)))
         for rule, holds in (self._ranges() | self._belongings()).items():

@@ -59,6 +59,11 @@ def _check_start(start: Start, r: int, recipe: Recipe) -> None:
         if start.frozen:
             raise Refused(f"a mask that moves needs pruned weights at zero: replica {r} is frozen. Choose one.")
         validate(start.dynamics, start.masks, recipe.steps)
+    others = {p.dtype for p in start.state.params.values() if p.is_floating_point()} - {torch.float32}
+    if recipe.precision != "float32" and others:
+        raise Refused(f"precision {recipe.precision!r} is for float32 weights: got {sorted(map(str, others))}.")
+    if recipe.precision == "tf32" and next(iter(start.state.params.values())).device.type != "cuda":
+        raise Refused(f"precision 'tf32' is of CUDA devices: replica {r} is elsewhere. Take 'float32'.")
     half = {p.dtype for p in start.state.params.values()} & {torch.float16}
     if half and recipe.optimizer != "sgd":
         raise Refused(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from threading import Lock
@@ -34,12 +34,13 @@ from ticketlab.engine import graphed
 from ticketlab.engine.dynamic.moves import Dynamics
 from ticketlab.engine.optimizer import clipping, make_optimizer
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.step import objective
+from ticketlab.engine.step import autocast, objective, training_loss, unrounded
 from ticketlab.engine.trainable import check, copied, probed, put
 from ticketlab.engine.watch import OnEval, Watch, put_back
 from ticketlab.errors import Refused
 from ticketlab.lending import lent, recurrence_as_products
 from ticketlab.network import Execution, network, resolve
+from ticketlab.precision import float32_arithmetic
 from ticketlab.probing import close, watching_generators
 from ticketlab.seeds import seed_generators
 from ticketlab.state import Masks, State, select, stack, stack_states
@@ -120,7 +121,7 @@ def train(
         starts: One per replica, all with masks of the same names. Replicas with rates or dynamics of their own are
             trained by the loop.
         task: Data on one device, and the loss.
-        recipe: Optimizer, schedule, batch size.
+        recipe: Optimizer, schedule, batch size, precision of a step; evaluation is in true float32.
         first_step: The rewind step k.
         snapshot_steps: Steps in [first_step, steps] at which the networks are kept.
         execution: How the stack is computed; ``auto`` takes ``vmap`` where it pays and gives what the loop gives.
@@ -133,10 +134,13 @@ def train(
             evaluation mode, depend on the rest of the batch or on chance.
     """
     check(model, starts, recipe, first_step, snapshot_steps)
-    probe = probed(model, starts[0], task, recipe)
+    with float32_arithmetic(task.device):
+        probe = probed(model, starts[0], task, recipe)
     began = time.perf_counter()
     live, masks = stack_states([start.begun for start in starts]), stack([start.masks for start in starts])
-    advance = advancing(model, live, masks, starts, task, recipe, execution, probe.copies, probe.draws)
+    tf32 = recipe.precision == "tf32"
+    with float32_arithmetic(task.device, tf32):
+        advance = advancing(model, live, masks, starts, task, recipe, execution, probe.copies, probe.draws)
     watch = Watch(model, live, masks, task, execution, on_eval)
     watch.check(first_step)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
@@ -148,7 +152,8 @@ def train(
         if probe.draws and task.device.type == "cpu" and len(starts) > 1:
             bar.set_postfix_str("one replica at a time: training draws from a global generator")
         for begin, end in pairwise([first_step, *stops]):
-            with watching_generators(task.device) as drawn:  # and puts the caller's back
+            # The caller's generators are put back.
+            with watching_generators(task.device) as drawn, float32_arithmetic(task.device, tf32):
                 advance(range(begin, end), watch.alive)
             _refuse_late_draws(drawn() and not probe.draws, begin, end)
             if end in looks:
@@ -228,14 +233,14 @@ class _Replica:
     """Whether the global generators are seeded before each step."""
 
     def run(self, task: Task, recipe: Recipe, steps: range) -> None:
-        loss, dynamics, seed = objective(task, recipe), self.start.dynamics, self.start.order_seed
+        dynamics, seed = self.start.dynamics, self.start.order_seed
         updates = dynamics.update_steps(recipe.steps) if dynamics else ()
         with self._holding(), self._reproducible(task.device):
             for step, index in zip(steps, _orders(task, recipe, [seed], steps)[0], strict=True):
                 if self.draws:
                     seed_generators(noise_seed(seed, step), task.device)
                 x, y = _batch(task, index, seed, step)
-                value = loss.mean(self.net(x), y)
+                value = training_loss(self.net, x, y, task, recipe)
                 if step in updates:
                     self._move_masks(value, step, recipe.steps)
                 else:
@@ -358,8 +363,8 @@ def _graphed(
         one = _replica(model, live, masks, start, r, recipe, own=True)
         optimizer = partial(make_optimizer, recipe, one.net, dict(one.net.named_parameters()))
         feed = partial(graphed.Feed.of, task, recipe, start.order_seed, start.learning_rate)
-        loss = objective(task, recipe)
-        graphs.append(graphed.Graph(one.net, one.pruned, optimizer, feed, task, loss.mean, one.clip))
+        loss = partial(training_loss, one.net, task=task, recipe=recipe)
+        graphs.append(graphed.Graph(one.net, one.pruned, optimizer, feed, task, loss, one.clip))
         if not graphs[-1].record():
             return None
     return lambda steps, alive: graphed.run([graphs[r] for r in alive], steps)
@@ -398,19 +403,22 @@ def _mapped_loss(model: nn.Module, task: Task, recipe: Recipe, starts: Sequence[
     def total(params: dict[str, Tensor], buffers: dict[str, Tensor], index: Tensor, step: int) -> Tensor:
         batches = [_batch(task, i, start.order_seed, step) for i, start in zip(index, starts, strict=True)]
         x, y = (torch.stack(tensors) for tensors in zip(*batches, strict=True))  # [replica, batch, ...]
-        return losses(forward({**params, **buffers}, x), y).sum()
+        with autocast(recipe, task.device, cache_enabled=False):  # a cache would hold what vmap wraps
+            outputs = forward({**params, **buffers}, x)
+        return losses(unrounded(recipe, outputs), y).sum()
 
     return total
 
 
 def _why_not_vmap(model: nn.Module, live: State, starts: Sequence[Start], task: Task, recipe: Recipe) -> str | None:
-    """The first batch both ways: gradients and buffers must agree but for rounding."""
+    """The first batch both ways, in the dtype of the weights: gradients and buffers must agree but for rounding."""
+    recipe = replace(recipe, precision="float32")
     alone, mapped = live.clone(), live.clone()
     index = _orders(task, recipe, [start.order_seed for start in starts], range(1))[:, 0]
-    loss, gradients = objective(task, recipe), []
+    gradients = []
     for r, start in enumerate(starts):
         one = _replica(model, alone, {}, start, r, recipe, own=True)
-        loss.mean(one.net(_batch(task, index[r], start.order_seed, 0)[0]), task.train.y[index[r]]).backward()
+        training_loss(one.net, *_batch(task, index[r], start.order_seed, 0), task, recipe).backward()
         one._keep()
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in one.net.named_parameters()})
     expected = stack(gradients)
