@@ -22,6 +22,7 @@ from ticketlab.engine.treatments import Origin
 from ticketlab.errors import Refused
 from ticketlab.lending import attention_as_products, lent
 from ticketlab.losses import LOSSES
+from ticketlab.precision import float32_arithmetic
 from ticketlab.probing import watching_generators
 from ticketlab.seeds import Factory, kept_generators, seed_generators
 from ticketlab.state import Masks, State, moved, state
@@ -79,6 +80,7 @@ def _told_of_passes(
     with (
         lent(model, *first.to(device, wide).clone(), training=training),
         attention_as_products(),
+        float32_arithmetic(device),
         kept_generators(device),
         torch.enable_grad(),
     ):
