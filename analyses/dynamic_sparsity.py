@@ -129,6 +129,10 @@ def _wanted(config: Config, study: tl.ImpConfig) -> set[int]:
         raise Refused(f"extend_at says where --extend trains longer: got {config.extend_at} beside --extend none.")
     if not set(config.extend_at or ()) <= wanted:
         raise Refused(f"extend_at must be among the compared levels {sorted(wanted)}: got {config.extend_at}.")
+    if config.extend != "none" and callable(study.recipe.schedule):
+        raise Refused(
+            "a schedule of your own cannot be stretched to longer training: take a named one, or --extend none."
+        )
     return wanted
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +86,8 @@ def _recipe(recipe: tl.Recipe, found: re.Match[str]) -> tl.Recipe:
         rate, momentum = float(found["rate"]), float(found["mu"] or recipe.momentum)
     except ValueError as error:
         raise Refused(f"rate and momentum must be numbers: got {found[0]!r}.") from error
-    return tl.Recipe(**asdict(recipe) | {"optimizer": found["optimizer"], "learning_rate": rate, "momentum": momentum})
+    changes: dict[str, Any] = {"optimizer": found["optimizer"], "learning_rate": rate, "momentum": momentum}
+    return replace(recipe, **changes)
 
 
 def tickets(

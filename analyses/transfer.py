@@ -32,6 +32,7 @@ from analyses.intervals import interval, with_holm
 from analyses.settings import Setting, Tickets, setting, tickets
 from figures.transfer import draw
 from ticketlab import masks as mask_ops
+from ticketlab.engine.recipe import own_name
 from ticketlab.engine.training import Start
 from ticketlab.engine.transfer import carry
 from ticketlab.errors import Refused
@@ -189,7 +190,7 @@ def _described(masks: Masks, recipe: tl.Recipe) -> dict[str, Any]:
         "density": float(mask_ops.density(masks)),
         "kept": int(mask_ops.kept(masks)),
         "prunable": mask_ops.total(masks),
-        "optimizer": recipe.optimizer,
+        "optimizer": recipe.optimizer if isinstance(recipe.optimizer, str) else own_name(recipe.optimizer),
         "learning_rate": recipe.learning_rate,
         "momentum": recipe.momentum if recipe.optimizer == "sgd" else float("nan"),
         "steps": recipe.steps,

@@ -20,6 +20,7 @@ GROUND = (
         "state",
         "losses",
         "lending",
+        "precision",
         "probing",
         "network",
         "derivatives",

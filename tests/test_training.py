@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections import OrderedDict
 
 import pytest
 import torch
 from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp, starts
 from reference import loss_and_error, train_alone
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ticketlab.data import Task
@@ -268,48 +266,6 @@ def test_inputs_that_do_not_fit_are_refused():
         train(model, starts(start, masks, (0, 1), learning_rates=(None, 0.0)), blobs(), SGD)
     with pytest.raises(ValueError, match="need the loop"):
         train(model, starts(start, masks, (0, 1), learning_rates=(None, 0.1)), blobs(), SGD, execution="vmap")
-    with pytest.raises(ValueError, match="dropout"):
-        with_dropout = nn.Sequential(OrderedDict([*model.named_children(), ("drop", nn.Dropout(0.5))]))
-        train(with_dropout, starts(start, masks, (0, 1)), blobs(), SGD)
-
-
-class Tokens(nn.Module):
-    """Six numbers as six tokens of width 8, mixed by a module that may drop something, or by F.dropout."""
-
-    def __init__(self, mixer, *, noise=0.0) -> None:
-        super().__init__()
-        self.embed, self.mixer, self.output, self.noise = nn.Linear(1, 8), mixer, nn.Linear(8, 3), noise
-
-    def forward(self, x):
-        h = self.embed(x[..., None])
-        if isinstance(self.mixer, nn.MultiheadAttention):
-            h = self.mixer(h, h, h, need_weights=False)[0]
-        elif isinstance(self.mixer, nn.LSTM):
-            h = self.mixer(h)[0]
-        return self.output(F.dropout(h, self.noise, self.training).mean(1))
-
-
-DRAWING = {
-    "attention": lambda p: Tokens(nn.MultiheadAttention(8, 2, dropout=p, batch_first=True)),
-    "lstm": lambda p: Tokens(nn.LSTM(8, 8, 2, dropout=p, batch_first=True)),
-    "functional": lambda p: Tokens(nn.Identity(), noise=p),
-}
-
-
-@pytest.mark.parametrize("kind", DRAWING)
-def test_what_draws_from_the_global_generator_is_refused_and_leaves_it_alone(kind):
-    message = "dropout draws .* to 0 in \\['mixer'\\]" if kind != "functional" else "forward pass advanced"
-    for p, refused in ((0.5, True), (0.0, False)):
-        model = build(lambda p=p: DRAWING[kind](p))
-        start, masks = stack_states([state(model)]), stack([half_masks(model, 0)])
-        masks = {n: m for n, m in masks.items() if "mixer.weight" not in n}
-        before = torch.random.get_rng_state()
-        if refused:
-            with pytest.raises(ValueError, match=message):
-                train(model, starts(start, masks, (0,)), blobs(), ADAM)
-        else:
-            train(model, starts(start, masks, (0,)), blobs(), Recipe(steps=1, batch_size=4))
-        assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_looking_for_draws_leaves_the_start_and_its_statistics_alone():

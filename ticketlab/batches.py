@@ -1,4 +1,4 @@
-"""Which examples a step sees, and their augmentation: functions of the seed and the step alone."""
+"""Which examples a step sees, their augmentation, and the network's noise: functions of the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ticketlab.errors import Refused
-from ticketlab.seeds import stream
+from ticketlab.seeds import derived_seed, stream
 
 
 def epoch_order(n: int, order_seed: int, epoch: int) -> Int64[Tensor, " n"]:
@@ -68,6 +68,15 @@ def batch_indices(n: int, batch_size: int, order_seed: int, step: int) -> Int64[
     epoch, batch = divmod(step, n // batch_size)
     order = _recent_order(n, order_seed, epoch)
     return order[batch * batch_size : (batch + 1) * batch_size].clone()  # the cached one must stay as it is
+
+
+def noise_seed(order_seed: int, step: int) -> int:
+    """What the global generators are seeded with before a training step of a network that draws from them.
+
+    Dropout, stochastic depth and other noise are then a function of (order seed, step): two siblings differ in their
+    noise as in their batches, the treatments of one order seed in neither.
+    """
+    return derived_seed("noise", order_seed, step)
 
 
 def crop_flip(

@@ -28,6 +28,7 @@ from ticketlab.batches import portion
 from ticketlab.errors import Refused, check_type
 from ticketlab.lending import attention_as_products, forget, lent, placed, recurrence_as_products
 from ticketlab.losses import CROSS_ENTROPY, Loss
+from ticketlab.precision import float32_arithmetic
 from ticketlab.probing import attempt, check_examples, close, few, probe, watching_generators
 from ticketlab.seeds import kept_generators
 from ticketlab.state import Buffers, Masks, Params, State, check_finite, check_module, select
@@ -92,6 +93,7 @@ class Network:
             lent(self.model, params, buffers),
             attention_as_products(),
             recurrence_as_products(self.model, self.device),
+            float32_arithmetic(self.device),
         ):
             yield {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -148,7 +150,8 @@ class Network:
         def one(tensors: dict[str, Tensor]) -> Tensor:
             return self.call(tensors, x)
 
-        with lent(self.model, None, None):  # copies, for a forward pass may write into what it holds
+        # Copies are lent, for a forward pass may write into what it holds.
+        with lent(self.model, None, None), float32_arithmetic(self.device):
             return vmap(one)({n: t.clone() for n, t in (self.params | self.buffers).items()})
 
     def _maps(self, x: Tensor, required: bool) -> bool:

@@ -61,6 +61,18 @@ def kept_generators(device: torch.device | str = "cpu") -> Iterator[None]:
             rewind()
 
 
+def seed_generators(seed: int, device: torch.device | str = "cpu") -> None:
+    """Seed the global generators of torch, on the CPU and this device, of NumPy and of ``random``: inside
+    `kept_generators`, for whatever draws from nowhere else."""
+    torch.default_generator.manual_seed(seed)
+    place = torch.device(device)
+    if place.type == "cuda":
+        index = torch.cuda.current_device() if place.index is None else place.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
 def rewinder(generator: Any) -> Callable[[], None]:
     """What puts a generator of torch, NumPy or ``random``, or the module's global one, back to where it is now."""
     if isinstance(generator, np.random.Generator):
@@ -92,9 +104,7 @@ def initialise(factory: Factory, seed: int) -> nn.Module:
             f"{_described(factory)}. Pass the class or a lambda that builds it, not an instance."
         )
     with kept_generators():
-        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would reseed accelerators too
-        np.random.seed(int(seed))
-        random.seed(int(seed))
+        seed_generators(int(seed))  # torch.manual_seed would reseed accelerators too
         model = factory()
     if not isinstance(model, nn.Module):
         raise Refused(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from ticketlab.engine.criteria import CRITERIA
-from ticketlab.engine.recipe import Recipe
+from ticketlab.engine.recipe import OWN, Elsewhere, Recipe, own_name
 from ticketlab.engine.treatments import RETRAINING, TREATMENTS
 from ticketlab.errors import Refused, nearest
 
@@ -87,6 +87,8 @@ class ImpConfig:
         frozen = [name for name in self.treatments if name in TREATMENTS and TREATMENTS[name].frozen]
         if frozen and recipe.weight_decay:
             raise Refused(f"weight decay would move the pruned weights of {frozen}: set it to 0, or leave them out.")
+        if recipe.precision != "float32" and self.dtype != "float32":
+            raise Refused(f"precision {recipe.precision!r} is for float32 weights: dtype is {self.dtype}. Change one.")
         if self.score_examples < 1:
             raise Refused(f"score_examples must be at least 1: got {self.score_examples}.")
         if self.levels < 0:
@@ -112,19 +114,43 @@ class ImpConfig:
 LATER_FIELDS = ("score_examples", "retraining", "prunable")
 """Fields that came after runs were stored: at their default they are not part of what names a run."""
 
+LATER_RECIPE_FIELDS = ("decay_all", "label_smoothing", "clip_norm", "precision")
+"""The same of a recipe."""
+
+
+def described(config: ImpConfig) -> dict[str, Any]:
+    """What of a config names a run and is stored: not ``levels``, so that a run can be extended.
+
+    Of an optimizer or schedule of a user's own it is the name; what it does is told beside (`engine.identity`).
+    """
+    told = {n: v for n, v in _told(config, LATER_FIELDS).items() if n != "levels"}
+    recipe = _told(config.recipe, LATER_RECIPE_FIELDS)
+    return told | {"recipe": {n: OWN + own_name(v) if callable(v) else v for n, v in recipe.items()}}
+
+
+def _told(config: ImpConfig | Recipe, later: tuple[str, ...]) -> dict[str, Any]:
+    values = {f.name: (getattr(config, f.name), f.default) for f in fields(config)}
+    return {n: value for n, (value, default) in values.items() if n not in later or value != default}
+
 
 def from_json(stored: Mapping[str, Any]) -> ImpConfig:
-    """The config that ``dataclasses.asdict`` and JSON made of it; lists are tuples again.
+    """The config that `described` and JSON made of it; lists are tuples again.
 
     Raises:
         Refused: Fields that this version does not know, or lacks.
     """
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
     try:
-        recipe: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("recipe").items()}
+        values = {k: _read(v) for k, v in stored.items()}
+        recipe = {k: _read(v) for k, v in values.pop("recipe").items()}
         return ImpConfig(**values, recipe=Recipe(**recipe))
     except (TypeError, KeyError, AttributeError) as error:
         raise Refused(
             f"a stored config must have the fields of this version of ticketlab: {error}. Read it with the version "
             "that wrote it; config.json names it."
         ) from error
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(OWN):
+        return Elsewhere(value.removeprefix(OWN))
+    return tuple(value) if isinstance(value, list) else value

@@ -1,9 +1,9 @@
 """A training step as a CUDA graph, so that a GPU does not wait for Python.
 
 A small network leaves a GPU idle while its kernels are launched one by one. Here the whole step of a replica (batch,
-augmentation, forward, backward, mask, optimizer) is recorded once and replayed on a stream of its own, beside those of
-the other replicas: the very kernels of the loop, at about the speed of the GPU. What changes from step to step lies on
-the device in a `Feed` of many steps; a counter on the device says which one is next.
+augmentation, forward, backward, mask, clipping, optimizer) is recorded once and replayed on a stream of its own, beside
+those of the other replicas: the very kernels of the loop, at about the speed of the GPU. What changes from step to step
+lies on the device in a `Feed` of many steps; a counter on the device says which one is next.
 
 Leans on what the loop ensures: a module that stands on its own, no draws in its forward pass, no state but parameters
 and buffers. Whatever cannot be recorded, or gives other weights than eager steps, is left to the loop.
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ticketlab.batches import crop_flip_draws, crop_flipped
 from ticketlab.data import Task, batch_indices
 from ticketlab.engine.recipe import Recipe
-from ticketlab.losses import LOSSES
 
 AHEAD = 100  # steps whose indices, draws and rates lie on the device at a time
 NEAR = 0.1  # of the change that two steps make; a recording that leaves something out differs by about 1
@@ -61,6 +60,8 @@ class Graph:
         optimizer: Makes the optimizer from a learning rate on the device.
         feed: The feed of the steps of a range.
         task: On a CUDA device.
+        loss: (inputs, targets) -> what is descended, of ``net``.
+        clip: Scales gradients down, behind the mask.
     """
 
     def __init__(
@@ -70,8 +71,11 @@ class Graph:
         optimizer: Callable[[Tensor], torch.optim.Optimizer],
         feed: Callable[[range], Feed],
         task: Task,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        clip: Callable[[], None] | None = None,
     ) -> None:
         self.net, self.pruned, self.task, self.make_feed = net, pruned, task, feed
+        self.loss, self.clip = loss, clip
         self.feed = feed(range(1)).to(task.device)
         self.next = torch.zeros(1, dtype=torch.int64, device=task.device)  # the row of the feed
         self.rate = torch.zeros((), device=task.device)
@@ -130,13 +134,15 @@ class Graph:
         index, draws, rate = (getattr(self.feed, f.name).index_select(0, self.next)[0] for f in fields(Feed))
         x, y = self.task.train.x[index], self.task.train.y[index]
         x = crop_flipped(x, draws) if draws.numel() else x
-        loss = LOSSES[self.task.loss].mean(self.net(x.contiguous(memory_format=self.layout)), y)
+        loss = self.loss(x.contiguous(memory_format=self.layout), y)
         self.rate.copy_(rate)
         self.optimizer.zero_grad()
         loss.backward()
         masked = [(weight.grad, mask) for weight, mask in self.pruned if weight.grad is not None]
         if masked:
             torch._foreach_mul_(*map(list, zip(*masked, strict=True)))
+        if self.clip is not None:
+            self.clip()
         self.optimizer.step()
         self.next.add_(1)
 

@@ -1,4 +1,4 @@
-"""What names a study beside its config: what its network does, and what a user's own criterion or treatment does.
+"""What names a study beside its config: what its network does, and what is a user's own does.
 
 All of it is a few numbers of a few digits, taken in float64, so that rounding does not vary from machine to machine.
 """
@@ -16,10 +16,15 @@ from torch import Tensor, nn
 
 from ticketlab.data import Task
 from ticketlab.engine.criteria import Evidence
+from ticketlab.engine.optimizer import first_steps
+from ticketlab.engine.recipe import Recipe, own_name
 from ticketlab.engine.treatments import Origin
+from ticketlab.errors import Refused
 from ticketlab.lending import attention_as_products, lent
 from ticketlab.losses import LOSSES
-from ticketlab.seeds import Factory, kept_generators
+from ticketlab.precision import float32_arithmetic
+from ticketlab.probing import watching_generators
+from ticketlab.seeds import Factory, kept_generators, seed_generators
 from ticketlab.state import Masks, State, moved, state
 
 
@@ -53,24 +58,39 @@ def _attributes(model: nn.Module) -> list[str]:
 
 
 def _does(model: nn.Module, first: State, task: Task, dtype: torch.dtype, training: bool) -> list[str]:
-    """Outputs, gradients and buffers: gradients show what outputs do not, such as where the graph is cut."""
+    """Outputs, gradients and buffers: gradients show what outputs do not, such as where the graph is cut.
+
+    What draws does so from one seed, and on the CPU, for other devices draw other numbers from it.
+    """
     for wide, digits in ((torch.float64, 5), (dtype, 3)):
-        x, y = moved(task.train.x[:8], task.device, wide), task.train.y[:8]
-        try:
-            with (
-                lent(model, *first.to(task.device, wide).clone(), training=training),
-                attention_as_products(),
-                kept_generators(),
-                torch.enable_grad(),
-            ):
-                outputs = model(x.clone())
-                weights = [p for p in model.parameters() if p.requires_grad]
-                LOSSES[task.loss].mean(outputs, y).backward()  # unlike autograd.grad, through any checkpoint
-                slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-                return [_told(tensor, digits) for tensor in (*outputs.detach(), *slopes, *model.buffers())]
-        except Exception:  # a dtype of its own, or whatever a model raises at one that it does not take
-            continue
+        for device in dict.fromkeys((task.device, torch.device("cpu"))):
+            try:
+                told, drew = _told_of_passes(model, first, task, device, wide, digits, training)
+            except Exception:  # a dtype of its own, or whatever a model raises at one that it does not take
+                break
+            if not drew or device.type == "cpu":
+                return told
     return ["unknown"]
+
+
+def _told_of_passes(
+    model: nn.Module, first: State, task: Task, device: torch.device, wide: torch.dtype, digits: int, training: bool
+) -> tuple[list[str], bool]:
+    x, y = moved(task.train.x[:8], device, wide), task.train.y[:8].to(device)
+    with (
+        lent(model, *first.to(device, wide).clone(), training=training),
+        attention_as_products(),
+        float32_arithmetic(device),
+        kept_generators(device),
+        torch.enable_grad(),
+    ):
+        seed_generators(0, device)
+        with watching_generators(device) as drawn:
+            outputs = model(x.clone())
+            weights = [p for p in model.parameters() if p.requires_grad]
+            LOSSES[task.loss].mean(outputs, y).backward()  # unlike autograd.grad, through any checkpoint
+        slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+        return [_told(tensor, digits) for tensor in (*outputs.detach(), *slopes, *model.buffers())], drawn()
 
 
 def criterion_effect(own: Any, model: nn.Module, task: Task, masks: Masks) -> dict[str, Any]:
@@ -90,6 +110,37 @@ def treatment_effect(own: Any, factory: Factory, model: nn.Module, masks: Masks)
     told = [_told(tensor, 3) for tensor in (*begun.state.params.values(), *begun.masks.values())]
     how = repr((begun.order_seed, begun.frozen, begun.learning_rate, begun.dynamics))
     return {"code": _code(function), "how": how, "does": told}
+
+
+def optimizer_effect(own: Callable[..., torch.optim.Optimizer], model: nn.Module) -> dict[str, Any]:
+    """The code of a user's own optimizer, and where its first steps take the first network.
+
+    Raises:
+        Refused: An optimizer that fails on other gradients than those of training, or steps by chance: what it does
+            cannot be told, and so no stored run be named by it.
+    """
+    try:
+        with kept_generators(next(model.parameters()).device):
+            first, again = ([_told(p, 3) for p in first_steps(own, model).values()] for _ in range(2))
+    except Refused:
+        raise
+    except Exception as error:  # whatever a function of a user's own raises
+        raise Refused(
+            f"a stored run is named by what it does, and {own_name(own)} fails on gradients made up for it: {error}. "
+            "Train without a store, as store=None, or let it step on any gradients."
+        ) from error
+    if first != again:
+        raise Refused(
+            f"an optimizer must be a function of its parameters and gradients where a run is stored: {own_name(own)} "
+            "steps twice from the same weights to different ones. Leave its draws out, or train with store=None."
+        )
+    theirs = (getattr(own, "__module__", None) or "").startswith("torch.")  # its code is another in each version
+    return {"code": "" if theirs else _code(own), "does": first}
+
+
+def schedule_effect(recipe: Recipe) -> dict[str, Any]:
+    """The rate of every step."""
+    return {"rates": [f"{recipe.learning_rate_at(step):.9g}" for step in range(recipe.steps)]}
 
 
 def _told(tensor: Tensor, digits: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,22 @@ from ticketlab import masks as mask_ops
 from ticketlab.data import Task
 from ticketlab.engine import cost
 from ticketlab.engine import store as runs
-from ticketlab.engine.config import LATER_FIELDS, ImpConfig
+from ticketlab.engine.config import ImpConfig, described
 from ticketlab.engine.criteria import CRITERIA, Criterion, Evidence, as_criterion, refuse_too_large
-from ticketlab.engine.identity import behaviour, criterion_effect, treatment_effect
+from ticketlab.engine.identity import (
+    behaviour,
+    criterion_effect,
+    optimizer_effect,
+    schedule_effect,
+    treatment_effect,
+)
 from ticketlab.engine.imp import levels
 from ticketlab.engine.level import Level
+from ticketlab.engine.recipe import own_name
 from ticketlab.engine.training import Start, train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
 from ticketlab.errors import Refused, nearest
 from ticketlab.lending import lent
-from ticketlab.losses import LOSSES
 from ticketlab.mapped import bytes_of
 from ticketlab.network import Execution
 from ticketlab.probing import attempt
@@ -139,9 +145,6 @@ class Study:
 
         What the network does is part of it, as far as a few examples show, and what is a user's own.
         """
-        # A later field at its default is left out, so that runs stored before it keep their name.
-        later = {f.name: f.default for f in fields(self.config) if f.name in LATER_FIELDS}
-        told = {k: v for k, v in asdict(self.config).items() if k != "levels" and (k not in later or v != later[k])}
         dtype = getattr(torch, self.config.dtype)
         fingerprint = {"task": self.task.fingerprint(), "model": runs.identity(behaviour(self.model, self.task, dtype))}
         effects: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -153,7 +156,15 @@ class Study:
             for kind, chosen in self.own.items()
             if chosen
         }
-        return runs.plain({"config": told, "fingerprint": fingerprint} | ({"own": own} if own else {}))
+        recipe = self.config.recipe
+        if callable(recipe.optimizer):
+            effect = optimizer_effect(recipe.optimizer, self.model)
+            own["optimizer"] = {own_name(recipe.optimizer): runs.identity(effect)}
+        if callable(recipe.schedule):
+            own["schedule"] = {own_name(recipe.schedule): runs.identity(schedule_effect(recipe))}
+        return runs.plain(
+            {"config": described(self.config), "fingerprint": fingerprint} | ({"own": own} if own else {})
+        )
 
     @cached_property
     def identity(self) -> str:
@@ -212,7 +223,7 @@ class Study:
         seconds = step * steps + (short.wall_seconds / wide) * looks * len(self.task.validation) / self._evaluated
         sizes = [t.numel() * t.element_size() for part in state(self.model) for t in part.values()]
         kept = sum(mask.numel() for mask in self.ones.values())
-        held = {"adam": 2, "adamw": 2, "sgd": 1}[recipe.optimizer] + 4  # weights, gradients, the best, the last
+        held = (1 if recipe.optimizer == "sgd" else 2) + 4  # weights, gradients, the best, the last
         dataset = sum(bytes_of(t) for split in self.task.splits() for t in (split.x, split.y))
         states = 2 * trainings + n * len({0, config.rewind_step, *config.snapshot_steps})
         disk = states * sum(sizes) + trainings * kept
@@ -250,7 +261,8 @@ class Study:
         self._check_seeds()
         with torch.no_grad(), kept_generators(), lent(self.model, None, None):
             x, y = self.task.train.x[:2], self.task.train.y[:2]
-            LOSSES[self.task.loss].check(y, len(x), attempt(self.model, x).shape[1:])
+            trained = self.task.objective.smoothed(config.recipe.label_smoothing)
+            trained.check(y, len(x), attempt(self.model, x).shape[1:])
         self._check_levels()
         refuse_too_large(self.criterion, self.model, self.names)
 

@@ -10,13 +10,12 @@ On a GPU a step of the loop is a CUDA graph where it can be one (``graphed``).
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from threading import Lock
@@ -29,16 +28,21 @@ from torch.func import functional_call, vmap
 from tqdm import tqdm
 
 from ticketlab import masks as mask_ops
+from ticketlab.batches import noise_seed
 from ticketlab.data import Task, batch_indices, crop_flip
 from ticketlab.engine import graphed
-from ticketlab.engine.dynamic.moves import Dynamics, validate
+from ticketlab.engine.dynamic.moves import Dynamics
+from ticketlab.engine.optimizer import clipping, make_optimizer
 from ticketlab.engine.recipe import Recipe
+from ticketlab.engine.step import autocast, objective, training_loss, unrounded
+from ticketlab.engine.trainable import check, copied, probed, put
 from ticketlab.engine.watch import OnEval, Watch, put_back
 from ticketlab.errors import Refused
-from ticketlab.lending import lent
-from ticketlab.losses import LOSSES
-from ticketlab.network import Execution, n_replicas, network, resolve
-from ticketlab.probing import attempt, close, watching_generators
+from ticketlab.lending import lent, recurrence_as_products
+from ticketlab.network import Execution, network, resolve
+from ticketlab.precision import float32_arithmetic
+from ticketlab.probing import close, watching_generators
+from ticketlab.seeds import seed_generators
 from ticketlab.state import Masks, State, select, stack, stack_states
 
 
@@ -108,12 +112,16 @@ def train(
     step t. A replica whose validation loss or weights turn non-finite is reported by a warning, put back to its last
     finite evaluation and left there; one that starts non-finite is not trained. The others are not touched.
 
+    Where the forward pass draws from a global generator (dropout, stochastic depth), the generators are seeded before
+    each step by `batches.noise_seed` of order seed and step, and put back afterwards. They are shared by threads, so
+    that on a CPU such replicas train one at a time; ``vmap`` is not used.
+
     Args:
         model: The architecture; its own weights, buffers and mode are not used or changed.
         starts: One per replica, all with masks of the same names. Replicas with rates or dynamics of their own are
             trained by the loop.
         task: Data on one device, and the loss.
-        recipe: Optimizer, schedule, batch size.
+        recipe: Optimizer, schedule, batch size, precision of a step; evaluation is in true float32.
         first_step: The rewind step k.
         snapshot_steps: Steps in [first_step, steps] at which the networks are kept.
         execution: How the stack is computed; ``auto`` takes ``vmap`` where it pays and gives what the loop gives.
@@ -123,14 +131,16 @@ def train(
     Raises:
         Refused: Shapes that do not fit, steps or rates out of range, frozen weights under weight decay or beside
             dynamics, which would move them, ``vmap`` where it does not follow, outputs that do not fit the task or, in
-            evaluation mode, depend on the rest of the batch, or a model that draws from a global generator as it
-            trains, such as by dropout: no seed of ours reaches it.
+            evaluation mode, depend on the rest of the batch or on chance.
     """
-    _check(model, starts, recipe, first_step, snapshot_steps)
-    copies = _probe(model, starts[0], task, recipe)
+    check(model, starts, recipe, first_step, snapshot_steps)
+    with float32_arithmetic(task.device):
+        probe = probed(model, starts[0], task, recipe)
     began = time.perf_counter()
     live, masks = stack_states([start.begun for start in starts]), stack([start.masks for start in starts])
-    advance = advancing(model, live, masks, starts, task, recipe, execution, copies)
+    tf32 = recipe.precision == "tf32"
+    with float32_arithmetic(task.device, tf32):
+        advance = advancing(model, live, masks, starts, task, recipe, execution, probe.copies, probe.draws)
     watch = Watch(model, live, masks, task, execution, on_eval)
     watch.check(first_step)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
@@ -139,142 +149,29 @@ def train(
     hidden = None if progress else True  # None: tqdm hides itself where the output is not a terminal
     label = progress if isinstance(progress, str) else "train"
     with tqdm(total=recipe.steps - first_step, desc=label, unit="step", disable=hidden) as bar:
+        if probe.draws and task.device.type == "cpu" and len(starts) > 1:
+            bar.set_postfix_str("one replica at a time: training draws from a global generator")
         for begin, end in pairwise([first_step, *stops]):
-            advance(range(begin, end), watch.alive)
+            # The caller's generators are put back.
+            with watching_generators(task.device) as drawn, float32_arithmetic(task.device, tf32):
+                advance(range(begin, end), watch.alive)
+            _refuse_late_draws(drawn() and not probe.draws, begin, end)
             if end in looks:
                 watch.look(end)
             if end in snapshot_steps:
                 watch.check(end)
                 snapshots[end] = live.clone()
             bar.update(end - begin)
-    network(model, live, task.train.x, finite=False)  # as `_probe`: first weights may hide it, as gains of zero do
+    network(model, live, task.train.x, finite=False)  # as at first: first weights may hide it, as gains of zero do
     return Outcome(live, snapshots, watch.metrics(), watch.curves(), time.perf_counter() - began, masks)
 
 
-# Checks, before anything is trained.
-
-
-def _check(
-    model: nn.Module, starts: Sequence[Start], recipe: Recipe, first_step: int, snapshot_steps: Sequence[int]
-) -> None:
-    if not starts:
-        raise Refused("train needs at least one start: got none. Pass [Start(tl.state(model), masks, order_seed=0)].")
-    if not 0 <= first_step < recipe.steps:
-        raise Refused(f"the first step must lie in [0, {recipe.steps}), before training ends: got {first_step}.")
-    outside = [s for s in snapshot_steps if not first_step <= s <= recipe.steps]
-    if outside:
-        raise Refused(f"snapshot steps must lie in [{first_step}, {recipe.steps}]: got {outside}.")
-    for r, start in enumerate(starts):
-        if n_replicas(model, start.state.params) is not None:
-            raise Refused(f"a start is one network: number {r} has a replica axis. Take one with State.select(index).")
-        if start.masks:
-            mask_ops.validate(model, start.masks)
-        _check_start(start, r, recipe)
-
-
-def _check_start(start: Start, r: int, recipe: Recipe) -> None:
-    if start.frozen and recipe.weight_decay:
+def _refuse_late_draws(late: bool, begin: int, end: int) -> None:
+    if late:
         raise Refused(
-            f"weight decay would move frozen weights: got {recipe.weight_decay}. Set weight_decay = 0, or freeze none."
+            f"noise must be there from the first step, so that it is seeded: between steps {begin} and {end} something "
+            "began to draw from a global generator. Let the forward pass draw at each step, whether it uses it or not."
         )
-    if start.learning_rate is not None and not 0 < start.learning_rate < math.inf:
-        raise Refused(
-            f"learning rates must be positive and finite, or None for the schedule: got {start.learning_rate}."
-        )
-    if start.dynamics is not None:
-        if start.frozen:
-            raise Refused(f"a mask that moves needs pruned weights at zero: replica {r} is frozen. Choose one.")
-        validate(start.dynamics, start.masks, recipe.steps)
-    half = {p.dtype for p in start.state.params.values()} & {torch.float16}
-    if half and recipe.optimizer != "sgd":
-        raise Refused(
-            f"{recipe.optimizer} divides by eps = 1e-8, which is 0 in float16: use bfloat16, float32, or sgd."
-        )
-
-
-def _probe(model: nn.Module, start: Start, task: Task, recipe: Recipe) -> bool:
-    """One training pass on a throwaway copy: refuse what cannot be trained; whether copies stand on their own.
-
-    A copy does not where a hook or closure still reaches the module that it was copied from: poisoned, that one shows.
-    """
-    found = [name or "the model" for name, m in model.named_modules() if _dropout(m) > 0]
-    if found:
-        raise Refused(
-            f"dropout draws from a global generator and cannot be replayed: set its probability to 0 in {found}."
-        )
-    x, y = task.train.x[: recipe.batch_size], task.train.y[: recipe.batch_size]
-    params, buffers = start.begun.clone()
-    with torch.no_grad(), watching_generators(task.device) as drawn:
-        with lent(model, params, {n: b.clone() for n, b in buffers.items()}, training=True):
-            outputs = attempt(model, x)
-        if drawn():
-            raise Refused(
-                "the model draws from a global generator as it trains, which cannot be replayed: its forward pass "
-                "advanced the generator's state. Leave out dropout and other noise, or draw it from a seed and a "
-                "step that are buffers."
-            )
-        LOSSES[task.loss].check(y, len(x), outputs.shape[1:])
-        network(model, start.begun, task.train.x, finite=False)  # what is trained is evaluated: each example by itself
-        _refuse_hidden_state(model, start.begun, x)
-        # A hook on a parameter is not copied with it.
-        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
-        net = None if hooked else copied(model)
-        if net is None:
-            return False
-        net.train()
-        _put(net, params, buffers)
-        poison = [{n: torch.full_like(t, math.nan) if t.is_floating_point() else t for n, t in part.items()}
-                  for part in (params, buffers)]  # fmt: skip
-        with lent(model, poison[0], poison[1], training=True):
-            try:
-                return bool(close(net(x.clone()), outputs))
-            except Exception:  # whatever a copy that does not stand on its own raises
-                return False
-
-
-def _refuse_hidden_state(model: nn.Module, begun: State, x: Tensor) -> None:
-    """What training changes must be a parameter or a buffer: nothing else is stored, evaluated or rewound."""
-
-    def fresh() -> dict[str, Tensor]:
-        return {n: t.clone() for part in begun for n, t in part.items()}
-
-    with lent(model, fresh(), None):
-        before = model(x.clone())
-        model.train()
-        model(x.clone())
-        model.eval()
-        values = fresh()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.data = values[name]
-        after = model(x.clone())
-    if not close(before, after):
-        raise Refused(
-            "what a forward pass in training mode changes must be a parameter or a buffer: outputs differ after one "
-            "with both put back, so that the model keeps state elsewhere. Register it with register_buffer."
-        )
-
-
-def copied(model: nn.Module) -> nn.Module | None:
-    """A copy with parameters and buffers of its own, or None where the module cannot be copied."""
-    # What a forward pass has left on the module may hang on a graph, which deepcopy refuses.
-    left = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf]
-    try:
-        return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in left})
-    except Exception:  # locks, handles, generators: whatever has no copy
-        return None
-
-
-def _put(net: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """These tensors as the module's own, for good."""
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        tensor.data = params[name] if name in params else buffers[name]
-
-
-def _dropout(module: nn.Module) -> float:
-    """The probability that a module drops something with, 0 where it has none."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p
-    return float(module.dropout) if isinstance(module, nn.MultiheadAttention | nn.RNNBase) else 0.0
 
 
 # Advancing a stack.
@@ -289,12 +186,22 @@ def advancing(
     recipe: Recipe,
     execution: Execution = "auto",
     copies: bool = True,
+    draws: bool = False,
 ) -> Advance:
     """What moves the stack ``live`` through a range of steps: (steps, replicas still alive) -> None."""
-    apart = any(start.apart for start in starts)
+    apart = callable(recipe.optimizer) or any(start.apart for start in starts)
     if execution == "vmap" and apart:
-        raise Refused("replicas with rates or dynamics of their own need the loop: leave execution at 'auto'.")
-    if execution == "auto" and task.device.type == "cuda" and copies:
+        raise Refused(
+            "an optimizer of your own, and replicas with rates or dynamics of their own, need the loop: leave "
+            "execution at 'auto'."
+        )
+    if execution == "vmap" and draws:
+        raise Refused(
+            "vmap draws other numbers than each network by itself, and training draws from a global generator, such as "
+            "for dropout: leave execution at 'auto', which takes the loop."
+        )
+    apart = apart or draws
+    if execution == "auto" and task.device.type == "cuda" and copies and not draws and not callable(recipe.optimizer):
         advance = _graphed(model, live, masks, starts, task, recipe)
         if advance is not None:
             return advance
@@ -305,22 +212,7 @@ def advancing(
             return _vmap(model, live, masks, starts, task, recipe)
         if execution == "vmap":
             raise Refused(f"vmap cannot follow this model as it trains: {why}. Leave execution at 'auto'.")
-    return _loop(model, live, masks, starts, task, recipe, copies)
-
-
-def make_optimizer(recipe: Recipe, params: Sequence[Tensor], rate: Tensor | None = None) -> torch.optim.Optimizer:
-    """The recipe's optimizer, in its fused form (one pass over weights, gradients and state) where that is right.
-
-    On a CPU the fused forms skip blocks in half precision (pytorch issue 191763), and none knows complex numbers.
-    With a ``rate`` on the device it can be part of a CUDA graph.
-    """
-    fused = all(p.is_floating_point() and (p.device.type != "cpu" or p.dtype.itemsize >= 4) for p in params)
-    lr = recipe.learning_rate if rate is None else rate
-    shared: dict[str, Any] = {"lr": lr, "weight_decay": recipe.weight_decay, "fused": fused}
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(params, momentum=recipe.momentum, nesterov=recipe.nesterov, **shared)
-    adaptive = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
-    return adaptive(params, capturable=rate is not None, **shared)
+    return _loop(model, live, masks, starts, task, recipe, copies, draws)
 
 
 @dataclass(frozen=True)
@@ -335,25 +227,37 @@ class _Replica:
     """Weights, and their masks in the same dtype, in the order of ``masks``."""
     masks: Masks
     optimizer: torch.optim.Optimizer
+    clip: Callable[[], None] | None
     start: Start
+    draws: bool
+    """Whether the global generators are seeded before each step."""
 
     def run(self, task: Task, recipe: Recipe, steps: range) -> None:
-        loss, dynamics, seed = LOSSES[task.loss], self.start.dynamics, self.start.order_seed
+        dynamics, seed = self.start.dynamics, self.start.order_seed
         updates = dynamics.update_steps(recipe.steps) if dynamics else ()
-        with self._holding():
+        with self._holding(), self._reproducible(task.device):
             for step, index in zip(steps, _orders(task, recipe, [seed], steps)[0], strict=True):
+                if self.draws:
+                    seed_generators(noise_seed(seed, step), task.device)
                 x, y = _batch(task, index, seed, step)
-                value = loss.mean(self.net(x), y)
+                value = training_loss(self.net, x, y, task, recipe)
                 if step in updates:
                     self._move_masks(value, step, recipe.steps)
                 else:
                     own_rate = self.start.learning_rate
                     rate = recipe.learning_rate_at(step) if own_rate is None else own_rate
-                    _descend(self.optimizer, self.pruned, value, rate)
+                    _descend(self.optimizer, self.pruned, value, rate, self.clip)
+                    if callable(recipe.optimizer):
+                        self._pin()
             self._keep()
 
     def _holding(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.own else lent(self.net, *self.slices, training=True)
+
+    def _reproducible(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The fused recurrent layers of accelerators draw from a state of their own, which no seed reaches."""
+        drops = self.draws and any(isinstance(m, nn.RNNBase) and m.dropout > 0 for m in self.net.modules())
+        return recurrence_as_products(self.net, device) if drops else nullcontext()
 
     @torch.no_grad()
     def _keep(self) -> None:
@@ -365,6 +269,15 @@ class _Replica:
                 raise Refused(f"buffers must keep their names and shapes in training: {name!r} has {tensor.shape} now.")
             if kept.data_ptr() != tensor.data_ptr():
                 kept.copy_(tensor)
+
+    @torch.no_grad()
+    def _pin(self) -> None:
+        """An optimizer of a user's own may move weights without gradient: pruned ones go back to where they started."""
+        for (name, mask), (weight, _) in zip(self.masks.items(), self.pruned, strict=True):
+            if self.start.frozen:
+                weight.data.copy_(torch.where(mask, weight, self.start.state.params[name]))
+            else:
+                weight.data.masked_fill_(~mask, 0)
 
     def _move_masks(self, loss: Tensor, step: int, steps: int) -> None:
         """In place of a descent. What does not stay has neither weight nor optimizer state from here on."""
@@ -382,25 +295,38 @@ class _Replica:
             mask.copy_(new)
 
 
-def _replica(model: nn.Module, live: State, masks: Masks, start: Start, r: int, recipe: Recipe, own: bool) -> _Replica:
+def _replica(
+    model: nn.Module, live: State, masks: Masks, start: Start, r: int, recipe: Recipe, own: bool, draws: bool = False
+) -> _Replica:
     slices = State(*({n: t[r].detach() for n, t in part.items()} for part in live))
     net = copied(model) if own else model
     assert net is not None
     if own:
         net.train()
-        _put(net, *slices)
+        put(net, *slices)
     weights = dict(net.named_parameters())
     pruned = [(weights[n], m[r].to(slices.params[n].dtype)) for n, m in masks.items()]
     with nullcontext() if own else lent(net, *slices, training=True):  # the dtype and device decide what can be fused
-        optimizer = make_optimizer(recipe, [p for p in weights.values() if p.requires_grad])
-    return _Replica(net, slices, own, pruned, select(masks, r), optimizer, start)
+        optimizer = make_optimizer(recipe, net, weights)
+    clip = clipping(recipe, [p for p in weights.values() if p.requires_grad])
+    return _Replica(net, slices, own, pruned, select(masks, r), optimizer, clip, start, draws)
 
 
 def _loop(
-    model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe, copies: bool
+    model: nn.Module,
+    live: State,
+    masks: Masks,
+    starts: Sequence[Start],
+    task: Task,
+    recipe: Recipe,
+    copies: bool,
+    draws: bool = False,
 ) -> Advance:
-    """Each replica by itself on its slice of the stack; on a CPU a thread works on one replica at a time."""
-    replicas = [_replica(model, live, masks, start, r, recipe, copies) for r, start in enumerate(starts)]
+    """Each replica by itself on its slice of the stack; on a CPU a thread works on one replica at a time.
+
+    Where training draws from the global generators, which all threads share, one replica trains at a time.
+    """
+    replicas = [_replica(model, live, masks, start, r, recipe, copies, draws) for r, start in enumerate(starts)]
     busy = [Lock() for _ in starts]
 
     def run(r: int, steps: range) -> None:
@@ -408,7 +334,7 @@ def _loop(
             replicas[r].run(task, recipe, steps)
 
     def advance(steps: range, alive: Sequence[int]) -> None:
-        cores = torch.get_num_threads() if task.device.type == "cpu" and copies else 1
+        cores = torch.get_num_threads() if task.device.type == "cpu" and copies and not draws else 1
         workers = max(1, min(cores, len(alive)))
         if workers == 1:
             for r in alive:
@@ -437,9 +363,10 @@ def _graphed(
     graphs = []
     for r, start in enumerate(starts):
         one = _replica(model, live, masks, start, r, recipe, own=True)
-        trained = [p for p in one.net.parameters() if p.requires_grad]
+        optimizer = partial(make_optimizer, recipe, one.net, dict(one.net.named_parameters()))
         feed = partial(graphed.Feed.of, task, recipe, start.order_seed, start.learning_rate)
-        graphs.append(graphed.Graph(one.net, one.pruned, partial(make_optimizer, recipe, trained), feed, task))
+        loss = partial(training_loss, one.net, task=task, recipe=recipe)
+        graphs.append(graphed.Graph(one.net, one.pruned, optimizer, feed, task, loss, one.clip))
         if not graphs[-1].record():
             return None
     return lambda steps, alive: graphed.run([graphs[r] for r in alive], steps)
@@ -449,8 +376,9 @@ def _vmap(model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], 
     """All replicas in one batched forward and backward pass; one optimizer on the stacked tensors."""
     leaves = {n: live.params[n].detach().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     pruned = [(leaves[n], m.to(leaves[n].dtype)) for n, m in masks.items()]
-    optimizer = make_optimizer(recipe, [p for p in leaves.values() if p.requires_grad])
-    total = _mapped_loss(model, task, starts)
+    optimizer = make_optimizer(recipe, model, leaves)
+    clip = clipping(recipe, [p for p in leaves.values() if p.requires_grad], stacked=True)
+    total = _mapped_loss(model, task, recipe, starts)
     seeds = [start.order_seed for start in starts]
 
     def advance(steps: range, alive: Sequence[int]) -> None:
@@ -458,44 +386,47 @@ def _vmap(model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], 
         kept = live.select(stopped) if stopped else None
         orders = _orders(task, recipe, seeds, steps)
         for step, index in zip(steps, orders.transpose(0, 1), strict=True):
-            _descend(optimizer, pruned, total(leaves, live.buffers, index, step), recipe.learning_rate_at(step))
+            _descend(optimizer, pruned, total(leaves, live.buffers, index, step), recipe.learning_rate_at(step), clip)
         if kept is not None:
             put_back(live, stopped, kept)
 
     return advance
 
 
-def _mapped_loss(model: nn.Module, task: Task, starts: Sequence[Start]) -> Callable[..., Tensor]:
+def _mapped_loss(model: nn.Module, task: Task, recipe: Recipe, starts: Sequence[Start]) -> Callable[..., Tensor]:
     """Sum over replicas of their mean losses: gradients do not mix."""
     net = copied(model)
     assert net is not None
     net.train()
-    _put(net, *starts[0].begun.clone())  # on the device, in the dtype
+    put(net, *starts[0].begun.clone())  # on the device, in the dtype
     forward = vmap(lambda tensors, x: functional_call(net, tensors, (x,)))
-    losses = vmap(LOSSES[task.loss].mean)
+    losses = vmap(objective(task, recipe).mean)
 
     def total(params: dict[str, Tensor], buffers: dict[str, Tensor], index: Tensor, step: int) -> Tensor:
         batches = [_batch(task, i, start.order_seed, step) for i, start in zip(index, starts, strict=True)]
         x, y = (torch.stack(tensors) for tensors in zip(*batches, strict=True))  # [replica, batch, ...]
-        return losses(forward({**params, **buffers}, x), y).sum()
+        with autocast(recipe, task.device, cache_enabled=False):  # a cache would hold what vmap wraps
+            outputs = forward({**params, **buffers}, x)
+        return losses(unrounded(recipe, outputs), y).sum()
 
     return total
 
 
 def _why_not_vmap(model: nn.Module, live: State, starts: Sequence[Start], task: Task, recipe: Recipe) -> str | None:
-    """The first batch both ways: gradients and buffers must agree but for rounding."""
+    """The first batch both ways, in the dtype of the weights: gradients and buffers must agree but for rounding."""
+    recipe = replace(recipe, precision="float32")
     alone, mapped = live.clone(), live.clone()
     index = _orders(task, recipe, [start.order_seed for start in starts], range(1))[:, 0]
-    loss, gradients = LOSSES[task.loss], []
+    gradients = []
     for r, start in enumerate(starts):
         one = _replica(model, alone, {}, start, r, recipe, own=True)
-        loss.mean(one.net(_batch(task, index[r], start.order_seed, 0)[0]), task.train.y[index[r]]).backward()
+        training_loss(one.net, *_batch(task, index[r], start.order_seed, 0), task, recipe).backward()
         one._keep()
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in one.net.named_parameters()})
     expected = stack(gradients)
     leaves = {n: mapped.params[n].requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     try:
-        _mapped_loss(model, task, starts)(leaves, mapped.buffers, index, 0).backward()
+        _mapped_loss(model, task, recipe, starts)(leaves, mapped.buffers, index, 0).backward()
     except Exception as error:  # whatever an operation without a rule raises
         return str(error).strip().splitlines()[0]
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
@@ -516,12 +447,19 @@ def _batch(task: Task, index: Tensor, order_seed: int, step: int) -> tuple[Tenso
 
 
 def _descend(
-    optimizer: torch.optim.Optimizer, pruned: Sequence[tuple[Tensor, Tensor]], loss: Tensor, learning_rate: float
+    optimizer: torch.optim.Optimizer,
+    pruned: Sequence[tuple[Tensor, Tensor]],
+    loss: Tensor,
+    learning_rate: float,
+    clip: Callable[[], None] | None = None,
 ) -> None:
-    optimizer.param_groups[0]["lr"] = learning_rate
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
     optimizer.zero_grad()
     loss.backward()
     for weight, mask in pruned:
         if weight.grad is not None:  # None: the forward pass does not use this weight
             weight.grad.mul_(mask)
+    if clip is not None:
+        clip()
     optimizer.step()
