@@ -65,7 +65,7 @@ def _check_start(start: Start, r: int, recipe: Recipe) -> None:
     if recipe.precision == "tf32" and next(iter(start.state.params.values())).device.type != "cuda":
         raise Refused(f"precision 'tf32' is of CUDA devices: replica {r} is elsewhere. Take 'float32'.")
     half = {p.dtype for p in start.state.params.values()} & {torch.float16}
-    if half and recipe.optimizer != "sgd":
+    if half and recipe.optimizer in ("adam", "adamw"):
         raise Refused(
             f"{recipe.optimizer} divides by eps = 1e-8, which is 0 in float16: use bfloat16, float32, or sgd."
         )
