@@ -21,11 +21,15 @@ from reference import train_alone
 from reference_measures import batchnorm_anew, network_between
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ticketlab as tl
 from ticketlab.data import batch_indices
+from ticketlab.derivatives import gauss_newton_product, hessian_product
 from ticketlab.engine.criteria import Evidence
 from ticketlab.errors import Refused
+from ticketlab.losses import CROSS_ENTROPY
+from ticketlab.network import network
 from ticketlab.seeds import kept_generators
 from ticketlab.state import State, state
 
@@ -41,19 +45,19 @@ NO_DOUBLE = "Expected mat_a to be Float32"
 REFUSED: dict[str, dict[str, str]] = {
     # Its gradient hides in a backward pass of its own, where torch.autograd.grad does not go. Training does.
     "checkpointed_reentrant": {
-        **dict.fromkeys(("kernel", "singular_values", "gradient", "snip"), HIDDEN),
+        **dict.fromkeys(("kernel", "singular_values", "gradient", "curvature", "snip"), HIDDEN),
         "permutation": r"Dense must have hidden units that can be permuted: .*\(here: cat\)",
     },
     "checkpointed": {"permutation": r"Dense must have hidden units that can be permuted: .*\(here: cat\)"},
     "batch_statistics": dict.fromkeys(
-        ("imp", "kernel", "path", "singular_values", "gradient", "snip", "outputs"), COUPLED
+        ("imp", "kernel", "path", "singular_values", "gradient", "curvature", "snip", "outputs"), COUPLED
     ),
     # Which experts see a token is up to values.
     "hf_mixtral": {"permutation": "must be traceable by torch.export .*: Could not guard on data-dependent expression"},
     # grouped_mm is not there in float64.
     "hf_mixtral_grouped": dict.fromkeys(
-        ("imp", "kernel", "path", "singular_values", "gradient", "snip", "outputs", "permutation", "effective_masks",
-         "uses", "output_layer"), NO_DOUBLE
+        ("imp", "kernel", "path", "singular_values", "gradient", "curvature", "snip", "outputs", "permutation",
+         "effective_masks", "uses", "output_layer"), NO_DOUBLE
     ),
 }  # fmt: skip
 
@@ -332,6 +336,29 @@ def plain_gradient(case: Case) -> Named:
 def measure_gradient(case: Case) -> None:
     found = tl.gradients.gradient(case.model, case.state, *case.examples(4), masks=case.masks, batch_size=3)
     case.all_close(found, live_part(case, plain_gradient(case)))
+
+
+def measure_curvature(case: Case) -> None:
+    """Products with the Hessian against double backward, with Gauss-Newton against the rows of the Jacobian."""
+    (x, y), generator = case.examples(3), torch.Generator().manual_seed(5)
+    one = network(case.model, case.state, x, masks=case.masks)
+    weights = trained(case.net)
+    v = live_part(case, {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in weights.items()})
+    products = [f(one, x, y, CROSS_ENTROPY, v, batch_size=2) for f in (hessian_product, gauss_newton_product)]
+    net = case.ticket
+    inner = list(trained(net).values())
+    grad = partial(torch.autograd.grad, materialize_grads=True, allow_unused=True)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have one derivative
+        z = net(x)
+        slopes = grad(F.cross_entropy(z.flatten(0, -2), y.flatten()), inner, create_graph=True)
+        twice = grad(sum((g * v[n]).sum() for n, g in zip(v, slopes, strict=True)), inner, retain_graph=True)
+        rows = [grad(output, inner, retain_graph=True) for output in z.flatten()]
+    case.all_close(products[0], dict(zip(v, twice, strict=True)))
+    pushed = torch.stack([sum((g * v[n]).sum() for n, g in zip(v, row, strict=True)) for row in rows]).view_as(z)
+    p = z.detach().softmax(-1)
+    bent = p * (pushed - (p * pushed).sum(-1, keepdim=True)) / z[..., 0].numel()
+    expected = [sum(b * g for b, g in zip(bent.flatten(), column, strict=True)) for column in zip(*rows, strict=True)]
+    case.all_close(products[1], dict(zip(v, expected, strict=True)))
 
 
 def measure_snip(case: Case) -> None:

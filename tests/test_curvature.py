@@ -190,6 +190,20 @@ def test_all_eigenvalues_of_a_small_matrix_and_more_than_the_rank_of_a_large_one
     assert (expected[4:].abs() < 1e-12).all()
 
 
+@pytest.mark.parametrize("end", ["largest", "smallest"])
+def test_eigenvalues_that_occur_several_times_count_as_often(end):
+    """One Krylov space has one vector of each; here all occur six times."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 8, generator=generator, dtype=torch.float64) * torch.linspace(0.3, 1, 8, dtype=torch.float64)
+    task = tl.Task.from_tensors(x, draw(60, 6), loss="squared_error", name="repeated")
+    x, model = task.train.x, linear(8, 6)
+    expected = torch.linalg.eigvalsh(x.T @ x / (3 * len(x))).flip(0).repeat_interleave(6)
+    found = top_eigenvalues(model, state(model), task, k=8, end=end, vectors=True)
+    torch.testing.assert_close(found.values, expected[:8] if end == "largest" else expected[-8:], **CLOSE)
+    columns = found.vectors["weight"].flatten(1)
+    torch.testing.assert_close(columns @ columns.T, torch.eye(8, dtype=torch.float64), **CLOSE)
+
+
 # ---------------------------------------------------------------------------------------------- properties
 
 

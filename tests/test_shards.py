@@ -241,11 +241,14 @@ def test_what_needs_all_at_once_is_refused(folder):
 
 def test_measures_on_disk_are_those_in_memory_or_refused(folder):
     """Those that go through data in batches; the others say that they do not."""
-    mapped, known = load_shards(folder, dtype=torch.float64, **SPLITS).train, in_memory(torch.float64).train
+    both = load_shards(folder, dtype=torch.float64, **SPLITS), in_memory(torch.float64)
+    mapped, known = (task.train for task in both)
     net = tl.initialise(linear, 0).double()
     masks = tl.masks.ones(net)
     found, expected = (tl.gradients.gradient(net, tl.state(net), s.x, s.y, masks=masks) for s in (mapped, known))
     assert all(torch.equal(found[n], expected[n]) for n in expected)
+    found, expected = (tl.curvature.top_eigenvalues(net, tl.state(net), task, limit=5) for task in both)
+    assert torch.equal(found.values, expected.values)
     kernel = tl.ntk.kernel(net, tl.state(net), known.x)
     try:
         assert torch.equal(tl.ntk.kernel(net, tl.state(net), mapped.x), kernel)

@@ -6,7 +6,7 @@ Leans on `Network` and on products with the matrix, which is never held: Lanczos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
@@ -42,7 +42,7 @@ class Eigenvalues:
     values: Float[Tensor, "*replica k"]
     """Descending, in units of the loss per squared unit of the weights."""
     residuals: Float[Tensor, "*replica k"]
-    """||A v - lambda v|| of each pair, ||v|| = 1: an eigenvalue lies within that of the value."""
+    """||A v - lambda v|| of each pair, ||v|| = 1: an eigenvalue lies that near, but for the rounding of A v."""
     n: int
     """Examples that the loss is a mean of."""
     n_live: Int[Tensor, "*replica"]
@@ -111,7 +111,8 @@ def top_eigenvalues(
         batch_size: Examples whose graph is held at once; changes the result by rounding alone.
         tolerance: Largest estimated residual of a pair, relative to its eigenvalue or to the root mean square of all,
             whichever is larger; by the dtype of the weights when None.
-        max_products: About how many products Lanczos may take for one network.
+        max_products: About how many products one run of Lanczos may take. For more than one eigenvalue there are two
+            runs at least, for an eigenvalue that occurs several times is seen once by each.
         seed: Of the start vector, which decides rounding alone.
 
     Raises:
@@ -269,14 +270,14 @@ def _end(
     part: _Matrix, k: int, sign: int, tolerance: float, max_products: int, seed: int
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, "live k"]]:
     """Eigenvalues of one matrix, descending, their residuals, and orthonormal vectors."""
-    product, side = part.product, part.n_live
+    side = part.n_live
     if side <= max(_BASIS, 2 * k + 1):
-        columns = np.stack([part.product(unit) for unit in np.eye(side)], 1)
-        product = columns.__matmul__
-        vectors = np.linalg.eigh(sign * (columns + columns.T) / 2)[1][:, side - k :]
+        whole = np.stack([part.product(unit) for unit in np.eye(side)], 1)
+        vectors = np.linalg.eigh(sign * (whole + whole.T) / 2)[1][:, side - k :]
+        applied = whole @ vectors
     else:
         vectors = _lanczos(part, k, sign, tolerance, max_products, seed)
-    applied = np.stack([product(v) for v in vectors.T], 1)
+        applied = np.stack([part.product(v) for v in vectors.T], 1)
     values = (vectors * applied).sum(0)  # Rayleigh's quotients
     order = np.argsort(values)[::-1]
     residuals = np.linalg.norm(applied - values * vectors, axis=0)
@@ -289,17 +290,47 @@ def _lanczos(
     """Ritz vectors of the k largest eigenvalues of sign * A.
 
     ARPACK asks for residuals relative to each eigenvalue, which one of zero never meets: the matrix is shifted by twice
-    its root mean square eigenvalue s, so that the largest is at least s.
+    its root mean square eigenvalue s, so that the largest is at least s. From one start vector Lanczos sees one vector
+    of an eigenvalue that occurs several times: what is beside those found is searched until nothing larger is left.
     """
-    side, basis = part.n_live, max(_BASIS, 2 * k + 1)
-    start = torch.randn(side, generator=stream("curvature start", seed), dtype=torch.float64).numpy()
+    side, generator = part.n_live, stream("curvature start", seed)
+
+    def drawn() -> Float[np.ndarray, " live"]:
+        return torch.randn(side, generator=generator, dtype=torch.float64).numpy()
+
+    start = drawn()
     shift = 2 * np.linalg.norm(part.product(start)) / np.linalg.norm(start)
     if shift == 0:  # A = 0, as of a network whose units are all dead: any vectors will do
         return np.eye(side, k)
-    operator = LinearOperator((side, side), matvec=lambda v: sign * part.product(v) + shift * v, dtype=np.float64)
+
+    def shifted(v: np.ndarray) -> np.ndarray:
+        return sign * part.product(v) + shift * v
+
+    values, vectors = _ritz(shifted, start, k, tolerance, max_products)
+    while k > 1:
+        least = np.sort(values)[-k]
+
+        def beside(v: np.ndarray, known: np.ndarray = vectors, low: float = least - shift) -> np.ndarray:
+            inside = known.T @ v
+            found = shifted(v - known @ inside)
+            return found + known @ (low * inside - known.T @ found)
+
+        value, vector = _ritz(beside, drawn(), 1, tolerance, max_products)
+        if value[0] <= least + tolerance * values.max():
+            break
+        values, vectors = np.append(values, value), np.hstack([vectors, vector])
+    return vectors[:, np.argsort(values)[-k:]]
+
+
+def _ritz(
+    product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, k: int, tolerance: float, max_products: int
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "live k"]]:
+    """The k largest eigenvalues that ARPACK finds, and their vectors."""
+    basis = max(_BASIS, 2 * k + 1)
+    operator = LinearOperator((len(start), len(start)), matvec=product, dtype=np.float64)
     restarts = max(1, (max_products - basis) // (basis - k))
     try:
-        return eigsh(operator, k, which="LA", v0=start, ncv=basis, maxiter=restarts, tol=tolerance)[1]
+        return eigsh(operator, k, which="LA", v0=start, ncv=basis, maxiter=restarts, tol=tolerance)
     except ArpackNoConvergence as error:
         raise Refused(
             f"Lanczos must converge within max_products: {len(error.eigenvalues)} of {k} eigenvalues have in "
