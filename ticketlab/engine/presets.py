@@ -110,9 +110,9 @@ _RESNET_20 = ImpConfig(
     recipe=_SGD,
 )
 _VGG_16 = replace(_RESNET_20, model="vgg_16", levels=20, rewind_step=1_000, snapshot_steps=())
-_CIFAR_SMALL: dict[str, Any] = {"steps": 600, "milestones": (300, 450), "warmup_steps": 60, "eval_every": 100}
+_CIFAR_SMALL: dict[str, Any] = {"steps": 400, "milestones": (200, 300), "warmup_steps": 40, "eval_every": 100}
 _CIFAR_SHORT = (
-    "runs 600 steps with drops at 300 and 450, a warm-up of 60 and a rewind to step 50, prunes half of what is left "
+    "runs 400 steps with drops at 200 and 300, a warm-up of 40 and a rewind to step 50, prunes half of what is left "
     "at each of 2 levels, for 2 seeds, with 1,000 validation examples. No random masks."
 )
 
@@ -239,11 +239,11 @@ PRESETS: dict[str, Preset] = {
         _VIT,
         _smaller(
             _VIT,
-            {"steps": 500, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 50, "eval_every": 100},
+            {"steps": 400, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 50, "eval_every": 100},
             model="vit_mini_d2", levels=2, prune_fraction=0.5, treatments=("ticket", "reinit"), init_seeds=(0, 1),
             rewind_step=25, validation_size=1000,
         ),
-        "A ViT of 2 blocks of width 64 for 500 steps of 64 at a rate of 1e-3, prunes half of what is left at each of "
+        "A ViT of 2 blocks of width 64 for 400 steps of 64 at a rate of 1e-3, prunes half of what is left at each of "
         "2 levels, for 2 seeds, with 1,000 validation examples. No random masks.",
     ),
     "bert_finetune": Preset(
