@@ -52,6 +52,7 @@ def test_numbers_of_the_papers():
     assert large.recipe.learning_rate_at(6_259) == pytest.approx(0.4)
     assert large.recipe.learning_rate_at(80 * 1252) == pytest.approx(4e-4)
     assert bert.recipe.steps == 3 * (392_702 // 32)
+    assert bert.recipe.learning_rate_at(0) == 2e-5 and bert.recipe.learning_rate_at(36_812) < 1e-9
     assert [config.rewind_step for config in (lenet, conv, resnet, vgg, bert)] == [0, 0, 500, 1_000, 0]
 
 

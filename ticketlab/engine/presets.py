@@ -104,15 +104,15 @@ _RESNET_20 = ImpConfig(
     task="cifar10",
     model="resnet_20",
     levels=12,
-    treatments=("ticket", "reinit", "random_mask"),
+    treatments=("ticket", "reinit", "random_erk"),
     rewind_step=500,
     snapshot_steps=(2_000,),
     recipe=_SGD,
 )
 _VGG_16 = replace(_RESNET_20, model="vgg_16", levels=20, rewind_step=1_000, snapshot_steps=())
-_CIFAR_SMALL: dict[str, Any] = {"steps": 600, "milestones": (300, 450), "warmup_steps": 60, "eval_every": 100}
+_CIFAR_SMALL: dict[str, Any] = {"steps": 400, "milestones": (200, 300), "warmup_steps": 40, "eval_every": 100}
 _CIFAR_SHORT = (
-    "runs 600 steps with drops at 300 and 450, a warm-up of 60 and a rewind to step 50, prunes half of what is left "
+    "runs 400 steps with drops at 200 and 300, a warm-up of 40 and a rewind to step 50, prunes half of what is left "
     "at each of 2 levels, for 2 seeds, with 1,000 validation examples. No random masks."
 )
 
@@ -138,7 +138,7 @@ _RESNET_50 = ImpConfig(
     model="resnet_50",
     levels=1,
     prune_fraction=0.7,
-    treatments=("ticket", "reinit", "random_mask"),
+    treatments=("ticket", "reinit", "random_erk"),
     rewind_step=6 * _EPOCH,
     recipe=replace(
         _SGD,
@@ -155,9 +155,9 @@ _RESNET_50 = ImpConfig(
 
 _VIT = ImpConfig(
     task="cifar10",
-    model="vit_tiny",
+    model="vit_tiny_s10",
     levels=8,
-    treatments=("ticket", "reinit", "random_mask"),
+    treatments=("ticket", "reinit", "random_erk"),
     rewind_step=1_320,
     recipe=Recipe(
         steps=26_400,
@@ -165,6 +165,8 @@ _VIT = ImpConfig(
         optimizer="adamw",
         learning_rate=5e-4,
         weight_decay=0.05,
+        decay_all=False,
+        label_smoothing=0.1,
         schedule="cosine",
         warmup_steps=440,
         eval_every=440,
@@ -172,12 +174,14 @@ _VIT = ImpConfig(
 )
 _BERT = ImpConfig(
     task="mnli",
-    model="bert_base",
+    model="bert_base_o10",
     levels=10,
     prune_fraction=0.1,
     treatments=("ticket", "reinit", "random_mask"),
     prunable=("inner.bert.encoder.*", "inner.bert.pooler.*"),
-    recipe=Recipe(steps=36_813, batch_size=32, optimizer="adamw", learning_rate=2e-5, eval_every=2_000),
+    recipe=Recipe(
+        steps=36_813, batch_size=32, optimizer="adamw", learning_rate=2e-5, schedule="linear", eval_every=2_000
+    ),
 )
 
 PRESETS: dict[str, Preset] = {
@@ -217,8 +221,9 @@ PRESETS: dict[str, Preset] = {
         "Frankle et al. (2020)",
         "Table 1: SGD with momentum 0.9 at 0.4, a tenth of it after epochs 30, 60 and 80, of 90, five epochs of "
         "warm-up, batch 1,024, weight decay 1e-4, pruned once, to 30 %. Rewound to epoch 6 of 90, the 7 % of training "
-        "within which Frankle et al. (2019, Stabilizing) find tickets. ImageNet is not a named set: pass its arrays "
-        "as task=. Differs: batch norm begins with scales of 1, without weights of zero in the last of a block.",
+        "within which Frankle et al. (2019, Stabilizing) find tickets. Pass ImageNet as task=, from shards (python "
+        "-m ticketlab.to_shards). Differs: batch norm begins with scales of 1, without weights of zero in the last of "
+        "a block.",
         _RESNET_50,
         _smaller(
             _RESNET_50,
@@ -232,27 +237,26 @@ PRESETS: dict[str, Preset] = {
     "vit_cifar": Preset(
         "network and recipe of Touvron et al. (2021)",
         "No paper's tickets: the network and the recipe of DeiT-Ti (tables 1 and 9), with patches of 4 on CIFAR-10: "
-        "AdamW at 5e-4 for a batch of 512, weight decay 0.05, 300 epochs of 88 steps, 5 of them a warm-up, cosine. "
-        "Global scope, 20 % a level, rewound to epoch 15 (5 %), chosen here. Differs: crops and flips are the only "
-        "augmentation; no stochastic depth; no label smoothing; weight decay on every "
-        "parameter.",
+        "AdamW at 5e-4 for a batch of 512, weight decay 0.05 on matrices, label smoothing 0.1, stochastic depth 0.1, "
+        "300 epochs of 88 steps, 5 of them a warm-up, cosine. Global scope, 20 % a level, rewound to epoch 15 (5 %), "
+        "chosen here. Differs: crops and flips are the only augmentation.",
         _VIT,
         _smaller(
             _VIT,
-            {"steps": 500, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 50, "eval_every": 100},
-            model="vit_mini_d2", levels=2, prune_fraction=0.5, treatments=("ticket", "reinit"), init_seeds=(0, 1),
+            {"steps": 400, "batch_size": 64, "learning_rate": 1e-3, "warmup_steps": 50, "eval_every": 100},
+            model="vit_mini_d2_s10", levels=2, prune_fraction=0.5, treatments=("ticket", "reinit"), init_seeds=(0, 1),
             rewind_step=25, validation_size=1000,
         ),
-        "A ViT of 2 blocks of width 64 for 500 steps of 64 at a rate of 1e-3, prunes half of what is left at each of "
+        "A ViT of 2 blocks of width 64 for 400 steps of 64 at a rate of 1e-3, prunes half of what is left at each of "
         "2 levels, for 2 seeds, with 1,000 validation examples. No random masks.",
     ),
     "bert_finetune": Preset(
         "Chen et al. (2020)",
-        "MNLI: BERT-base fine-tuned for 3 epochs of 12,271 steps with AdamW at 2e-5, batch 32, 128 tokens; 10 % a "
-        "round of the linear layers below the head, global scope, rewound to the pretrained weights. Pass those as "
-        "start= and the data as task= (see tl.models.bert); without start= it is a BERT that has read nothing. "
-        "Differs: the rate is constant, where theirs falls linearly to 0; no dropout in fresh models; their code "
-        "prunes 10 % of all weights a round, their text 10 % of those left, as here.",
+        "MNLI: BERT-base fine-tuned for 3 epochs of 12,271 steps with AdamW at 2e-5, batch 32, 128 tokens, a rate "
+        "that falls linearly to 0; 10 % a round of the linear layers below the head, global scope, rewound to the "
+        "pretrained weights. Pass those as start= and the data as task= (see tl.models.bert); without start= it is a "
+        "BERT that has read nothing. Differs: each round's rate falls over that round, in their code over all of "
+        "them; that code prunes 10 % of all weights a round, their text 10 % of those left, as here.",
         _BERT,
         _smaller(
             _BERT,
