@@ -85,12 +85,21 @@ class Watch:
         for name, split in splits.items():
             table[f"{name}_loss_nats"], table[f"{name}_error"] = self._evaluate(self.live, split)
         for name in ("validation", "test"):
-            loss, error = self._evaluate(self.best, splits[name])
+            if self._ended_best():
+                loss, error = table[f"{name}_loss_nats"], table[f"{name}_error"]
+            else:
+                loss, error = self._evaluate(self.best, splits[name])
             table[f"early_stop_{name}_loss_nats"], table[f"early_stop_{name}_error"] = loss, error
         # A training that diverged has no result, whatever its last finite weights score.
         results = [c for c in table if c.endswith(("_nats", "_error"))]
         table.loc[table["diverged_step"].notna(), [*results, "early_stop_step"]] = math.nan
         return table
+
+    def _ended_best(self) -> bool:
+        """Whether every network is its own early-stop network, as is usual under a rate that falls."""
+        return all(torch.equal(p, self.best.params[n]) for n, p in self.live.params.items()) and all(
+            torch.equal(b, self.best.buffers[n]) for n, b in self.live.buffers.items()
+        )
 
     def _freeze(self, r: int, step: int) -> None:
         live, masks = self.last
