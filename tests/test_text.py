@@ -160,8 +160,9 @@ def test_the_text_is_read_from_the_python_that_runs(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _the_running_python():
+    read = text.stdlib  # a test may put another in its place
     yield
-    text.stdlib.cache_clear()
+    read.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------ what they are worth
@@ -290,3 +291,34 @@ def test_a_forward_pass_is_cut_where_its_outputs_are_large():
     assert portion(torch.zeros(9, 3, 32, 32), y, 2500) == 2500
     assert portion(torch.zeros(2, 3, 224, 224), y, 2500) == 51
     assert portion(torch.zeros(9, 784), y, 7) == 7
+
+
+def test_what_a_language_model_is_too_large_for_is_refused(lm):
+    """128 tokens of 256 outputs each: 32,768 outputs per example."""
+    net, (x, y) = tl.initialise(lambda: Tiny(128, 256), 0), (lm.train.x[:100], lm.train.y[:100])
+    with pytest.raises(ValueError, match=r"the kernel must fit into memory: .* Take fewer inputs"):
+        tl.ntk.kernel(net, tl.state(net), x)
+    masks = tl.masks.ones(net, CONFIG.prunable)
+    evidence = tl.criteria.Evidence(net, masks, tl.state(net), tl.state(net), x, y)
+    with pytest.raises(ValueError, match="4096 at most: the model has 32768"):
+        tl.criteria.score("obd_gauss_newton", evidence)
+    assert set(tl.criteria.score("snip", evidence)) == set(masks)
+
+
+def test_measures_of_outputs_per_token_are_those_of_plain_autograd():
+    """Every place's outputs count: the gradient per example is the mean over its tokens, the kernel is over all."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 5, (9, 4), generator=generator)
+    x, y = tokens[:, :3], tokens[:, 1:].clone()
+    y[::2, 0] = -100  # does not count
+    net = tl.initialise(lambda: Tiny(3, 5, vocabulary=5, width=4), 0).double()
+    state = tl.state(net)
+    loss = F.cross_entropy(net(x).mT, y, reduction="none")
+    (loss.sum(1) / (y != -100).sum(1)).mean().backward()
+    found = tl.gradients.gradient(net, state, x, y)
+    kernel = tl.ntk.kernel(net, state, x)
+    rows = [torch.autograd.grad(f, list(net.parameters()), retain_graph=True) for f in net(x).flatten()]
+    jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    for name, p in net.named_parameters():
+        assert torch.allclose(found[name], p.grad, rtol=1e-10, atol=1e-14)
+    assert torch.allclose(kernel.reshape(9 * 15, 9 * 15), jacobian @ jacobian.T, rtol=1e-10, atol=1e-12)
