@@ -94,11 +94,8 @@ def stdlib() -> Text:
         Refused: No sources on disk, as in a Python that is packed into one file.
     """
     root, files = Path(sysconfig.get_paths()["stdlib"]), {}
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        name = path.relative_to(root).as_posix()
-        if not _used(name):
-            continue
-        content = path.read_bytes().replace(b"\r\n", b"\n")
+    for name in sorted(_names(root)):
+        content = (root / name).read_bytes().replace(b"\r\n", b"\n")
         try:
             content.decode("utf-8")
         except UnicodeDecodeError:  # an old encoding, whose bytes mean something else
@@ -115,12 +112,12 @@ def stdlib() -> Text:
     return Text(files, digest.hexdigest()[:8])
 
 
-def _used(name: str) -> bool:
-    parts = name.split("/")
-    top = parts[0].removesuffix(".py")
-    if top not in sys.stdlib_module_names or top in (*_TABLES, *_OPTIONAL) or name in _TABLES:
-        return False
-    return not _TESTS.intersection(parts)
+def _names(root: Path) -> list[str]:
+    """Paths of the files that are used; only what is the library's is looked into, for other packages lie beside it."""
+    tops = set(sys.stdlib_module_names) - {*_TABLES, *_OPTIONAL, *_TESTS}
+    found = [path for top in tops for path in (root / f"{top}.py", *(root / top).rglob("*.py")) if path.is_file()]
+    names = [path.relative_to(root) for path in found]
+    return [n.as_posix() for n in names if n.as_posix() not in _TABLES and not _TESTS.intersection(n.parts)]
 
 
 def topic_of(name: str) -> str | None:
