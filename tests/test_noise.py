@@ -214,6 +214,7 @@ def test_noise_that_sets_in_later_is_refused_rather_than_left_to_chance():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 @pytest.mark.parametrize("kind", NOISY)
 def test_on_a_cuda_device_too(kind):
     task, model = task_of(kind).to("cuda"), build(NOISY[kind], 3).cuda()

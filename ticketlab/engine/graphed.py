@@ -11,7 +11,8 @@ and buffers. Whatever cannot be recorded, or gives other weights than eager step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -100,13 +101,19 @@ class Graph:
             with torch.cuda.stream(self.stream):
                 self.load(range(2))
                 self._step()
-                self._step()
+                with _never_waiting():
+                    self._step()
                 eager = [t.detach().clone() for t in self._tensors()]
                 self._restore(known)
+        except RuntimeError:  # a forward pass that waits for the device, or does not take this layout
+            self._restore(known)
+            return False
+        try:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self._step()
-        except RuntimeError:  # a forward pass that waits for the device, or an optimizer that does
+        except RuntimeError:
             self._restore(known)
+            _end_recording()
             return False
         if [t.data_ptr() for t in self._tensors()] != places:  # a buffer was put in another's place
             return False
@@ -158,6 +165,25 @@ class Graph:
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
+
+
+@contextmanager
+def _never_waiting() -> Iterator[None]:
+    """What waits for the device raises: found here, before it can break off a recording."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _end_recording() -> None:
+    """A recording that broke off leaves the device's generator behind as if it went on; a whole one puts that right."""
+    torch.cuda.synchronize()
+    one = torch.zeros(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        one.add_(1)
 
 
 def _same_change(before: Sequence[Tensor], one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:

@@ -23,7 +23,6 @@ from ticketlab.errors import Refused
 from ticketlab.lending import attention_as_products, lent
 from ticketlab.losses import LOSSES
 from ticketlab.precision import float32_arithmetic
-from ticketlab.probing import watching_generators
 from ticketlab.seeds import Factory, kept_generators, seed_generators
 from ticketlab.state import Masks, State, moved, state
 
@@ -39,7 +38,7 @@ def behaviour(model: nn.Module, task: Task, dtype: torch.dtype) -> dict[str, Any
     first = state(model)
     return {
         "shapes": {name: list(p.shape) for name, p in first.params.items()},
-        "sums": {name: f"{float(p.abs().double().sum()):.5g}" for name, p in first.params.items()},
+        "sums": {name: f"{float(p.abs().double().cpu().sum()):.5g}" for name, p in first.params.items()},
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
         "text": re.sub(r" at 0x[0-9a-f]+|<lambda>", "", repr(model)),
         "attributes": _attributes(model),
@@ -60,22 +59,20 @@ def _attributes(model: nn.Module) -> list[str]:
 def _does(model: nn.Module, first: State, task: Task, dtype: torch.dtype, training: bool) -> list[str]:
     """Outputs, gradients and buffers: gradients show what outputs do not, such as where the graph is cut.
 
-    What draws does so from one seed, and on the CPU, for other devices draw other numbers from it.
+    On the CPU, or else on the task's device: a run has one name, wherever it goes on.
     """
     for wide, digits in ((torch.float64, 5), (dtype, 3)):
-        for device in dict.fromkeys((task.device, torch.device("cpu"))):
+        for device in dict.fromkeys((torch.device("cpu"), task.device)):
             try:
-                told, drew = _told_of_passes(model, first, task, device, wide, digits, training)
-            except Exception:  # a dtype of its own, or whatever a model raises at one that it does not take
-                break
-            if not drew or device.type == "cpu":
-                return told
+                return _told_of_passes(model, first, task, device, wide, digits, training)
+            except Exception:  # a dtype or device of its own, or whatever a model raises at one that it does not take
+                continue
     return ["unknown"]
 
 
 def _told_of_passes(
     model: nn.Module, first: State, task: Task, device: torch.device, wide: torch.dtype, digits: int, training: bool
-) -> tuple[list[str], bool]:
+) -> list[str]:
     x, y = moved(task.train.x[:8], device, wide), task.train.y[:8].to(device)
     with (
         lent(model, *first.to(device, wide).clone(), training=training),
@@ -85,12 +82,14 @@ def _told_of_passes(
         torch.enable_grad(),
     ):
         seed_generators(0, device)
-        with watching_generators(device) as drawn:
-            outputs = model(x.clone())
-            weights = [p for p in model.parameters() if p.requires_grad]
-            LOSSES[task.loss].mean(outputs, y).backward()  # unlike autograd.grad, through any checkpoint
+        outputs = model(x.clone())
+        weights = [p for p in model.parameters() if p.requires_grad]
+        LOSSES[task.loss].mean(outputs, y).backward()  # unlike autograd.grad, through any checkpoint
         slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-        return [_told(tensor, digits) for tensor in (*outputs.detach(), *slopes, *model.buffers())], drawn()
+        steepest = max((float(slope.abs().max()) for slope in slopes if slope.numel()), default=0.0)
+        rounding = steepest * torch.finfo(wide).eps ** 0.75  # a gradient that is zero but for that, as of key biases
+        told = [_told(slope, digits, rounding) for slope in slopes]
+        return [_told(y, digits) for y in outputs.detach()] + told + [_told(b, digits) for b in model.buffers()]
 
 
 def criterion_effect(own: Any, model: nn.Module, task: Task, masks: Masks) -> dict[str, Any]:
@@ -143,10 +142,12 @@ def schedule_effect(recipe: Recipe) -> dict[str, Any]:
     return {"rates": [f"{recipe.learning_rate_at(step):.9g}" for step in range(recipe.steps)]}
 
 
-def _told(tensor: Tensor, digits: int) -> str:
-    """A number that depends on every entry and its place."""
+def _told(tensor: Tensor, digits: int, rounding: float = 0.0) -> str:
+    """A number that depends on every entry and its place; 0 where entries are no larger than ``rounding``."""
     flat = tensor.detach().flatten()
     flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    if rounding and flat.numel() and float(flat.abs().max()) <= rounding:
+        return "0"
     mixed = flat.double() @ torch.arange(1, len(flat) + 1, device=flat.device, dtype=torch.float64).cos()
     return f"{float(mixed):.{digits}g}"
 
