@@ -162,7 +162,7 @@ def _remember(model: nn.Module, own: set[int]) -> tuple[Callable[[], None], list
     tensors: list[tuple[Tensor, Tensor]] = []
     generators: list[Callable[[], None]] = []
     seen = own | {id(module) for module in model.modules()}
-    stack = [value for _, before in attributes for value in before.values()]
+    stack = [value for _, before in attributes for value in before.values() if type(value) not in _PLAIN]
     while stack:
         value = stack.pop()
         if type(value) in _PLAIN or not isinstance(value, _HOLDERS) or id(value) in seen:
