@@ -238,3 +238,13 @@ def test_criteria_that_cannot_work_are_refused_before_training():
         replace(STUDY, score_examples=0)
     with pytest.raises(ValueError, match="'obd_exact' needs at most"):
         tl.imp(replace(STUDY, criterion="obd_exact"), model=lambda: mlp((6,), 3, hidden=(200, 200)), task=blobs())
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "synflow"])
+def test_a_bias_that_is_not_a_number_is_refused(criterion):
+    model = build(small_mlp)
+    sick = state(model)
+    sick.params["output.bias"][0] = torch.nan
+    evidence = Evidence(model, tl.masks.ones(model), state(model), sick, blobs().train.x[:5])
+    with pytest.raises(ValueError, match=r"parameters\['output\.bias'\] must be finite"):
+        score(criterion, evidence)

@@ -370,7 +370,7 @@ def test_sparse_masks_have_the_counts_and_depend_on_the_seed_alone():
         (lambda: layer_counts(build(small_mlp), 0.0), r"density must lie in \(0, 1\]"),
         (lambda: layer_counts(build(small_mlp), 1.1), r"density must lie in \(0, 1\]"),
         (lambda: layer_counts(build(small_mlp), 0.5, "erk"), "unknown spread 'erk'"),
-        (lambda: layer_counts(build(small_mlp), 0.01, "uniform"), "would have none of 1 at density 0.01"),
+        (lambda: layer_counts(build(small_mlp), 0.01, "uniform"), "would have none of 1 under"),
         (lambda: layer_counts(build(small_mlp), 0.3, "first_dense"), "must pay for a dense first layer"),
         (lambda: sparse_masks(build(small_mlp), {"fc1.weight": 3}, 0), "must name every prunable layer"),
         (

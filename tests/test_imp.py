@@ -27,6 +27,7 @@ from torch import nn
 import ticketlab as tl
 from ticketlab import masks as mask_ops
 from ticketlab.data import batch_indices
+from ticketlab.engine.training import Start
 from ticketlab.state import State
 
 RECIPE = tl.Recipe(steps=30, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)
@@ -321,11 +322,23 @@ def test_two_writers_are_refused(tmp_path):
         ({"init_seeds": (1, 1)}, "different seeds"),
         ({"init_seeds": (-1,)}, r"seeds must lie in \[0, 2\^32\)"),
         ({"order_seeds": (1,)}, "one for each"),
+        ({"levels": 1.5}, r"ImpConfig\.levels must be int: got 1.5, a float"),
+        ({"levels": True}, r"ImpConfig\.levels must be int: got True, a bool"),
+        ({"recipe": None}, r"ImpConfig\.recipe must be Recipe: got None"),
+        ({"init_seeds": [0, 1]}, r"ImpConfig\.init_seeds must be tuple.* a list\. Write a tuple as \(0, 1\)"),
+        ({"init_seeds": (0, "1")}, r"ImpConfig\.init_seeds must be tuple"),
+        ({"prune_fraction": "0.2"}, r"ImpConfig\.prune_fraction must be float"),
+        ({"conv_fraction": "0.2"}, r"ImpConfig\.conv_fraction must be float \| None"),
+        ({"task": None}, r"ImpConfig\.task must be str"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(change, match):
     with pytest.raises(ValueError, match=match):
         replace(CONFIG, **change)
+
+
+def draws(origin):
+    return Start(origin.rewound, {n: torch.rand(m.shape) < 0.5 for n, m in origin.masks.items()}, 0)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +358,14 @@ def test_configs_that_make_no_sense_are_refused(change, match):
         ({"model": "lenet"}, {"model": None}, "unknown model 'lenet'"),
         ({"task": "mnits"}, {"task": None}, "Did you mean 'mnist'"),
         ({"recipe": replace(RECIPE, batch_size=10_000)}, {}, "batch_size must be at most"),
+        ({}, {"task": "digits"}, r"task must be a Task: got str\. A named one belongs into ImpConfig"),
+        ({}, {"start": {}}, r"start must be a State: got dict\. Pass tl\.state"),
+        ({}, {"criteria": [print]}, "criteria must be a Mapping: got list"),
+        ({"validation_size": 5}, {}, "validation_size and split_seed split the named data sets"),
+        ({"split_seed": 1}, {}, "validation_size and split_seed split the named data sets"),
+        ({"scope": "layer", "conv_fraction": 0.1}, {}, "conv_fraction needs a convolution"),
+        ({}, {"treatments": {"mine": lambda origin: None}}, r"what treatment 'mine' returns must be a Start: got None"),
+        ({}, {"treatments": {"mine": draws}}, "must not draw from a global generator"),
     ],
 )
 def test_studies_that_cannot_end_are_refused_before_they_begin(change, options, match, tmp_path):
@@ -638,3 +659,57 @@ def test_select_says_what_there_is():
         level.select(treatment="random")
     with pytest.raises(ValueError, match="select needs columns of metrics: got 'seed'"):
         level.select(seed=1)
+
+
+def test_what_a_user_writes_into_stays_ones_own():
+    def rude(given):
+        for part in (given.masks, *(given.rewound if hasattr(given, "rewound") else given.end)):
+            for tensor in part.values():
+                tensor.zero_()
+
+    def criterion(evidence):
+        scores = {n: w.abs() for n, w in evidence.final.items()}
+        rude(evidence)
+        return scores
+
+    def treatment(origin):
+        start = Start(origin.rewound.clone(), {n: m.clone() for n, m in origin.masks.items()}, 0)
+        rude(origin)
+        return start
+
+    own = {"criteria": {"mine": criterion}, "treatments": {"polite": treatment}}
+    config = replace(CONFIG, levels=1, init_seeds=CONFIG.init_seeds[:1], order_seeds=None)
+    how = {"model": small_mlp, "task": blobs(), "store": None, "execution": "loop"}
+    expected, found = tl.imp(config, **how), tl.imp(replace(config, criterion="mine"), **how, **own)
+    for one, other in zip(found, expected, strict=True):
+        for part, same in zip(one.select(treatment="ticket").end, other.select(treatment="ticket").end, strict=True):
+            for name, tensor in part.items():
+                torch.testing.assert_close(tensor, same[name], rtol=0, atol=0)
+
+
+def test_a_criterion_of_ones_own_must_not_draw_from_a_global_generator():
+    noise = {"mine": lambda evidence: {n: torch.rand(m.shape) for n, m in evidence.masks.items()}}
+    with pytest.raises(ValueError, match=r"must not draw from a global generator"):
+        list(tl.imp(replace(CONFIG, criterion="mine"), model=small_mlp, task=blobs(), store=None, criteria=noise))
+
+
+def test_selections_take_several_values_and_nan():
+    *_, level = tl.imp(replace(CONFIG, levels=1), model=small_mlp, task=blobs(), store=None)
+    seeds = list(CONFIG.init_seeds)
+    assert set(level.subset(init_seed=seeds[:1]).metrics["init_seed"]) == {seeds[0]}
+    assert len(level.subset(init_seed=seeds).metrics) == len(level.metrics)
+    assert len(level.subset(diverged_step=float("nan")).metrics) == len(level.metrics)
+
+
+def test_a_run_without_a_middle_level_says_so_and_devices_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = replace(CONFIG, levels=2)
+    study = tl.Study(config, model=small_mlp, task=blobs(), progress=False)
+    list(study.levels("~/runs"))
+    folder = tmp_path / "runs" / study.folder("").name
+    assert len(tl.load_run(f"~/runs/{folder.name}")) == 3
+    with pytest.raises(ValueError, match="device must be one that PyTorch has here"):
+        tl.load_run(folder, device="gpu")
+    (folder / "level_01").rename(folder / "elsewhere")
+    with pytest.warns(RuntimeWarning, match="level 1 of .* is missing, and the 1 after it"):
+        assert len(tl.load_run(folder)) == 1

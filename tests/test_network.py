@@ -798,3 +798,37 @@ def test_float32_statistics_serve_a_float64_network():
     torch.testing.assert_close(
         apply(model, own, images().test.x), plain(copy.deepcopy(model).double(), None, images().test.x), **CLOSE
     )
+
+
+class Aliased(nn.Module):
+    """Keeps a tensor in the memory of a weight beside it, in a container."""
+
+    def __init__(self, view) -> None:
+        super().__init__()
+        self.fc, self.output = nn.Linear(6, 6, dtype=torch.float64), nn.Linear(6, 3, dtype=torch.float64)
+        self.kept = {"weight": [view(self.fc.weight)]}
+
+    def forward(self, x):
+        return self.output(torch.relu(x @ self.kept["weight"][0]) + self.fc(x))
+
+
+@pytest.mark.parametrize("view", [torch.detach, lambda w: w.data, lambda w: w.detach().t()])
+def test_what_shares_memory_with_a_weight_follows_it(view):
+    model, plain = (build(lambda: Aliased(view), 0) for _ in range(2))
+    before, kept = state(model), model.kept["weight"][0]
+    other = State({n: 2 * p for n, p in before.params.items()}, {})
+    with torch.no_grad():
+        for name, p in plain.named_parameters():
+            p.copy_(other.params[name])
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(apply(model, other, x), plain(x), **EXACT)
+    torch.testing.assert_close(apply(model, before, x), model(x), **EXACT)
+    assert model.kept["weight"][0] is kept
+    assert kept.untyped_storage().data_ptr() == model.fc.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("view", [torch.t, lambda w: w.view(6, 6), lambda w: w.detach().view(torch.int64)])
+def test_a_view_that_cannot_follow_its_weight_is_refused(view):
+    model = build(lambda: Aliased(view), 0)
+    with pytest.raises(ValueError, match=r"must not share memory with 'fc\.weight'"):
+        apply(model, state(model), torch.ones(5, 6, dtype=torch.float64))

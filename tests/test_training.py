@@ -507,3 +507,24 @@ def test_state_that_is_neither_parameter_nor_buffer_is_refused():
     model = build(Hidden)
     with pytest.raises(ValueError, match="must be a parameter or a buffer"):
         train(model, [Start(state(model), {}, 0)], blobs(), SGD)
+
+
+class KeepsAlias(nn.Module):
+    """A tensor in the memory of a weight, which plain training moves with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.output = nn.Linear(6, 6, dtype=torch.float64), nn.Linear(6, 3, dtype=torch.float64)
+        self.kept = [self.fc1.weight.detach()]
+
+    def forward(self, x):
+        return self.output(torch.relu(self.fc1(x) + x @ self.kept[0]))
+
+
+def test_what_shares_memory_with_a_weight_trains_as_in_a_plain_loop():
+    task, model = blobs(), build(KeepsAlias, 3)
+    masks = half_masks(model, 3)
+    outcome = train(model, starts(stack_states([state(model)]), stack([masks]), (3,)), task, SGD)
+    plain = train_alone(model, masks, task, SGD, 3, copies=False)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(outcome.end.params[name][0], p.detach(), rtol=1e-10, atol=1e-10)

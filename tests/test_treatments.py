@@ -11,6 +11,7 @@ from cases import build, half_masks, small_conv_bn
 from torch import nn
 
 from ticketlab import masks as mask_ops
+from ticketlab.engine.dynamic import layer_counts
 from ticketlab.engine.treatments import TREATMENTS as RECORDS
 from ticketlab.engine.treatments import Origin
 from ticketlab.masks import masked
@@ -19,11 +20,11 @@ from ticketlab.state import State, state
 
 VALUES = ("reinit_keep_sign", "reshuffle", "reshuffle_keep_sign", "random_sign", "signed_constant", "random_constant")
 TRAINED = ("lr_rewind", "fine_tune")
-SAME_WEIGHTS = ("ticket", "sibling", "random_mask", "layerwise_shuffle", "dense_restart", "frozen_init")
+SAME_WEIGHTS = ("ticket", "sibling", "random_mask", "random_erk", "layerwise_shuffle", "dense_restart", "frozen_init")
 TREATMENTS = {name: record.start for name, record in RECORDS.items()}
 FROZEN = tuple(name for name, record in RECORDS.items() if record.frozen)
 SAME_MASK = ("ticket", "sibling", "reinit", *VALUES, *TRAINED, *FROZEN)
-SAME_ORDER = ("ticket", "reinit", "random_mask", "layerwise_shuffle", *VALUES, *TRAINED, *FROZEN)
+SAME_ORDER = ("ticket", "reinit", "random_mask", "random_erk", "layerwise_shuffle", *VALUES, *TRAINED, *FROZEN)
 
 
 def sevens() -> nn.Module:
@@ -96,7 +97,9 @@ def test_live_weights_are_counted_as_each_control_promises():
     kept = {name: counts(TREATMENTS[name](given).masks) for name in TREATMENTS}
     ticket = counts(given.masks)
     assert kept["layerwise_shuffle"] == kept["reinit"] == kept["sibling"] == ticket
-    assert sum(kept["random_mask"]) == sum(ticket)
+    assert sum(kept["random_mask"]) == sum(kept["random_erk"]) == sum(ticket)
+    erk = layer_counts(build(sevens), sum(ticket) / sum(m.numel() for m in given.masks.values()))
+    assert kept["random_erk"] == list(erk.values())  # of two layers here, as many as the ticket has
     assert kept["random_mask"] != ticket  # the dense output layer is not dense by chance
     assert kept["dense_restart"] == [m.numel() for m in given.masks.values()]
 
@@ -140,7 +143,7 @@ def drawn(name, start):
     """What a treatment draws, as something that can be compared."""
     if name in ("dense_restart", "sibling"):
         return start.order_seed
-    tensors = start.masks if name in ("random_mask", "layerwise_shuffle") else start.state.params
+    tensors = start.masks if name in ("random_mask", "random_erk", "layerwise_shuffle") else start.state.params
     return tuple(torch.cat([t.flatten() for t in tensors.values()]).tolist())
 
 
@@ -149,6 +152,7 @@ def drawn(name, start):
     [
         "reinit",
         "random_mask",
+        "random_erk",
         "layerwise_shuffle",
         "dense_restart",
         "sibling",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class Refused(ValueError):
@@ -20,6 +23,29 @@ def check_type(what: str, given: object, kind: type, remedy: str) -> None:
     """Refuse an object of another kind than is meant, such as the name of a task in its place."""
     if not isinstance(given, kind):
         raise Refused(f"{what} must be a {kind.__name__}: got {type(given).__name__}. {remedy}")
+
+
+def check_fields(record: Any) -> None:
+    """Refuse a dataclass one of whose fields is of another kind than its annotation says; a bool is no number."""
+    for name, hint in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if not _is_a(value, hint):
+            kind = hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else hint
+            of, remedy = f"{type(record).__name__}.{name}", "Write a tuple as (0, 1)." if "tuple" in str(hint) else ""
+            raise Refused(f"{of} must be {kind}: got {value!r}, a {type(value).__name__}. {remedy}".rstrip())
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    kinds = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_a(value, kind) for kind in kinds)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(part, kinds[0]) for part in value)
+    if get_origin(hint) is Literal:  # whoever owns the names says which are meant
+        return True
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def nearest(kind: str, given: str, known: Sequence[str]) -> str:

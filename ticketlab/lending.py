@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ticketlab.errors import Refused
 from ticketlab.seeds import rewinder
 
 
@@ -26,22 +27,36 @@ def lent(
     The tensors are put *into* the module's own ``Parameter`` objects, so that whatever holds one of those (a hook, a
     closure, a second name, an optimizer) sees them. A forward pass that writes writes into them; of what is not given
     the module holds a copy. What the forward pass leaves on the module is taken off again.
+
+    Raises:
+        Refused: As `aliases`.
     """
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    put_back = _remember(model, {id(t) for t in own.values()})
+    own = _tensors_of(model)
+    put_back, kept = _remember(model, {id(t) for t in own.values()})
+    views = _aliases(own, kept)
     data = [(t, t.data, t.grad, t.requires_grad) for t in own.values()]
+    shared, strides = [(view, view.data) for view, _, _ in views], {name: own[name].stride() for _, name, _ in views}
     modes = [(module, module.training) for module in model.modules()]  # scripted ones keep it elsewhere
     given = {**(params or {}), **(buffers or {})}
     try:
         for name, tensor in own.items():
             tensor.data = given[name] if name in given else tensor.data.clone()
             tensor.grad = None
+        for view, name, offset in views:
+            tensor = own[name].data
+            if tensor.stride() != strides[name]:
+                raise Refused(
+                    f"{name!r} must lie in memory as the model's, which keeps a view of it: use .contiguous()."
+                )
+            view.data = tensor.as_strided(view.shape, view.stride(), tensor.storage_offset() + offset)
         model.train(training)
         if not training:
             forget(model)
             _mend_norms(model)
         yield model
     finally:
+        for view, values in shared:
+            view.data = values
         put_back()
         for module, mode in modes:
             if module.training != mode:
@@ -51,6 +66,54 @@ def lent(
             tensor.grad = gradient
             if tensor.requires_grad != trained:
                 tensor.requires_grad_(trained)
+
+
+def aliases(model: nn.Module) -> bool:
+    """Whether a module keeps tensors that share memory with its parameters or buffers, such as ``weight.detach()``.
+
+    Raises:
+        Refused: One that cannot follow when other tensors are lent: with a graph of its own, or reaching beyond them.
+    """
+    own = _tensors_of(model)
+    return bool(_aliases(own, _remember(model, {id(t) for t in own.values()})[1]))
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _aliases(own: Mapping[str, Tensor], kept: list[Tensor]) -> list[tuple[Tensor, str, int]]:
+    """Of the tensors that a module keeps, those in the memory of its own: of which one, and where in it."""
+    places = {_storage(tensor): name for name, tensor in own.items()} if kept else {}
+    found = []
+    for view in kept:
+        place = _storage(view)
+        if place is None or place not in places or view.numel() == 0:
+            continue
+        name = places[place]
+        tensor = own[name]
+        offset = int(view.storage_offset()) - int(tensor.storage_offset())
+        inside = offset >= 0 and offset + _span(view) <= _span(tensor)
+        if view.grad_fn is not None or view.dtype != tensor.dtype or not inside:
+            raise Refused(
+                f"what a module keeps must not share memory with {name!r}, unless as a plain part of it: a tensor of "
+                f"shape {tuple(view.shape)} does, and would stay behind where other weights are put in. "
+                "Take views such as weight.t() in the forward pass."
+            )
+        found.append((view, name, offset))
+    return found
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """The address of its memory, where it has one."""
+    with suppress(RuntimeError):
+        return tensor.untyped_storage().data_ptr() or None if tensor.layout == torch.strided else None
+    return None
+
+
+def _span(tensor: Tensor) -> int:
+    """How far the last entry is from the first in memory."""
+    return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def forget(model: nn.Module) -> None:
@@ -84,8 +147,10 @@ def _mend_norms(model: nn.Module) -> None:
             module.register_forward_hook(contiguous_gradient)
 
 
-def _remember(model: nn.Module, own: set[int]) -> Callable[[], None]:
+def _remember(model: nn.Module, own: set[int]) -> tuple[Callable[[], None], list[Tensor]]:
     """What puts a module's attributes back as they are now, with what containers, tensors and generators hold.
+
+    And the tensors among these.
 
     Args:
         model: With all modules in it.
@@ -97,7 +162,7 @@ def _remember(model: nn.Module, own: set[int]) -> Callable[[], None]:
     tensors: list[tuple[Tensor, Tensor]] = []
     generators: list[Callable[[], None]] = []
     seen = own | {id(module) for module in model.modules()}
-    stack = [value for _, before in attributes for value in before.values()]
+    stack = [value for _, before in attributes for value in before.values() if type(value) not in _PLAIN]
     while stack:
         value = stack.pop()
         if type(value) in _PLAIN or not isinstance(value, _HOLDERS) or id(value) in seen:
@@ -134,7 +199,7 @@ def _remember(model: nn.Module, own: set[int]) -> Callable[[], None]:
         for rewind in generators:
             rewind()
 
-    return put_back
+    return put_back, [tensor for tensor, _ in tensors]
 
 
 _PLAIN = {type(None), bool, int, float, str}  # most of what there is: asked first, for the time it takes

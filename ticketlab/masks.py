@@ -240,7 +240,7 @@ def _groups(masks: Mapping[str, Tensor], rates: float | Mapping[str, float], wha
 
 
 def n_alive(masks: Mapping[str, Tensor], names: Sequence[str]) -> int:
-    return sum(int(masks[name].sum()) for name in names)
+    return sum(int(masks[name].count_nonzero()) for name in names)
 
 
 def fractions_by_layer(

@@ -6,6 +6,7 @@ import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ticketlab.errors import Refused
 from ticketlab.mapped import Mapped
-from ticketlab.seeds import kept_generators, stream
+from ticketlab.seeds import stream
 
 _FAULTS_OF_INPUT = (RuntimeError, TypeError, LookupError, AttributeError, ValueError, AssertionError, ArithmeticError)
 
@@ -55,17 +56,25 @@ def watching_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
 
     They are put back at the end.
     """
-    with kept_generators(device):
+    # Bytes, for to compare an array of NumPy's takes longer than a forward pass.
+    numpys = (lambda: pickle.dumps(np.random.get_state()), lambda state: np.random.set_state(pickle.loads(state)))
+    places: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [numpys, (random.getstate, random.setstate)]
+    places += [(torch.get_rng_state, torch.set_rng_state)]
+    if device.type == "cuda":
+        places += [(partial(torch.cuda.get_rng_state, device), lambda state: torch.cuda.set_rng_state(state, device))]
+    before, known = [get() for get, _ in places], list[bool]()
 
-        def states() -> list[Any]:
-            ours = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-            # Bytes, for to print an array of NumPy's takes longer than a forward pass.
-            numpys = pickle.dumps(np.random.get_state(legacy=False))
-            return [*(one.numpy().tobytes() for one in ours), numpys, random.getstate()]
+    def drawn() -> bool:
+        now = [get() for get, _ in places]
+        return not all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, now, strict=True))
 
-        before, known = states(), list[bool]()
-        yield lambda: known[0] if known else before != states()
-        known.append(before != states())
+    try:
+        yield lambda: known[0] if known else drawn()
+    finally:
+        known.append(drawn())
+        if known[0]:
+            for (_, put_back), state in zip(places, before, strict=True):
+                put_back(state)
 
 
 def attempt(model: nn.Module, x: Tensor, *, writes: bool = False) -> Tensor:

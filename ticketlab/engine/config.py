@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.recipe import OWN, Elsewhere, Recipe, own_name
 from ticketlab.engine.treatments import RETRAINING, TREATMENTS
-from ticketlab.errors import Refused, nearest
+from ticketlab.errors import Refused, check_fields, nearest
 
 Scope = Literal["global", "layer"]
 Dtype = Literal["float32", "float64"]
@@ -67,6 +67,7 @@ class ImpConfig:
     """Of weights and inputs."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         recipe = self.recipe
         named = [
             ("scope", self.scope, Scope),

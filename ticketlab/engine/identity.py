@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ticketlab.data import Task
-from ticketlab.engine.criteria import Evidence
+from ticketlab.engine.criteria import Evidence, own_scores
 from ticketlab.engine.optimizer import first_steps
 from ticketlab.engine.recipe import Recipe, own_name
-from ticketlab.engine.treatments import Origin
+from ticketlab.engine.treatments import Origin, own_start
 from ticketlab.errors import Refused
 from ticketlab.lending import attention_as_products, lent
 from ticketlab.losses import LOSSES
@@ -96,16 +96,16 @@ def criterion_effect(own: Any, model: nn.Module, task: Task, masks: Masks) -> di
     """The code of a user's own criterion, and its scores of the first network."""
     function, first = getattr(own, "score", own), state(model)
     x, y = task.train.x[:32], task.train.y[:32]
-    scores = function(Evidence(model, masks, first, first, x, y, 0, "global", LOSSES[task.loss]))
+    scores = own_scores(function, Evidence(model, masks, first, first, x, y, 0, "global", LOSSES[task.loss]))
     rounds = getattr(own, "rounds", 1)
     return {"code": _code(function), "rounds": rounds, "does": [_told(tensor, 3) for tensor in scores.values()]}
 
 
-def treatment_effect(own: Any, factory: Factory, model: nn.Module, masks: Masks) -> dict[str, Any]:
+def treatment_effect(name: str, own: Any, factory: Factory, model: nn.Module, masks: Masks) -> dict[str, Any]:
     """The code of a user's own treatment, and what it makes of the first network under half of its weights."""
     function, first = getattr(own, "start", own), state(model)
     half = {n: torch.arange(m.numel(), device=m.device).view_as(m) % 2 == 0 for n, m in masks.items()}
-    begun = function(Origin(factory, first, half, 0, 0, 1, first, first, 0.1))
+    begun = own_start(name, function, Origin(factory, first, half, 0, 0, 1, first, first, 0.1))
     told = [_told(tensor, 3) for tensor in (*begun.state.params.values(), *begun.masks.values())]
     how = repr((begun.order_seed, begun.frozen, begun.learning_rate, begun.dynamics))
     return {"code": _code(function), "how": how, "does": told}

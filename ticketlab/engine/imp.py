@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from ticketlab.engine import store as runs
 from ticketlab.engine.criteria import Evidence, draw_examples, find_counts
 from ticketlab.engine.level import Level
 from ticketlab.engine.training import Start, train
-from ticketlab.engine.treatments import Origin
+from ticketlab.engine.treatments import Origin, own_start
 from ticketlab.errors import Refused
 from ticketlab.losses import LOSSES
 from ticketlab.seeds import derived_seed
@@ -80,8 +81,9 @@ def _pruned(study: Study, number: int, dense: Level, previous: Level) -> Level:
     starts: list[Start] = []
     rows: list[dict[str, Any]] = []
     for name, treatment in study.treatments.items():
+        begin = partial(own_start, name, treatment.start) if name in study.own["treatments"] else treatment.start
         for origin, lost in origins:
-            start = _nowhere(origin) if lost else treatment.start(origin)
+            start = _nowhere(origin) if lost else begin(origin)
             starts.append(start)
             rows.append({"treatment": name, "init_seed": origin.init_seed, "order_seed": start.order_seed})
     _refuse_cut(study, number, [origin.masks for origin, lost in origins if not lost])

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
 from ticketlab.errors import Refused
 from ticketlab.seeds import Factory, initialise
 from ticketlab.state import Masks, Params, State, select
+
+_SEVERAL = (list, tuple, set, range, np.ndarray, pd.Series)
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,6 +61,8 @@ class Level:
 
     def subset(self, **conditions: Any) -> Level:
         """The replicas whose row of ``metrics`` has these values: always a stack, its rows numbered anew from 0.
+
+        Several values of one column are a list; NaN is found as NaN.
 
         Raises:
             Refused: A column that metrics lacks, values that no replica has, a level cut down to one network.
@@ -107,11 +112,12 @@ class Level:
         for column, value in conditions.items():
             if column not in self.metrics:
                 raise Refused(f"select needs columns of metrics: got {column!r}, not in {list(self.metrics)}.")
-            rows &= self.metrics[column] == value
+            values = list(value) if isinstance(value, _SEVERAL) else [value]
+            rows &= self.metrics[column].isin(values) | (self.metrics[column].isna() & pd.isna(values).any())
         found = rows.to_numpy().nonzero()[0].tolist()
         if not found:
             given = ", ".join(f"{k}={v!r}" for k, v in conditions.items())
-            has = {c: sorted(self.metrics[c].unique()) for c in conditions}
+            has = {c: list(self.metrics[c].unique()) for c in conditions}
             raise Refused(f"no replica of level {self.level} has {given}: it has {has}.")
         return found
 

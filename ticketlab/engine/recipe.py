@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ticketlab.errors import Refused, nearest
+from ticketlab.errors import Refused, check_fields, nearest
 
 Optimizers = Literal["adam", "adamw", "sgd"]
 Schedules = Literal["constant", "step", "cosine", "linear", "triangular", "one_cycle"]
@@ -76,6 +76,7 @@ class Recipe:
     """
 
     def __post_init__(self) -> None:
+        check_fields(self)
         named = (
             ("optimizer", self.optimizer, Optimizers),
             ("schedule", self.schedule, Schedules),

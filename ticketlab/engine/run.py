@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +41,21 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     """Open a run directory for reading.
 
     Raises:
-        Refused: Not a run directory, or no level in it is whole.
+        Refused: Not a run directory, or no level in it is whole; a device that is not there.
+
+    Warns:
+        RuntimeWarning: A level is missing between others: the run is read up to it.
     """
-    path = Path(folder)
+    path, place = Path(folder).expanduser(), runs.place(device)
     stored = runs.read_config(path)["config"]
     n_levels = runs.n_stored(path)
     config = from_json(stored | {"levels": max(0, n_levels - 1)})
     if n_levels == 0:
         raise Refused(f"{path} must hold at least level 0: it has none. Resume the run with analyses.imp.")
-    return Run(path, config, n_levels, device)
+    if beyond := runs.n_beyond(path):
+        warnings.warn(
+            f"level {n_levels} of {path} is missing, and the {beyond} after it are not read. Resume the run.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return Run(path, config, n_levels, place)

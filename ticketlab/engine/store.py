@@ -99,6 +99,28 @@ def n_stored(folder: Path) -> int:
     return level
 
 
+def n_beyond(folder: Path) -> int:
+    """How many whole levels are stored after the first that is missing."""
+    return len(list(folder.glob(f"level_[0-9][0-9]/{MANIFEST}"))) - n_stored(folder)
+
+
+def place(device: torch.device | str | None) -> torch.device:
+    """A device that is there; where None, a CUDA device if there is one, otherwise the CPU.
+
+    Raises:
+        Refused: One that PyTorch does not have here.
+    """
+    try:
+        found = torch.device("cuda" if device is None and torch.cuda.is_available() else device or "cpu")
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise Refused(
+            f"device must be one that PyTorch has here, such as cpu or cuda:0: got {device!r}. {why}"
+        ) from error
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The stored description of a run, held against the identity that its folder or its file carries.
 

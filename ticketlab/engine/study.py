@@ -32,7 +32,7 @@ from ticketlab.engine.level import Level
 from ticketlab.engine.recipe import own_name
 from ticketlab.engine.training import Start, train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
-from ticketlab.errors import Refused, nearest
+from ticketlab.errors import Refused, check_type, nearest
 from ticketlab.lending import lent
 from ticketlab.mapped import bytes_of
 from ticketlab.network import Execution
@@ -93,6 +93,20 @@ class Study:
         execution: Execution = "auto",
         progress: bool = True,
     ) -> None:
+        for what, given, kind, remedy in (
+            ("config", config, ImpConfig, "Pass tl.ImpConfig(...)."),
+            (
+                "task",
+                task,
+                Task,
+                "A named one belongs into ImpConfig(task=...); your own comes from Task.from_tensors.",
+            ),
+            ("start", start, State, "Pass tl.state(model)."),
+            ("criteria", criteria, Mapping, 'Pass {"my_name": my_function}.'),
+            ("treatments", treatments, Mapping, 'Pass {"my_name": my_function}.'),
+        ):
+            if given is not None or what == "config":
+                check_type(what, given, kind, remedy)
         self.own: dict[str, dict[str, Any]] = {"criteria": dict(criteria or {}), "treatments": dict(treatments or {})}
         name = getattr(model, "__name__", type(model).__name__) if model else config.model
         every = tuple(dict.fromkeys((*config.treatments, *self.own["treatments"])))
@@ -147,12 +161,12 @@ class Study:
         """
         dtype = getattr(torch, self.config.dtype)
         fingerprint = {"task": self.task.fingerprint(), "model": runs.identity(behaviour(self.model, self.task, dtype))}
-        effects: dict[str, Callable[[Any], dict[str, Any]]] = {
-            "criteria": lambda f: criterion_effect(f, self.model, self.task, self.ones),
-            "treatments": lambda f: treatment_effect(f, self.factory, self.model, self.ones),
+        effects: dict[str, Callable[[str, Any], dict[str, Any]]] = {
+            "criteria": lambda _, f: criterion_effect(f, self.model, self.task, self.ones),
+            "treatments": lambda name, f: treatment_effect(name, f, self.factory, self.model, self.ones),
         }
         own = {
-            kind: {name: runs.identity(effects[kind](f)) for name, f in chosen.items()}
+            kind: {name: runs.identity(effects[kind](name, f)) for name, f in chosen.items()}
             for kind, chosen in self.own.items()
             if chosen
         }
@@ -192,7 +206,7 @@ class Study:
 
     def folder(self, store: str | Path = "runs") -> Path:
         """Where a store keeps the levels."""
-        return Path(store) / f"{self.config.task}-{self.config.model}-{self.identity}"
+        return Path(store).expanduser() / f"{self.config.task}-{self.config.model}-{self.identity}"
 
     def levels(self, store: str | Path | None = "runs") -> Iterator[Level]:
         """Level 0 (dense), 1, ... ``config.levels``, each stored before it is yielded; what is stored comes first.
@@ -258,12 +272,17 @@ class Study:
         if config.recipe.batch_size > len(self.task.train):
             n = len(self.task.train)
             raise Refused(f"batch_size must be at most {n}, the training set: got {config.recipe.batch_size}.")
+        weights = dict(self.model.named_parameters())
+        if config.conv_fraction is not None and all(weights[name].ndim < 3 for name in self.names):
+            raise Refused("conv_fraction needs a convolution that is pruned: the model has none. Leave it out.")
         self._check_seeds()
         with torch.no_grad(), kept_generators(), lent(self.model, None, None):
             x, y = self.task.train.x[:2], self.task.train.y[:2]
             trained = self.task.objective.smoothed(config.recipe.label_smoothing)
             trained.check(y, len(x), attempt(self.model, x).shape[1:])
         self._check_levels()
+        if any(self.own.values()):
+            self.description  # noqa: B018 - runs what is a user's own, and refuses what it must not do
         refuse_too_large(self.criterion, self.model, self.names)
 
     def _check_seeds(self) -> None:
@@ -391,16 +410,13 @@ _UNSCHEDULED: dict[str, Any] = {"schedule": "constant", "milestones": (), "decay
 
 
 def _task(config: ImpConfig, own: Task | None, device: torch.device | str | None) -> Task:
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise Refused(
-            f"device must be one that PyTorch has here, such as cpu or cuda:0: got {device!r}. {why}"
-        ) from error
-    dtype = getattr(torch, config.dtype)
+    place, dtype = runs.place(device), getattr(torch, config.dtype)
     if own is not None:
+        if config.validation_size is not None or config.split_seed:
+            raise Refused(
+                "validation_size and split_seed split the named data sets: a task of your own is split already. Leave "
+                "them out, or give them to Task.from_tensors."
+            )
         return own.to(place, dtype)
     size, seed = config.validation_size, config.split_seed
     return data.load(config.task, validation_size=size, split_seed=seed, dtype=dtype, device=place)

@@ -18,7 +18,7 @@ from ticketlab.engine.optimizer import first_steps
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.step import objective
 from ticketlab.errors import Refused
-from ticketlab.lending import lent
+from ticketlab.lending import aliases, lent
 from ticketlab.network import n_replicas, network
 from ticketlab.probing import attempt, close, watching_generators
 from ticketlab.seeds import kept_generators, seed_generators
@@ -158,6 +158,8 @@ def _refuse_hidden_state(model: nn.Module, begun: State, x: Tensor) -> None:
 
 def copied(model: nn.Module) -> nn.Module | None:
     """A copy with parameters and buffers of its own, or None where the module cannot be copied."""
+    if aliases(model):  # those of a copy would keep the values that they are copied with
+        return None
     # What a forward pass has left on the module may hang on a graph, which deepcopy refuses.
     left = [v for m in model.modules() for v in m.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf]
     try:

@@ -17,7 +17,8 @@ from ticketlab import masks as mask_ops
 from ticketlab.engine import values
 from ticketlab.engine.dynamic.spread import drawn, spread_over
 from ticketlab.engine.training import Start
-from ticketlab.errors import Refused
+from ticketlab.errors import Refused, check_type
+from ticketlab.probing import watching_generators
 from ticketlab.seeds import Factory, derived_seed, initialise
 from ticketlab.state import Masks, Params, State, state
 
@@ -47,6 +48,26 @@ class Origin:
     def draw(self, purpose: str) -> int:
         """A seed of its own for each purpose, init seed and level."""
         return derived_seed(purpose, self.init_seed, self.level)
+
+
+def own_start(name: str, treatment: Callable[[Origin], Start], origin: Origin) -> Start:
+    """Where a user's own treatment starts. It gets copies, for it may write into what it is given.
+
+    Raises:
+        Refused: It returns something else, or draws from a global generator.
+    """
+    copies: dict[str, State] = {k: getattr(origin, k).clone() for k in ("rewound", "trained", "dense")}
+    masks = {n: m.clone() for n, m in origin.masks.items()}
+    device = next((m.device for m in masks.values()), torch.device("cpu"))
+    with watching_generators(device) as drawn:
+        start = treatment(replace(origin, masks=masks, **copies))  # type: ignore[arg-type]
+    check_type(f"what treatment {name!r} returns", start, Start, "Return Start(state, masks, order_seed).")
+    if drawn():
+        raise Refused(
+            f"treatment {name!r} must not draw from a global generator, which no run can repeat. Draw from "
+            "torch.Generator().manual_seed(origin.draw(purpose))."
+        )
+    return start
 
 
 # How the ticket itself goes on.

@@ -7,11 +7,14 @@ meets the examples in another order, only some of them, or in another way than e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from ticketlab.derivatives import pullback
+from ticketlab.ntk.blocks import CHUNK_BYTES
 from ticketlab.ntk.layers import Features, Layer, Unlike
 from ticketlab.ntk.problem import Problem
 from ticketlab.ntk.uses import Use, is_plain, n_positions, patches_of, record
@@ -36,15 +39,12 @@ def features(problem: Problem, layers: Sequence[Layer], x: Tensor) -> list[Featu
     scales = torch.exp2(8 * torch.rand(len(x), generator=generator) - 4).to(y)
     weights = torch.randn(y.shape[1], generator=generator).to(y)  # at random: a plain sum may be constant
     edges = [use.output for mine in by_layer for use in mine]
-    each = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None].expand(-1, *y.shape)
     try:
-        passes = [
-            torch.autograd.grad(y, edges, r, retain_graph=True, allow_unused=True)
-            for r in (*each, scales[:, None] * weights)
-        ]
+        mixed = torch.autograd.grad(y, edges, scales[:, None] * weights, retain_graph=True, allow_unused=True)
+        each = _each_output(y, edges, sum(la.units * la.positions for la in layers))
     except RuntimeError as error:  # `generic` says what it is
         raise Unlike([layer.weight for layer in layers]) from error
-    per_use = iter(zip(*passes, strict=True))
+    per_use = iter([(*grads, last) for grads, last in zip(each, mixed, strict=True)])
     pairs = [_features(la, mine, per_use, len(x), problem) for la, mine in zip(layers, by_layer, strict=True)]
     _require(layers, [_own_rows(one, mixed, weights, scales, generator) for one, mixed in pairs])
     plain = _alone(problem, layers, x[-1:], weights)
@@ -52,6 +52,20 @@ def features(problem: Problem, layers: Sequence[Layer], x: Tensor) -> list[Featu
         layers, [_as_alone(la, one, weights, plain, generator) for la, (one, _) in zip(layers, pairs, strict=True)]
     )
     return [one for one, _ in pairs]
+
+
+def _each_output(y: Tensor, edges: Sequence[GradientEdge], entries: int) -> Sequence[Sequence[Tensor | None]]:
+    """The gradients of every output [o] at each edge: all at once where they are small, else one after another.
+
+    What is wrong with a rule of ``vmap`` differs from the mixed outputs' gradients, which are plain.
+    """
+    each = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)[:, None].expand(-1, *y.shape)
+    if y.numel() * entries * y.element_size() <= CHUNK_BYTES:
+        with suppress(Exception):  # whatever an operation without a rule raises
+            at_once = torch.autograd.grad(y, edges, each, retain_graph=True, allow_unused=True, is_grads_batched=True)
+            return [[None] * len(each) if grads is None else grads.unbind() for grads in at_once]
+    passes = [torch.autograd.grad(y, edges, one, retain_graph=True, allow_unused=True) for one in each]
+    return list(zip(*passes, strict=True))
 
 
 def _require(layers: Sequence[Layer], right: Sequence[bool]) -> None:

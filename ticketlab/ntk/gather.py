@@ -15,7 +15,7 @@ def add(out: Tensor, layer: Layer, left: Features, right: Features, *, trace: bo
     .. math:: \Theta[n o, m o'] = \sum_{e\ live} J_{n o, e} J_{m o', e}
     """
     n_out, n, positions = left.deltas.shape[1:]
-    copied = 1 if _is_dense(int(layer.live.sum()), layer.live.numel()) else positions  # see _live_inputs
+    copied = 1 if _is_dense(layer.n_live, layer.live.numel()) else positions  # see _live_inputs
     entries = max(n, right.deltas.shape[2]) * max(n_out, copied)
     for units, columns in unit_groups(layer, entries, left.inputs.dtype):
         mine = columns_of_jacobian(left, units, columns)

@@ -119,7 +119,7 @@ def jacobian(
         Refused: As for the kernel, or replicas with different numbers of live coordinates.
     """
     found, stacked = problems(model, state, x, masks=masks, coordinates=coordinates, buffers=buffers)
-    counts = [sum(int(live.sum()) for live in problem.live.values()) for problem in found]
+    counts = [sum(int(live.count_nonzero()) for live in problem.live.values()) for problem in found]
     if len(set(counts)) > 1:
         raise Refused(
             f"stacked replicas must have equal numbers of live coordinates to share one array: got {counts}. "
@@ -155,7 +155,7 @@ def _block_size(problem: Problem, x: Tensor) -> tuple[int, int]:
     """The number of outputs, and of examples whose Jacobian is made at once."""
     with problem.net.lent():
         layers, n_outputs = find_layers(problem, x)
-    k = sum(int(live.sum()) for live in problem.live.values())
+    k = sum(int(live.count_nonzero()) for live in problem.live.values())
     return n_outputs, largest_block(layers, ["gather"] * len(layers), n_outputs, k, problem.dtype)
 
 
@@ -166,7 +166,7 @@ def _rows(problem: Problem, x: Tensor) -> Float[Tensor, "n out k"]:
             parts |= _by_name(layer, one)
         rest = [name for name in problem.live if name not in parts]
         if rest:
-            sizes = [int(problem.live[name].sum()) for name in rest]
+            sizes = [int(problem.live[name].count_nonzero()) for name in rest]
             parts |= dict(zip(rest, generic.jacobian(problem, rest, x).split(sizes), strict=True))
         return torch.cat([parts[name] for name in problem.live]).permute(2, 1, 0)
 

@@ -143,7 +143,7 @@ def _kernel(
     def from_layers(layers: list[Layer]) -> Tensor:
         covered = {name for layer in layers for name in layer.names}
         rest = [name for name, live in problem.live.items() if name not in covered and bool(live.any())]
-        n_rest = sum(int(problem.live[name].sum()) for name in rest)
+        n_rest = sum(int(problem.live[name].count_nonzero()) for name in rest)
         methods = choose(layers, method, n_outputs, n, m, trace=trace, symmetric=x2 is None)
         size = block_size or largest_block(layers, methods, n_outputs, n_rest, problem.dtype)
         return _filled(_Work(problem, layers, methods, rest, n_outputs, trace, min(size, max(n, m))), x1, x2)
@@ -188,11 +188,25 @@ def _filled(work: _Work, x1: Tensor, x2: Tensor | None) -> Tensor:
         for j in range(i if symmetric else 0, m, size):
             columns = rows if symmetric and j == i else work.block(other[j : j + size])
             tile = work.tile(rows, columns)
-            mirrored = tile.mT if work.trace else tile.permute(2, 3, 0, 1)
             if rows is columns:
-                torch.add(tile, mirrored, out=at(i, j))
+                _add_mirrored(at(i, j), tile)
                 continue
             at(i, j).copy_(tile)
             if symmetric:
-                at(j, i).copy_(mirrored)
+                at(j, i).copy_(_mirrored(tile))
     return theta
+
+
+def _mirrored(tile: Tensor) -> Tensor:
+    return tile.mT if tile.ndim == 2 else tile.permute(2, 3, 0, 1)
+
+
+def _add_mirrored(out: Tensor, half: Tensor) -> None:
+    """A half and its mirror image, one output at a time: all at once the strides reach over too many pages."""
+    if half.ndim == 2:
+        torch.add(half, half.mT, out=out)
+        return
+    added = half.new_empty(half.shape[0], half.shape[1], half.shape[1])  # [out', n, m]
+    for one, left, right in zip(out, half, _mirrored(half), strict=True):
+        torch.add(left.transpose(0, 1), right.transpose(0, 1), out=added)
+        one.copy_(added.transpose(0, 1))

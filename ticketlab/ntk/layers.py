@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -47,6 +48,10 @@ class Layer:
     @property
     def inputs(self) -> int:
         return self.live.shape[1] - (self.bias is not None)
+
+    @cached_property
+    def n_live(self) -> int:
+        return int(self.live.count_nonzero())
 
     @property
     def names(self) -> tuple[str, ...]:

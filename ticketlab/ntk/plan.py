@@ -41,7 +41,7 @@ def multiply_adds(
     rows, and :math:`O^2 k` by gathering, which also forms O T k entries' worth of products an example. A trace
     has O in place of O^2 and needs no second step. Passes over memory come on top.
     """
-    t, units, o, k = layer.positions, layer.units, n_outputs, int(layer.live.sum())
+    t, units, o, k = layer.positions, layer.units, n_outputs, layer.n_live
     every = layer.live.numel()
     pairs, singles = (n * m / 2, n) if symmetric else (n * m, n + m)
     if method == "gather":
@@ -64,9 +64,8 @@ def multiply_adds(
 
 def allowed(layer: Layer) -> tuple[LayerMethod, ...]:
     """The methods that are exact for a layer: structure needs every weight, and all of the bias or none."""
-    n_bias = int(layer.bias is not None)
-    weights, bias = layer.live[:, : layer.inputs], layer.live[:, layer.inputs :]
-    dense = bool(weights.all()) and (not n_bias or bool(bias.all()) or not bool(bias.any()))
+    n_bias = int(layer.live[:, layer.inputs :].count_nonzero())
+    dense = layer.n_live == layer.units * layer.inputs + n_bias and n_bias in (0, layer.units)
     return ("structured", "rows", "gather") if dense else ("rows", "gather")
 
 
@@ -89,7 +88,7 @@ def choose(
         else:
             raise Refused(
                 f"method='structured' needs every weight of a layer as a coordinate: {layer.weight!r} has "
-                f"{int(layer.live.sum())} of {layer.live.numel()}. Use method='rows', 'gather' or 'auto'."
+                f"{layer.n_live} of {layer.live.numel()}. Use method='rows', 'gather' or 'auto'."
             )
     return found
 

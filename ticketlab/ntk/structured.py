@@ -50,10 +50,12 @@ def _add_single(out: Tensor, inputs: tuple, deltas: tuple, *, trace: bool, symme
         out.addcmul_(similarity, gram)
         return
     n_out, n, m = d.shape[1], d.shape[2], e.shape[2]
+    left, right = d.flatten(1), e.flatten(1)  # whole: a strip of columns is a view, without a copy
     step = max(1, min(n_fitting(n * n_out * m, d.dtype), -(-128 // n)))
     for start in range(0, n_out, step):  # strips of outputs here: they are the outer index
         rows, columns = slice(start, min(start + step, n_out)), slice(start if symmetric else 0, n_out)
-        gram = (d[:, rows].flatten(1).mT @ e[:, columns].flatten(1)).view(-1, n, columns.stop - columns.start, m)
+        gram = left[:, start * n : rows.stop * n].mT @ right[:, columns.start * m :]
+        gram = gram.view(-1, n, n_out - columns.start, m)
         if symmetric:
             gram[:, :, : len(gram)].mul_(0.5)
         out[rows, :, columns].addcmul_(similarity[:, None], gram)

@@ -205,7 +205,11 @@ def transposed(at: At) -> tuple[Tensor, Tensor]:
 
 
 def _of_matrices(tall: Float[Tensor, "n long short"]) -> Float[Tensor, "n short"]:
-    """A tall matrix and its triangular factor have the same singular values, and the factor is small."""
-    check_finite("derivatives", tall)
+    """A tall matrix and its triangular factor have the same singular values, and the factor is small.
+
+    What is not finite in one is not finite in the other.
+    """
     wide = tall.float() if tall.dtype.itemsize < 4 else tall  # no factorisation is in half precision
-    return torch.linalg.svdvals(torch.linalg.qr(wide, mode="r")[1]).to(tall.dtype)
+    factor = torch.linalg.qr(wide, mode="r")[1]
+    check_finite("derivatives", factor)
+    return torch.linalg.svdvals(factor).to(tall.dtype)

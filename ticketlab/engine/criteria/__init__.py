@@ -18,6 +18,7 @@ from ticketlab.engine.criteria.find import (
     find,
     find_counts,
     keep,
+    own_scores,
     refuse_too_large,
     score,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "find",
     "find_counts",
     "keep",
+    "own_scores",
     "refuse_too_large",
     "score",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -60,6 +60,12 @@ class Evidence:
         lengths = {len(part) for part in (self.x, self.y) if part is not None}
         if len(lengths) > 1 or 0 in lengths:
             raise Refused(f"x and y must be as many, at least one: got {sorted(lengths)}.")
+
+    def copied(self) -> Evidence:
+        """With tensors of its own: a criterion of a user's may write into what it is given."""
+        x, y = (None if part is None else part.clone() for part in (self.x, self.y))
+        masks = {n: m.clone() for n, m in self.masks.items()}
+        return replace(self, masks=masks, start=self.start.clone(), end=self.end.clone(), x=x, y=y)
 
     @cached_property
     def network(self) -> Network:

@@ -13,7 +13,8 @@ from ticketlab.engine.criteria.gradients import GRADIENTS
 from ticketlab.engine.criteria.second_order import CURVATURE
 from ticketlab.engine.criteria.weights import WEIGHTS
 from ticketlab.errors import Refused, nearest
-from ticketlab.state import Masks
+from ticketlab.probing import watching_generators
+from ticketlab.state import Masks, check_finite
 
 AnyCriterion = str | Criterion | Callable[[Evidence], Scores]
 """A name in ``CRITERIA``, a record of your own, or a function that scores evidence."""
@@ -60,7 +61,9 @@ def score(criterion: AnyCriterion, evidence: Evidence) -> Scores:
     name, record = _name(criterion), as_criterion(criterion)
     _refuse_above_limit(name, record, mask_ops.n_alive(evidence.masks, tuple(evidence.masks)))
     try:
-        scores = record.score(evidence)
+        unmasked = {n: p for n, p in evidence.end.params.items() if n not in evidence.masks}
+        check_finite("parameters", unmasked)  # those with a mask show in their scores
+        scores = record.score(evidence) if record in CRITERIA.values() else own_scores(record.score, evidence)
         mask_ops.check_scores(evidence.masks, scores)
         unknown = sorted(set(scores) - set(evidence.masks))
         if unknown:
@@ -69,6 +72,22 @@ def score(criterion: AnyCriterion, evidence: Evidence) -> Scores:
         raise Refused(f"criterion {name!r}: {error}") from error
     scores = {n: scores[n].detach() for n in evidence.masks}
     _refuse_all_zero(evidence.masks, scores)
+    return scores
+
+
+def own_scores(function: Callable[[Evidence], Scores], evidence: Evidence) -> Scores:
+    """What a user's own criterion gives. It gets copies, for it may write into what it is given.
+
+    Raises:
+        Refused: It draws from a global generator.
+    """
+    with watching_generators(next(iter(evidence.masks.values())).device) as drawn:
+        scores = function(evidence.copied())
+    if drawn():
+        raise Refused(
+            "it must not draw from a global generator, which no run can repeat. Draw from "
+            "torch.Generator().manual_seed(evidence.seed)."
+        )
     return scores
 
 
