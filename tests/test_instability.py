@@ -114,7 +114,7 @@ def test_from_the_command_line(tmp_path, capsys):
     [
         ({"rewind_steps": (0, 0)}, "must be one or more different steps"),
         ({"rewind_steps": ()}, "must be one or more different steps"),
-        ({"at_levels": (0,)}, r"levels must lie in 1\.\.2"),
+        ({"at_levels": (0,), "rewind_steps": (0, 8)}, r"levels must lie in 1\.\.2"),
         ({"rewind_steps": (0, 40)}, "rewind_step|snapshot"),
     ],
 )
