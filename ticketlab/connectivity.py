@@ -222,8 +222,15 @@ def _between(a: Network, b: Network, alphas: np.ndarray) -> Network:
 
     replicas = len(alphas) * (a.replicas or 1)
     parts = stacked(a.params, b.params), stacked(a.buffers, b.buffers)
-    writes = a.writes_input or b.writes_input
-    return replace(a, params=parts[0], buffers=parts[1], masks=None, replicas=replicas, writes_input=writes)
+    return replace(
+        a,
+        params=parts[0],
+        buffers=parts[1],
+        masks=None,
+        replicas=replicas,
+        writes_input=a.writes_input or b.writes_input,
+        writes_params=a.writes_params or b.writes_params,
+    )
 
 
 def _norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
@@ -165,7 +165,11 @@ def _remember(model: nn.Module, own: set[int]) -> tuple[Callable[[], None], list
     stack = [value for _, before in attributes for value in before.values() if type(value) not in _PLAIN]
     while stack:
         value = stack.pop()
-        if type(value) in _PLAIN or not isinstance(value, _HOLDERS) or id(value) in seen:
+        kind = type(value)
+        if kind in _EMPTY and not value:  # most are a module's own, for hooks that it does not have
+            containers.append((value, []))
+            continue
+        if kind in _PLAIN or not isinstance(value, _HOLDERS) or id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, _CONTAINERS):
@@ -203,6 +207,7 @@ def _remember(model: nn.Module, own: set[int]) -> tuple[Callable[[], None], list
 
 
 _PLAIN = {type(None), bool, int, float, str}  # most of what there is: asked first, for the time it takes
+_EMPTY = {dict, OrderedDict, list, set}
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _CONTAINERS = (dict, list, tuple, set, deque)
 _HOLDERS = (*_CONTAINERS, Tensor, np.ndarray, nn.Module, *_GENERATORS)

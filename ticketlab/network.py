@@ -52,6 +52,8 @@ class Network:
     """Length of the replica axis; None for a single network."""
     writes_input: bool = True
     """Whether the forward pass may write into its input, which then gets a copy."""
+    writes_params: bool = True
+    """Whether it may write into parameters."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,8 +89,8 @@ class Network:
     def lent(self) -> Iterator[dict[str, nn.Parameter]]:
         """The module holds this network; yields its trainable parameters, whose values are m * theta."""
         assert self.replicas is None, "a stack is lent one network at a time: use each()"
-        # Copies, for a forward pass may write into what it holds.
-        params, buffers = ({n: t.clone() for n, t in part.items()} for part in (self.params, self.buffers))
+        params = {n: p.clone() for n, p in self.params.items()} if self.writes_params else self.params
+        buffers = {n: b.clone() for n, b in self.buffers.items()}  # which batch norm may write into
         with (
             lent(self.model, params, buffers),
             attention_as_products(),
@@ -231,7 +233,8 @@ def network(
         check_finite("x", few(x))  # of those on disk all were checked when they were written
     if given is None:
         _refuse_unknown_buffers(net, x, replaced)
-    return replace(net, writes_input=_check_outputs(net, x, finite))
+    writes_input, writes_params = _check_outputs(net, x, finite)
+    return replace(net, writes_input=writes_input, writes_params=writes_params)
 
 
 def apply(
@@ -433,8 +436,9 @@ def reads(net: Network, x: Tensor, names: Collection[str]) -> bool:
     return False
 
 
-def _check_outputs(net: Network, x: Tensor, finite: bool) -> bool:
-    """Whether the forward pass writes into its input; refuse outputs that are no tensor, coupled or random, or NaN."""
+def _check_outputs(net: Network, x: Tensor, finite: bool) -> tuple[bool, bool]:
+    """Whether the forward pass writes into its input, and into parameters; refuse outputs that are no tensor, coupled
+    or random, or NaN."""
     for name, module in net.model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise Refused(
@@ -467,8 +471,8 @@ def _sound(net: Network) -> Network:
     return next((one for one in net.each() if all(p.isfinite().all() for p in one.params.values())), next(net.each()))
 
 
-def _passes(net: Network, examples: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Outputs, and again with other examples beside each; and whether the forward pass writes into its input.
+def _passes(net: Network, examples: Tensor) -> tuple[Tensor, Tensor, tuple[bool, bool]]:
+    """Outputs, and again with other examples beside each; and whether the passes write into inputs and parameters.
 
     All in one go, so that a module that counts its calls is told by its outputs. Whichever example the largest entry is
     in, another is seen without it: a batch divided by its maximum is told too.
@@ -477,9 +481,10 @@ def _passes(net: Network, examples: Tensor) -> tuple[Tensor, Tensor, bool]:
     version = inputs._version
     with net.lent():
         y = attempt(net.model, inputs, writes=True)
-        writes = inputs._version != version or not torch.equal(inputs, examples)
-        first, third, second = (attempt(net.model, examples[index]) for index in ([0], [2], [2, 1, 1, 2]))
-    return y, torch.cat([first, second[1:2], third]), writes
+        into_input = inputs._version != version or not torch.equal(inputs, examples)
+        first, third, second = (attempt(net.model, examples[i], writes=True) for i in ([0], [2], [2, 1, 1, 2]))
+        into_params = not all(torch.equal(p, net.params[name]) for name, p in net.model.named_parameters())
+    return y, torch.cat([first, second[1:2], third]), (into_input, into_params)
 
 
 def _attempt(net: Network, x: Tensor) -> Tensor:
