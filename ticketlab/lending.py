@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -31,12 +31,12 @@ def lent(
     Raises:
         Refused: As `aliases`.
     """
-    own = _tensors_of(model)
-    put_back, kept = _remember(model, {id(t) for t in own.values()})
+    own, modules = _tensors_of(model), list(model.modules())
+    put_back, kept = _remember(modules, {id(t) for t in own.values()})
     views = _aliases(own, kept)
     data = [(t, t.data, t.grad, t.requires_grad) for t in own.values()]
     shared, strides = [(view, view.data) for view, _, _ in views], {name: own[name].stride() for _, name, _ in views}
-    modes = [(module, module.training) for module in model.modules()]  # scripted ones keep it elsewhere
+    modes = [(module, module.training) for module in modules]  # scripted ones keep it elsewhere
     given = {**(params or {}), **(buffers or {})}
     try:
         for name, tensor in own.items():
@@ -51,8 +51,8 @@ def lent(
             view.data = tensor.as_strided(view.shape, view.stride(), tensor.storage_offset() + offset)
         model.train(training)
         if not training:
-            forget(model)
-            _mend_norms(model)
+            forget(model, modules)
+            _mend_norms(modules)
         yield model
     finally:
         for view, values in shared:
@@ -75,7 +75,7 @@ def aliases(model: nn.Module) -> bool:
         Refused: One that cannot follow when other tensors are lent: with a graph of its own, or reaching beyond them.
     """
     own = _tensors_of(model)
-    return bool(_aliases(own, _remember(model, {id(t) for t in own.values()})[1]))
+    return bool(_aliases(own, _remember(list(model.modules()), {id(t) for t in own.values()})[1]))
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -116,14 +116,15 @@ def _span(tensor: Tensor) -> int:
     return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def forget(model: nn.Module) -> None:
+def forget(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> None:
     """Have modules compute anew what they compute of their weights once and keep until they are trained again.
 
     LeViT's attention biases are such: those of other weights, or of a graph that has been freed. Modes stay.
     """
-    if all(type(module).train is nn.Module.train for module in model.modules()):
+    modules = list(model.modules()) if modules is None else modules
+    if all(type(module).train is nn.Module.train for module in modules):
         return
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
     model.train()
     model.eval()
     for module, mode in modes:
@@ -131,7 +132,7 @@ def forget(model: nn.Module) -> None:
             module.training = mode
 
 
-def _mend_norms(model: nn.Module) -> None:
+def _mend_norms(modules: Sequence[nn.Module]) -> None:
     """Norms whose backward pass is right for a single example: taken off with all else that is left on the module.
 
     On a CPU batch norm reads the gradient of one example in the wrong order where it comes back through a transpose
@@ -142,26 +143,26 @@ def _mend_norms(model: nn.Module) -> None:
         single = isinstance(output, Tensor) and output.ndim > 2 and len(output) == 1 and output.requires_grad
         return output.index_select(0, output.new_zeros(1, dtype=torch.long)) if single else None
 
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.register_forward_hook(contiguous_gradient)
 
 
-def _remember(model: nn.Module, own: set[int]) -> tuple[Callable[[], None], list[Tensor]]:
-    """What puts a module's attributes back as they are now, with what containers, tensors and generators hold.
+def _remember(modules: Sequence[nn.Module], own: set[int]) -> tuple[Callable[[], None], list[Tensor]]:
+    """What puts modules' attributes back as they are now, with what containers, tensors and generators hold.
 
     And the tensors among these.
 
     Args:
-        model: With all modules in it.
+        modules: All of a model's.
         own: Ids of the parameters and buffers, which are not looked into.
     """
-    attributes = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    attributes = [(module.__dict__, dict(module.__dict__)) for module in modules]
     containers: list[tuple[Any, list]] = []
     arrays: list[tuple[np.ndarray, np.ndarray]] = []
     tensors: list[tuple[Tensor, Tensor]] = []
     generators: list[Callable[[], None]] = []
-    seen = own | {id(module) for module in model.modules()}
+    seen = own | set(map(id, modules))
     stack = [value for _, before in attributes for value in before.values() if type(value) not in _PLAIN]
     while stack:
         value = stack.pop()

@@ -182,7 +182,7 @@ def _samples(
         vector, squares = signs, []
         for order in range(n_moments):
             vector = pull(vector) if order % 2 == 0 else push(vector)  # type: ignore[misc]
-            squares.append(vector.flatten(1).double().square().sum(1) / at.y.shape[1])
+            squares.append(torch.linalg.vector_norm(vector.flatten(1), dim=1, dtype=torch.float64) ** 2 / at.y.shape[1])
         probes.append(torch.stack(squares, 1))
     return torch.stack(probes)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -153,7 +154,12 @@ def _channels_last(images: Tensor) -> Tensor:
 
 def weights_of_outputs(y: Float[Tensor, "n out"]) -> Float[Tensor, " out"]:
     """Outputs are weighed at random where a plain sum may be constant, as softmax's is."""
-    return torch.randn(y.shape[1], generator=stream("weights of outputs", 0)).to(y)
+    return _weights(y.shape[1]).to(y)
+
+
+@lru_cache(maxsize=16)
+def _weights(n: int) -> Tensor:
+    return torch.randn(n, generator=stream("weights of outputs", 0))
 
 
 def _slopes(section: Section, pair: Tensor) -> tuple[Tensor, Tensor]:
