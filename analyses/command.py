@@ -147,7 +147,8 @@ def result_folder(name: str, config: Places) -> Path:
 def _of_run(config: OfRun) -> str:
     if config.run is not None:
         return config.run.resolve().name
-    return f"{config.study.task}-{config.study.model}-{_digest(asdict(config.study))}"
+    names = f"{config.study.task}-{config.study.model}".replace(":", ".")
+    return f"{names}-{_digest(asdict(config.study))}"
 
 
 def _digest(values: Mapping[str, Any]) -> str:

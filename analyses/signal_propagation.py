@@ -25,7 +25,7 @@ from figures.signal_propagation import draw
 from ticketlab import signal
 
 STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
-ACTIVATION = "relu"  # of every network that a run can hold
+RELU = {"relu"}  # for other activations chi_1 depends on the variance of what arrives, and is left out
 _BINS = 40
 
 
@@ -44,7 +44,8 @@ def run(config: Config) -> Tables:
     """``networks``: one row per network. ``layers``: one a network and layer. ``densities``: pooled singular values."""
     study, model, task, levels = open_run(config)
     data = task.limit(min(config.n_inputs, len(task.train))).to(dtype=torch.float64).train
-    critical = signal.critical_sigma_w2(ACTIVATION, 0.0)
+    relu = signal.applied(model, data.x.to(next(model.parameters()).dtype)) == RELU
+    critical = signal.critical_sigma_w2("relu", 0.0) if relu else float("nan")
     wanted = sorted({0} | chosen_levels(config.at_levels, study.levels, range(study.levels + 1)))
     spectra_at = (0, wanted[len(wanted) // 2], wanted[-1])
     networks, layers, densities = [], [], []
@@ -56,8 +57,8 @@ def run(config: Config) -> Tables:
             sigma_w2 = {n: float(v) for n, v in signal.effective_sigma_w2(model, start, masks=one.masks).items()}
             values = signal.jacobian_singular_values(model, start, data.x, masks=one.masks)
             level_values.setdefault(about["treatment"], []).append((values, sigma_w2))
-            networks.append({**about, **_jacobian(values), "mean_squared_theory": _mean_squared(model, sigma_w2)})
-            layers.append(_layers(model, one, start, data, sigma_w2).assign(**about, critical_sigma_w2=critical))
+            networks.append({**about, **_jacobian(values), "mean_squared_theory": _mean_squared(model, sigma_w2, relu)})
+            layers.append(_layers(model, one, start, data, sigma_w2, relu).assign(**about, critical_sigma_w2=critical))
         if level.level in spectra_at:
             densities += [
                 _density(model, found).assign(level=level.level, level_density=level.density, treatment=treatment)
@@ -82,16 +83,16 @@ def _jacobian(values: Tensor) -> dict[str, float]:
     }
 
 
-def _mean_squared(model: nn.Module, sigma_w2: dict[str, float]) -> float:
-    """Product of chi_1 over the layers, the output layer without its activation; fully connected networks alone."""
-    if _widths(model) is None:
+def _mean_squared(model: nn.Module, sigma_w2: dict[str, float], relu: bool) -> float:
+    """Product of chi_1 over the layers, the output layer without activation; fully connected ReLU networks alone."""
+    if _widths(model) is None or not relu:
         return float("nan")
     *hidden, output = sigma_w2.values()
-    return float(np.prod([signal.chi(ACTIVATION, 1.0, w2) for w2 in hidden])) * output
+    return float(np.prod([signal.chi("relu", 1.0, w2) for w2 in hidden])) * output
 
 
 def _layers(
-    model: nn.Module, one: tl.Level, start: tl.State, data: tl.Split, sigma_w2: dict[str, float]
+    model: nn.Module, one: tl.Level, start: tl.State, data: tl.Split, sigma_w2: dict[str, float], relu: bool
 ) -> pd.DataFrame:
     table = signal.layer_statistics(model, start, data.x, data.y, masks=one.masks)
     weights = [f"{layer}.weight" for layer in table["layer"]]
@@ -99,7 +100,7 @@ def _layers(
     return table.assign(
         sigma_w2=[sigma_w2[name] for name in weights],
         sigma_b2=[float(bias.square().mean()) for bias in biases],
-        chi1=[signal.chi(ACTIVATION, 1.0, sigma_w2[name]) for name in weights],
+        chi1=[signal.chi("relu", 1.0, sigma_w2[name]) if relu else float("nan") for name in weights],
     )
 
 

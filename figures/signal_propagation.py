@@ -82,13 +82,15 @@ def _phase_diagram(axes: Axes, layers: pd.DataFrame) -> None:
         axes.plot(mean["sigma_w2"], mean["sigma_b2"], transform=axes.transData + up, **line)
         axes.scatter(mean["sigma_w2"], mean["sigma_b2"], 7, marker=shown[depth], transform=axes.transData + up, **dots)
     edge, low = layers["critical_sigma_w2"].iloc[0], layers.loc[layers["sigma_w2"] > 0, "sigma_w2"].min() / 2
-    high = max(4 * edge, 1.5 * layers["sigma_w2"].max())
-    axes.axvspan(low, edge, color="0.93", lw=0, zorder=0)
-    axes.axvspan(edge, high, color="0.78", lw=0, zorder=0)
-    axes.axvline(edge, color="0.3", lw=0.9)
-    for name, left, right in (("ordered", low, edge), ("chaotic", edge, high)):
-        axes.text(np.sqrt(left * right), 0.97, name, fontsize=6, ha="center", va="top",
-                  transform=axes.get_xaxis_transform())  # fmt: skip
+    high = 1.5 * layers["sigma_w2"].max()
+    if np.isfinite(edge):  # other activations than ReLU have no one edge
+        high = max(4 * edge, high)
+        axes.axvspan(low, edge, color="0.93", lw=0, zorder=0)
+        axes.axvspan(edge, high, color="0.78", lw=0, zorder=0)
+        axes.axvline(edge, color="0.3", lw=0.9)
+        for name, left, right in (("ordered", low, edge), ("chaotic", edge, high)):
+            axes.text(np.sqrt(left * right), 0.97, name, fontsize=6, ha="center", va="top",
+                      transform=axes.get_xaxis_transform())  # fmt: skip
     axes.set(xscale="log", xlim=(low, high), ylim=(-top / 2, top) if top else (-1, 1))
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top])
     axes.set(xlabel=r"effective $\sigma_w^2$", ylabel=r"effective $\sigma_b^2$")
@@ -103,13 +105,14 @@ def _phase_diagram(axes: Axes, layers: pd.DataFrame) -> None:
 def _sigma_w2(axes: Axes, layer: pd.DataFrame) -> None:
     """The phase diagram's axis sigma_w^2 against density, every replica shown, with the edge of chaos."""
     _against_density(axes, layer, "sigma_w2", r"effective $\sigma_w^2$")
-    edge = layer["critical_sigma_w2"].iloc[0]
-    axes.axhline(edge, color="0.3", lw=0.9)
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, edge / 3), max(high, edge * 1.6))
-    axes.annotate("edge of chaos", (0.98, edge), (0, 2), axes.get_yaxis_transform(), textcoords="offset points",
-                  ha="right", fontsize=6)  # fmt: skip
     axes.set_title(layer["layer"].iloc[0])
+    edge = layer["critical_sigma_w2"].iloc[0]
+    if np.isfinite(edge):
+        axes.axhline(edge, color="0.3", lw=0.9)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, edge / 3), max(high, edge * 1.6))
+        axes.annotate("edge of chaos", (0.98, edge), (0, 2), axes.get_yaxis_transform(), textcoords="offset points",
+                      ha="right", fontsize=6)  # fmt: skip
 
 
 def _spectra(axes: Axes, densities: pd.DataFrame, level: int) -> None:

@@ -24,6 +24,7 @@ from ticketlab.arrays import as_inputs, as_targets, check_layout, n_outputs
 from ticketlab.batches import batch_indices, crop_flip, epoch_order
 from ticketlab.datasets import SOURCES, Augmentation, Source, read
 from ticketlab.errors import Refused, nearest
+from ticketlab.imports import imported, is_own
 from ticketlab.losses import FLOATING, LOSSES, Loss, LossName
 from ticketlab.mapped import Mapped, rows
 from ticketlab.seeds import stream
@@ -384,6 +385,8 @@ def load(
     Raises:
         Refused: An unknown name, files that are missing, damaged or of another size, no network, another text.
     """
+    if is_own(name):
+        return _own(name, validation_size, split_seed, dtype).to(device)
     if name not in SOURCES and text.split_name(name)[0] not in text.NAMES:
         raise Refused(nearest("task", name, NAMES))
     if dtype not in FLOATING:
@@ -405,6 +408,16 @@ def load(
         n_classes=source.n_classes,
         augmentation=source.augmentation,
     ).to(device)
+
+
+def _own(name: str, validation_size: int | None, split_seed: int, dtype: torch.dtype) -> Task:
+    """What a user's own function makes, under a name that folders can have."""
+    made = imported(name, "a task")()
+    if not isinstance(made, Task):
+        raise Refused(f"a task of one's own must be a ticketlab.Task: {name} returns {type(made).__name__}.")
+    if validation_size is not None or split_seed:
+        raise Refused(f"a task of one's own is split by its function {name}: leave out validation_size and split_seed.")
+    return made.to(made.device, dtype)
 
 
 def _of_text(name: str, validation_size: int | None, split_seed: int) -> Task:

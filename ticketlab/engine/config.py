@@ -21,9 +21,15 @@ class ImpConfig:
     """An IMP study: seeds x treatments, trained and pruned level after level."""
 
     task: str = "digits"
-    """Data set: digits, stdlib_lm, stdlib_topics (no files needed), mnist, fashion_mnist, cifar10, cifar100 or svhn."""
+    """Data set: digits, stdlib_lm, stdlib_topics (no files needed), mnist, fashion_mnist, cifar10, cifar100 or svhn.
+
+    Or package.module:function of your own, which takes no arguments and returns a ticketlab.Task.
+    """
     model: str = "mlp_100_50"
-    """Architecture: lenet_300_100, conv_2, resnet_20, vgg_16, vit_tiny, ... (models.NAMES), resnet_20_w8 and so on."""
+    """Architecture: lenet_300_100, conv_2, resnet_20, vgg_16, vit_tiny, ... (models.NAMES), resnet_20_w8 and so on.
+
+    Or package.module:function of your own, which takes no arguments and returns a torch.nn.Module, drawn anew.
+    """
     levels: int = 8
     """Prunings after the dense level 0; 1 is one-shot pruning. A stored run can be extended."""
     prune_fraction: float = 0.2

@@ -33,6 +33,7 @@ from ticketlab.engine.recipe import own_name
 from ticketlab.engine.training import Start, train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
 from ticketlab.errors import Refused, check_type, nearest
+from ticketlab.imports import is_own
 from ticketlab.lending import lent
 from ticketlab.mapped import bytes_of
 from ticketlab.network import Execution
@@ -108,13 +109,14 @@ class Study:
             if given is not None or what == "config":
                 check_type(what, given, kind, remedy)
         self.own: dict[str, dict[str, Any]] = {"criteria": dict(criteria or {}), "treatments": dict(treatments or {})}
-        name = getattr(model, "__name__", type(model).__name__) if model else config.model
+        name = _file_name(getattr(model, "__name__", type(model).__name__)) if model else config.model
         every = tuple(dict.fromkeys((*config.treatments, *self.own["treatments"])))
         self.criterion = _criterion(config.criterion, self.own["criteria"])
         self.treatments = _treatments(every, self.own["treatments"])
         self.task = _task(config, task, device)
-        # The task's own name: that of text says which text it is.
-        self.config = replace(config, model=_file_name(name), task=self.task.name, treatments=every)
+        # The task's own name: that of text says which text it is. A function to import is found by its name again.
+        task_name = config.task if task is None and is_own(config.task) else self.task.name
+        self.config = replace(config, model=name, task=task_name, treatments=every)
         shape, n_classes = self.task.input_shape, self.task.n_classes
         self.factory: Factory = model or (lambda: models.build(config.model, shape, n_classes))
         self.given, self.execution, self.progress = start, execution, progress
@@ -206,7 +208,8 @@ class Study:
 
     def folder(self, store: str | Path = "runs") -> Path:
         """Where a store keeps the levels."""
-        return Path(store).expanduser() / f"{self.config.task}-{self.config.model}-{self.identity}"
+        task, model = _file_name(self.config.task), _file_name(self.config.model)
+        return Path(store).expanduser() / f"{task}-{model}-{self.identity}"
 
     def levels(self, store: str | Path | None = "runs") -> Iterator[Level]:
         """Level 0 (dense), 1, ... ``config.levels``, each stored before it is yielded; what is stored comes first.
@@ -448,4 +451,4 @@ def _equal(a: State, b: State) -> bool:
 
 def _file_name(name: str) -> str:
     """A model's name as part of a folder's: every lambda is called <lambda>."""
-    return re.sub(r"[^\w.+-]+", "", name) or "custom"
+    return re.sub(r"[^\w.+-]+", "", name.replace(":", ".")) or "custom"

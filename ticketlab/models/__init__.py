@@ -14,6 +14,7 @@ from functools import partial
 from torch import nn
 
 from ticketlab.errors import Refused, nearest
+from ticketlab.imports import imported, is_own
 from ticketlab.models import bert
 from ticketlab.models.conv import conv
 from ticketlab.models.mlp import mlp
@@ -74,7 +75,8 @@ def build(name: str, input_shape: Sequence[int], n_classes: int) -> nn.Module:
     """A freshly initialised network; seed the draw with ``functional.initialise``.
 
     Args:
-        name: One of `NAMES`, with sizes behind it or not.
+        name: One of `NAMES`, with sizes behind it or not; or ``package.module:function`` of one's own, which takes no
+            arguments and draws from PyTorch's global generator.
         input_shape: Of one example: (channels, height, width), or (t,) tokens.
         n_classes: Number of classes, or of tokens for a language model.
 
@@ -82,6 +84,14 @@ def build(name: str, input_shape: Sequence[int], n_classes: int) -> nn.Module:
         Refused: An unknown name (the nearest one is given), or inputs that the family cannot take.
     """
     return maker(name)(input_shape, n_classes)
+
+
+def _own(name: str, _input_shape: Sequence[int], _n_classes: int) -> nn.Module:
+    """What a user's own function makes; it knows the task that it is for."""
+    made = imported(name, "a model")()
+    if not isinstance(made, nn.Module):
+        raise Refused(f"a model of one's own must be a torch.nn.Module: {name} returns {type(made).__name__}.")
+    return made
 
 
 def maker(name: str) -> Maker:
@@ -92,6 +102,8 @@ def maker(name: str) -> Maker:
     """
     if name in _MODELS:
         return _MODELS[name]
+    if is_own(name):
+        return partial(_own, name)
     found = re.fullmatch(r"(?P<stem>.+?)(?P<sizes>(_[a-z][0-9]+)+)", name)
     if found is None or found["stem"] not in _MODELS:
         raise Refused(nearest("model", found["stem"] if found else name, NAMES))

@@ -7,6 +7,7 @@ says where a network's layers lie in it. :func:`jacobian_singular_values` and, f
 
 from __future__ import annotations
 
+from ticketlab.signal.activations import applied
 from ticketlab.signal.jacobian import Isometry, isometry, jacobian_singular_values
 from ticketlab.signal.layers import layer_statistics
 from ticketlab.signal.mean_field import MeanField, c_map, chi, mean_field, q_map
@@ -18,6 +19,7 @@ __all__ = [
     "Isometry",
     "MeanField",
     "Moments",
+    "applied",
     "c_map",
     "chi",
     "critical_sigma_w2",

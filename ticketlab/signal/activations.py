@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ticketlab.errors import Refused, nearest
+from ticketlab.network import network
 from ticketlab.seeds import kept_generators
+from ticketlab.state import state
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -55,6 +59,34 @@ class Elementwise:
         with torch.enable_grad():
             leaf = u.detach().clone().requires_grad_()
             return torch.autograd.grad(_call(self.function, leaf).sum(), leaf)[0]
+
+
+_APPLIED = {
+    *("relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus"),
+    *("tanh", "sigmoid", "logsigmoid", "hardtanh", "hardsigmoid", "hardswish", "softsign", "tanhshrink", "hardshrink"),
+    *("softshrink", "threshold", "erf", "sin", "cos", "clamp", "clip", "softmax", "log_softmax", "exp"),
+}
+
+
+class _Names(TorchFunctionMode):
+    """Names of the functions that are called on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.met.add(getattr(func, "__name__", "").rstrip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+def applied(model: nn.Module, x: Tensor) -> frozenset[str]:
+    """Names of the activations that a forward pass applies, as modules or as functions, such as {"relu"}."""
+    with network(model, state(model), x).lent(), torch.no_grad(), _Names() as names:
+        model(x[:1].clone())
+    return frozenset(names.met & _APPLIED)
 
 
 def elementwise(activation: Activation) -> Elementwise:
