@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from figures.style import LOOKS, TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import LOOKS, TWO_COLUMNS, density_axis, layer_label, mean_and_replicas, name_task, paper
 
 SHADES = list(LOOKS.values())  # one look a layer; the sixth repeats the first
 WHOLE = "all"
+SHOWN = 5  # layers in a panel
 PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
 
 
@@ -36,12 +37,10 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _layers(table: pd.DataFrame) -> list[str]:
-    return [name for name in table["layer"].unique() if name != WHOLE]
-
-
-def _label(layer: str) -> str:
-    return layer.removesuffix(".weight")
+def _layers(table: pd.DataFrame, column: str = "layer") -> list[str]:
+    """Those that a legend has room for, the first and the last among them; the table has them all."""
+    names = [name for name in table[column].unique() if name != WHOLE]
+    return [names[i] for i in np.unique(np.linspace(0, len(names) - 1, SHOWN).round().astype(int))] if names else []
 
 
 def _matrix(figure: Figure, axes: Axes, pairs: pd.DataFrame) -> None:
@@ -72,7 +71,7 @@ def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None
     for layer, look in zip(_layers(rows), SHADES, strict=False):
         own = rows["layer"] == layer
         mean_and_replicas(
-            axes, density[own], (rows["intersection"] / rows["expected"])[own], label=_label(layer), **look
+            axes, density[own], (rows["intersection"] / rows["expected"])[own], label=layer_label(layer), **look
         )
         given = (rows["intersection"] / rows["expected_given_input"])[own].groupby(density[own]).mean()
         axes.plot(given.index, given, **{**look, "markerfacecolor": "white"})  # type: ignore[arg-type]
@@ -86,7 +85,7 @@ def _over_aligned_chance(axes: Axes, aligned: pd.DataFrame) -> None:
     for layer, look in zip(_layers(aligned), SHADES, strict=False):
         rows = aligned[aligned["layer"] == layer]
         ratio, free = rows["intersection"] / rows["null_mean"], rows["given"] == "layer"
-        mean_and_replicas(axes, rows["density"][free], ratio[free], label=_label(layer), **look)
+        mean_and_replicas(axes, rows["density"][free], ratio[free], label=layer_label(layer), **look)
         given = ratio[~free].groupby(rows["density"][~free]).mean()
         axes.plot(given.index, given, **{**look, "markerfacecolor": "white"})  # type: ignore[arg-type]
         spread = (1.96 * rows["null_sd"] / rows["null_mean"])[~free].groupby(rows["density"][~free]).mean()
@@ -127,7 +126,7 @@ def _survival(axes: Axes, survival: pd.DataFrame) -> None:
     rows = survival[survival["level_a"] == survival["level_a"].min()]
     for layer, look in zip(_layers(rows), SHADES, strict=False):
         own = rows[rows["layer"] == layer]
-        mean_and_replicas(axes, own["density_b"], 100 * own["survival"], label=_label(layer), **look)
+        mean_and_replicas(axes, own["density_b"], 100 * own["survival"], label=layer_label(layer), **look)
     density_axis(axes, rows["density_b"].to_numpy())
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -140,10 +139,10 @@ def _survival(axes: Axes, survival: pd.DataFrame) -> None:
 
 def _units(axes: Axes, units: pd.DataFrame) -> None:
     """Dead hidden units of each group, in percent of its units."""
-    for group, look in zip(units["group"].unique(), SHADES, strict=False):
+    for group, look in zip(_layers(units, "group"), SHADES, strict=False):
         own = units[units["group"] == group]
         share = 100 * own.groupby(["density", "init_seed"])["dead"].mean().reset_index()
-        mean_and_replicas(axes, share["density"] / 100, share["dead"], label=group, **look)
+        mean_and_replicas(axes, share["density"] / 100, share["dead"], label=layer_label(group), **look)
     density_axis(axes, units["density"].to_numpy())
     axes.set_ylim(-0.05, max(1.0, axes.get_ylim()[1]))  # none dead is drawn as none, not on a scale of noise
     axes.set_ylabel("dead hidden units (%)")

@@ -17,6 +17,8 @@ from figures.style import (
     TWO_COLUMNS,
     against_density,
     label_of,
+    layer_axis,
+    layer_label,
     look_of,
     mean_and_replicas,
     name_task,
@@ -95,7 +97,7 @@ def _phase_diagram(axes: Axes, layers: pd.DataFrame) -> None:
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top])
     axes.set(xlabel=r"effective $\sigma_w^2$", ylabel=r"effective $\sigma_b^2$")
     axes.grid(visible=False)
-    names = layers.drop_duplicates("depth").set_index("depth")["layer"]
+    names = layers.drop_duplicates("depth").set_index("depth")["layer"].map(layer_label)
     marks = [axes.scatter([], [], 7, "0.3", marker=mark, label=names[depth]) for depth, mark in shown.items()]
     axes.legend(handles=marks, loc="lower left", handletextpad=0, borderpad=0.1, fontsize=6)
     note = "" if top else ",\n" + r"all at $\sigma_b^2 = 0$, side by side"
@@ -105,7 +107,7 @@ def _phase_diagram(axes: Axes, layers: pd.DataFrame) -> None:
 def _sigma_w2(axes: Axes, layer: pd.DataFrame) -> None:
     """The phase diagram's axis sigma_w^2 against density, every replica shown, with the edge of chaos."""
     _against_density(axes, layer, "sigma_w2", r"effective $\sigma_w^2$")
-    axes.set_title(layer["layer"].iloc[0])
+    axes.set_title(layer_label(layer["layer"].iloc[0]))
     edge = layer["critical_sigma_w2"].iloc[0]
     if np.isfinite(edge):
         axes.axhline(edge, color="0.3", lw=0.9)
@@ -148,7 +150,7 @@ def _by_layer(axes: Axes, layers: pd.DataFrame, column: str, label: str) -> None
         rows = last[last["treatment"] == treatment]
         mean_and_replicas(axes, rows["depth"], rows[column], label=label_of(treatment), **look_of(treatment))
     names = layers.drop_duplicates("depth").set_index("depth")["layer"].sort_index()
-    axes.set_xticks(names.index, names)
+    layer_axis(axes, names.index, names)
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 TWO_COLUMNS = 7.0  # inches
 
@@ -21,7 +21,6 @@ LOOKS: dict[str, dict[str, object]] = {
     "ticket": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "reinit": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "random_mask": {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    "random_erk": {"color": "#009E73", "marker": "<", "linestyle": (0, (5, 2))},
     "layerwise_shuffle": {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
     "dense_restart": {"color": "#000000", "marker": "D", "linestyle": (0, (5, 1, 1, 1))},
     "sibling": {"color": "#56B4E9", "marker": "x", "linestyle": (0, (1, 1))},
@@ -35,6 +34,7 @@ LOOKS: dict[str, dict[str, object]] = {
     "random_constant": {"color": "#56B4E9", "marker": "X", "linestyle": (0, (2, 1, 1, 1))},
     "frozen_init": {"color": "#000000", "marker": "<", "linestyle": (0, (4, 1, 4, 3))},
     "frozen_unless_shrunk": {"color": "#999999", "marker": ">", "linestyle": (0, (10, 2))},
+    "random_erk": {"color": "#009E73", "marker": "d", "linestyle": (0, (5, 2))},
 }
 LABELS = {
     "ticket": "ticket",
@@ -55,6 +55,8 @@ LABELS = {
     "frozen_init": "pruned weights frozen",
     "frozen_unless_shrunk": "frozen unless shrunk",
 }
+LONGEST = 16
+"""Letters of a layer's name in a legend."""
 TASKS = {
     "digits": "digits",
     "mnist": "MNIST",
@@ -122,6 +124,26 @@ def look_of(treatment: str) -> dict[str, object]:
 
 def label_of(treatment: str) -> str:
     return LABELS.get(treatment, treatment.replace("_", " "))
+
+
+def layer_label(name: str) -> str:
+    """A layer's name as far as a legend has room: its end, at a dot, where it is long."""
+    name = name.removesuffix(".weight")
+    if len(name) <= LONGEST:
+        return name
+    parts, kept = name.split("."), ""
+    while parts and len(parts[-1]) + len(kept) < LONGEST:
+        kept = f"{parts.pop()}.{kept}" if kept else parts.pop()
+    return f"…{kept or name[-LONGEST:]}"
+
+
+def layer_axis(axes: Axes, depth: Sequence[int], names: Sequence[str]) -> None:
+    """Ticks at layers: their names where these are few and short, or else their numbers from the input."""
+    if sum(map(len, names)) <= 4 * LONGEST:
+        axes.set_xticks(list(depth), list(names))
+        return
+    axes.set_xlabel("layer, from the input")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def against_density(axes: Axes, table: pd.DataFrame, column: str, label: str) -> None:
