@@ -15,6 +15,22 @@ matplotlib.use("Agg")
 torch.set_num_threads(2)
 
 
+LACKING = (
+    "test_the_groups_of_an_architecture[lstm]",
+    "test_groups_are_symmetries_in_plain_pytorch[lstm]",
+    "test_right_or_refused_by_name[lstm-permutation]",
+    *(f"test_a_stack_is_the_plain_modules[checkpointed-{masks}]" for masks in ("none", "shared", "stacked")),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """An older PyTorch takes an LSTM apart otherwise, and has no rule for checkpoints under ``vmap``: refused there."""
+    if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 13):
+        for item in items:
+            if item.nodeid.endswith(LACKING):
+                item.add_marker(pytest.mark.skip(reason="refused by name on torch 2.11"))
+
+
 @pytest.fixture(autouse=True)
 def _strict_determinism():
     """Nothing may draw from the global generators: their state is the same after every test."""
