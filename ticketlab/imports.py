@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +29,9 @@ def imported(name: str, what: str) -> Callable[[], Any]:
     if not module or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise Refused(f"{form}. Name a function without arguments.")
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        found = pkgutil.resolve_name(name)
+    except AttributeError:
+        found = None
     except ModuleNotFoundError as error:
         if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
             raise  # what the module itself imports
