@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 import tyro
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 import ticketlab as tl
 from analyses import presets
@@ -241,6 +241,11 @@ def each_network(level: tl.Level) -> Iterator[tuple[dict[str, Any], tl.Level]]:
             network = level.select(treatment=treatment, init_seed=seed)
             about = network.metrics[["level", "treatment", "init_seed", "density", "test_error"]].iloc[0].to_dict()
             yield about | {"level_density": level.density}, network
+
+
+def beside(state: tl.State, x: Tensor) -> tl.State:
+    """The state on the device and in the dtype of inputs; in float64 beside tokens."""
+    return state.to(x.device, x.dtype if x.is_floating_point() else torch.float64)
 
 
 def pruned_names(model: nn.Module, level: tl.Level) -> tuple[str, ...]:

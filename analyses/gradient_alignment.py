@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, each_network, joined, main, open_run
+from analyses.command import DIGITS, OfRun, StudyFlags, Tables, beside, each_network, joined, main, open_run
 from analyses.intervals import Within, rank_interval, with_holm
 from figures.gradient_alignment import draw
 from ticketlab import gradients
@@ -125,8 +125,8 @@ def _measures(
 ) -> dict[str, float]:
     """Of one network in float64."""
     x, y, few, masks = data.x, data.y, slice(min(config.n_kernel, len(data))), network.masks
-    start, end = (state.to(x.device, x.dtype) for state in (network.start, network.end))
-    dense = twin and twin.to(x.device, x.dtype)
+    start, end = (beside(state, x) for state in (network.start, network.end))
+    dense = twin and beside(twin, x)
     found = gradients.alignment(model, start, x, y, masks=masks, dense_params=dense, params_end=end)
     agreement = gradients.batch_statistics(model, start, x, y, masks=masks, batch_size=len(x) // config.n_batches)
     step = gradients.one_step(model, start, x, y, masks=masks, learning_rate=config.step_size)

@@ -29,7 +29,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, each_network, joined, main, open_run
+from analyses.command import (
+    DIGITS,
+    OfRun,
+    StudyFlags,
+    Tables,
+    beside,
+    chosen_levels,
+    each_network,
+    joined,
+    main,
+    open_run,
+)
 from analyses.intervals import interval, with_holm
 from figures.ntk_spectrum import draw
 from ticketlab import ntk
@@ -118,7 +129,7 @@ def contrasts(kernels: pd.DataFrame) -> pd.DataFrame:
 
 def _kernel(model: nn.Module, network: tl.Level, at: tl.State, x: Tensor) -> Tensor:
     """Theta_m in the dtype of x."""
-    return ntk.kernel(model, at.to(x.device, x.dtype), x, masks=network.masks)
+    return ntk.kernel(model, beside(at, x), x, masks=network.masks)
 
 
 def _measures(
@@ -162,7 +173,7 @@ def _regression_errors(model: nn.Module, network: tl.Level, data: Data) -> dict[
     In float64: in float32 the rounding of the largest eigenvalue drowns the directions that tell digits apart.
     The ridge is 1e-6 of the mean diagonal.
     """
-    start, x_train, x_test = network.start.to(data.train.x.device, data.train.x.dtype), data.train.x, data.test.x
+    start, x_train, x_test = beside(network.start, data.train.x), data.train.x, data.test.x
     trace = partial(ntk.kernel, model, start, masks=network.masks, outputs="trace")
     train, across = (trace(x, x_train) / data.n_classes for x in (x_train, x_test))
     f_train, f_test = (tl.apply(model, start, x, masks=network.masks) for x in (x_train, x_test))

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import tyro
@@ -23,6 +22,7 @@ import tyro
 from ticketlab.datasets import Augmentation
 from ticketlab.errors import Refused
 from ticketlab.image_folder import ImageFolder
+from ticketlab.imports import imported
 from ticketlab.shard_writer import write_shards
 from ticketlab.shards import load_shards
 
@@ -70,10 +70,7 @@ def _asked_for(config: Config) -> tuple[Any, Any]:
         if test is not None and test.classes != train.classes:
             raise Refused(f"{held_out} must have the classes of train: they differ.")
         return train, test
-    try:
-        found = resolve_name(str(config.dataset))()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise Refused(f"--dataset must be PACKAGE.MODULE:FUNCTION, without arguments: {error}.") from error
+    found = imported(str(config.dataset), "a data set")()
     return found if isinstance(found, tuple) and len(found) == 2 else (found, None)
 
 
