@@ -30,7 +30,7 @@ GROUND = (
         "models",
     ),
     *("idx", "text", "datasets", "arrays", "batches", "mapped", "data", "tokens", "functional", "raw", "version"),
-    "imports",
+    *("imports", "lanczos"),
     *("shards", "shard_writer", "image_folder", "to_shards"),
 )
 FLOORS = {

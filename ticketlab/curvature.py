@@ -6,7 +6,7 @@ Leans on `Network` and on products with the matrix, which is never held: Lanczos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
@@ -15,9 +15,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
+from ticketlab import lanczos
 from ticketlab.data import Task
 from ticketlab.derivatives import gauss_newton_product, hessian_product
 from ticketlab.errors import Refused, check_type, nearest
@@ -32,7 +32,6 @@ End = Literal["largest", "smallest"]
 SplitName = Literal["train", "validation", "test"]
 
 _PRODUCTS = {"hessian": hessian_product, "gauss_newton": gauss_newton_product}
-_BASIS = 20  # Lanczos vectors at least; a matrix that is no larger is computed column by column
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,25 @@ def top_eigenvalues(
         raise Refused(f"k must be an integer in 1..{least}, the number of live coordinates: got {k}.")
     sign = 1 if end == "largest" else -1
     tolerance = tolerance or torch.finfo(net.dtype).eps ** (2 / 3)
-    found = [_end(part, int(k), sign, tolerance, max_products, seed) for part in parts]
-    values, residuals = (_joined(net, [one[i] for one in found]) for i in (0, 1))
+
+    def pairs(part: _Matrix) -> lanczos.Pairs:
+        generator = stream("curvature start", seed)
+        return lanczos.largest(
+            lambda v: sign * part.product(v),
+            part.n_live,
+            int(k),
+            generator,
+            tolerance=tolerance,
+            max_products=max_products,
+        )
+
+    found = [pairs(part) for part in parts]
+    if sign < 0:  # descending again
+        found = [lanczos.Pairs(-one.values[::-1], one.vectors[:, ::-1], one.residuals[::-1]) for one in found]
+    values, residuals = (_joined(net, [getattr(one, what).copy() for one in found]) for what in ("values", "residuals"))
     whole = None
     if vectors:
-        columns = [stack([part.placed(v) for v in one[2].T]) for part, one in zip(parts, found, strict=True)]
+        columns = [stack([part.placed(v) for v in one.vectors.T]) for part, one in zip(parts, found, strict=True)]
         whole = columns[0] if net.replicas is None else stack(columns)
     return Eigenvalues(values, residuals, len(parts[0].x), _sides(net, parts), whole)
 
@@ -264,78 +277,6 @@ def _check_symmetric(part: _Matrix) -> None:
             "operation whose second derivative is wrong. Let the backward pass of a torch.autograd.Function be made of "
             "differentiable operations, or pass matrix='gauss_newton'."
         )
-
-
-def _end(
-    part: _Matrix, k: int, sign: int, tolerance: float, max_products: int, seed: int
-) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, "live k"]]:
-    """Eigenvalues of one matrix, descending, their residuals, and orthonormal vectors."""
-    side = part.n_live
-    if side <= max(_BASIS, 2 * k + 1):
-        whole = np.stack([part.product(unit) for unit in np.eye(side)], 1)
-        vectors = np.linalg.eigh(sign * (whole + whole.T) / 2)[1][:, side - k :]
-        applied = whole @ vectors
-    else:
-        vectors = _lanczos(part, k, sign, tolerance, max_products, seed)
-        applied = np.stack([part.product(v) for v in vectors.T], 1)
-    values = (vectors * applied).sum(0)  # Rayleigh's quotients
-    order = np.argsort(values)[::-1]
-    residuals = np.linalg.norm(applied - values * vectors, axis=0)
-    return values[order], residuals[order], vectors[:, order]
-
-
-def _lanczos(
-    part: _Matrix, k: int, sign: int, tolerance: float, max_products: int, seed: int
-) -> Float[np.ndarray, "live k"]:
-    """Ritz vectors of the k largest eigenvalues of sign * A.
-
-    ARPACK asks for residuals relative to each eigenvalue, which one of zero never meets: the matrix is shifted by twice
-    its root mean square eigenvalue s, so that the largest is at least s. From one start vector Lanczos sees one vector
-    of an eigenvalue that occurs several times: what is beside those found is searched until nothing larger is left.
-    """
-    side, generator = part.n_live, stream("curvature start", seed)
-
-    def drawn() -> Float[np.ndarray, " live"]:
-        return torch.randn(side, generator=generator, dtype=torch.float64).numpy()
-
-    start = drawn()
-    shift = 2 * np.linalg.norm(part.product(start)) / np.linalg.norm(start)
-    if shift == 0:  # A = 0, as of a network whose units are all dead: any vectors will do
-        return np.eye(side, k)
-
-    def shifted(v: np.ndarray) -> np.ndarray:
-        return sign * part.product(v) + shift * v
-
-    values, vectors = _ritz(shifted, start, k, tolerance, max_products)
-    while k > 1:
-        least = np.sort(values)[-k]
-
-        def beside(v: np.ndarray, known: np.ndarray = vectors, low: float = least - shift) -> np.ndarray:
-            inside = known.T @ v
-            found = shifted(v - known @ inside)
-            return found + known @ (low * inside - known.T @ found)
-
-        value, vector = _ritz(beside, drawn(), 1, tolerance, max_products)
-        if value[0] <= least + tolerance * values.max():
-            break
-        values, vectors = np.append(values, value), np.hstack([vectors, vector])
-    return vectors[:, np.argsort(values)[-k:]]
-
-
-def _ritz(
-    product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, k: int, tolerance: float, max_products: int
-) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "live k"]]:
-    """The k largest eigenvalues that ARPACK finds, and their vectors."""
-    basis = max(_BASIS, 2 * k + 1)
-    operator = LinearOperator((len(start), len(start)), matvec=product, dtype=np.float64)
-    restarts = max(1, (max_products - basis) // (basis - k))
-    try:
-        return eigsh(operator, k, which="LA", v0=start, ncv=basis, maxiter=restarts, tol=tolerance)
-    except ArpackNoConvergence as error:
-        raise Refused(
-            f"Lanczos must converge within max_products: {len(error.eigenvalues)} of {k} eigenvalues have in "
-            f"{max_products}, at tolerance {tolerance:.1e}. Raise either, or ask for fewer."
-        ) from error
 
 
 def _joined(net: Network, found: list[np.ndarray]) -> Tensor:

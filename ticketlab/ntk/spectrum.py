@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from ticketlab.errors import Refused
+from ticketlab.lanczos import largest
 from ticketlab.ntk.axes import square_matrix
 from ticketlab.ntk.jacobian import KernelOperator, LiveJacobian
+from ticketlab.seeds import stream
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,10 @@ def _of_operator(source: KernelOperator, top: int) -> Spectrum:
     def product(vector: np.ndarray) -> np.ndarray:
         return source.product(torch.as_tensor(vector.ravel(), dtype=dtype, device=device)).double().cpu().numpy()
 
-    linear = LinearOperator((source.size, source.size), matvec=product, dtype=np.float64)
     # A fixed start, so that the same kernel gives the same bits; uniform entries would miss antisymmetric vectors.
-    start = np.random.default_rng(0).standard_normal(source.size)
-    tolerance = float(torch.finfo(dtype).eps)
-    rising, columns = eigsh(linear, k=top, which="LA", v0=start, tol=tolerance)
-    order = np.argsort(rising)[::-1].copy()
+    tolerance = torch.finfo(dtype).eps ** (2 / 3)
+    found = largest(product, source.size, top, stream("kernel spectrum", 0), tolerance=tolerance)
     unknown = torch.full((), torch.nan, dtype=torch.float64, device=device)
-    values = torch.as_tensor(rising[order], device=device)
-    vectors = torch.as_tensor(columns[:, order], device=device)
+    values = torch.as_tensor(found.values.copy(), device=device)
+    vectors = torch.as_tensor(found.vectors.copy(), device=device)
     return Spectrum(values, vectors, source.trace(), unknown, unknown, unknown, unknown)

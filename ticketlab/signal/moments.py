@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused
+from ticketlab.lanczos import largest
 from ticketlab.probing import close
 from ticketlab.seeds import stream
 from ticketlab.signal.jacobian import ACTIVE, rows, transposed, widest
@@ -203,9 +203,7 @@ def _largest(
         found = push(pull(w.view_as(at.y))) if n_out <= n_in else pull(push(w.view_as(at.u)))
         return found.double().cpu().numpy().ravel()
 
-    operator = LinearOperator((side, side), matvec=product, dtype=np.float64)
-    start = torch.randn(side, generator=generator, dtype=torch.float64).numpy()
-    if not product(start).any():  # J = 0, as where a mask has cut this input off: ARPACK would stop
-        return torch.zeros(n_values, dtype=torch.float64)
-    values = eigsh(operator, k=n_values, which="LA", v0=start, return_eigenvectors=False)
-    return torch.from_numpy(np.sqrt(np.clip(np.sort(values)[::-1], 0, None)).copy())
+    tolerance = torch.finfo(section.net.dtype).eps ** (2 / 3)
+    squared = largest(product, side, n_values, generator, tolerance=tolerance).values
+    rounding = side * torch.finfo(section.net.dtype).eps * squared.max(initial=0.0)  # whose root is none of J's
+    return torch.from_numpy(np.sqrt(np.where(squared > rounding, squared, 0)))
