@@ -58,7 +58,7 @@ def test_what_does_not_converge_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kernels_and_jacobians_with_repeated_eigenvalues(dtype):
-    """A linear layer's kernel has each eigenvalue once per output; the Jacobian of an orthogonal one is 1 throughout."""
+    """A linear layer's kernel has each eigenvalue once per output; of an orthogonal one all singular values are 1."""
     model = tl.initialise(lambda: nn.Linear(40, 10), 0).to(dtype)
     x = torch.randn(100, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     kernel = tl.ntk.kernel(model, tl.state(model), x)
