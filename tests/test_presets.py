@@ -86,7 +86,13 @@ def test_small_variants_run(name):
     )
     rewind = min(1, config.rewind_step)
     tiny = replace(
-        config, recipe=recipe, levels=1, init_seeds=(0,), treatments=("ticket",), rewind_step=rewind, validation_size=4
+        config,
+        recipe=recipe,
+        levels=1,
+        init_seeds=(0,),
+        treatments=("ticket",),
+        rewind_step=rewind,
+        validation_size=None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -11,7 +11,7 @@ from ticketlab.errors import Refused
 
 def is_own(name: str) -> bool:
     """Whether a name is that of a function to import."""
-    return ":" in name
+    return isinstance(name, str) and ":" in name
 
 
 def imported(name: str, what: str) -> Callable[[], Any]:
