@@ -116,6 +116,7 @@ def test_from_the_command_line(tmp_path, capsys):
         ({"rewind_steps": ()}, "must be one or more different steps"),
         ({"at_levels": (0,), "rewind_steps": (0, 8)}, r"levels must lie in 1\.\.2"),
         ({"rewind_steps": (0, 40)}, "rewind_step|snapshot"),
+        ({"study": replace(SMALL, levels=10), "rewind_steps": (0, 8)}, "every layer must keep a live weight"),
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong, match, tmp_path):

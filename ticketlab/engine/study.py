@@ -20,6 +20,7 @@ from ticketlab.engine import cost
 from ticketlab.engine import store as runs
 from ticketlab.engine.config import ImpConfig, described
 from ticketlab.engine.criteria import CRITERIA, Criterion, Evidence, as_criterion, refuse_too_large
+from ticketlab.engine.dynamic.spread import spread_over
 from ticketlab.engine.identity import (
     behaviour,
     criterion_effect,
@@ -329,6 +330,8 @@ class Study:
                 raise Refused(
                     f"a live weight must be left: {[list(n) for n, k in alive.items() if not k]} lose all {where}"
                 )
+        if "random_erk" in self.treatments and self.config.levels:  # sparsest at the last level
+            spread_over({name: mask.shape for name, mask in masks.items()}, sum(alive.values()))
 
     @property
     def _evaluated(self) -> int:
