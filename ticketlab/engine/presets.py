@@ -1,6 +1,8 @@
 """Studies of papers by name: ``preset("cifar_resnet_20")`` is a whole config, and a small one that ends in minutes.
 
 Each says where its numbers are from and where they differ. Whatever a paper leaves open is the default of `ImpConfig`.
+Not checked against the papers themselves: the numbers of their tables, figures and appendices, the variants of
+ResNet-20, and the values of DeiT; the rest was read in the authors' code, or in an early draft.
 """
 
 from __future__ import annotations
