@@ -145,10 +145,12 @@ def _pairs(
     study: tl.Study, parents: Sequence[Parent], k: int, shown: tl.Task, n_alphas: int
 ) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
     """Two children of every parent, those that are missing trained in one stack; the lines of a treatment at a time."""
+    if not parents:  # all have diverged
+        return
     missing = [p for p in parents if p.child is None]
     jobs = [p.start for p in missing]
     jobs += [replace(p.start, order_seed=sibling_order(p.start.order_seed, p.level)) for p in parents]
-    label = f"children, k = {k}, level {parents[0].level}" if parents else ""
+    label = f"children, k = {k}, level {parents[0].level}"
     trained = tl.train(study.model, jobs, study.task, study.config.recipe, first_step=k, progress=label)
     lost = trained.metrics["diverged_step"].notna()
     ends = [None if lost[r] else trained.end.select(r) for r in range(len(jobs))]
@@ -212,8 +214,8 @@ def claims(children: pd.DataFrame) -> pd.DataFrame:
     """Per k, level and treatment: instability with its 95 % interval, and the error above the dense network's.
 
     ``error_above_dense`` is the mean of both children's test errors, less that of the dense network's first child
-    from k = 0, paired by seed. ``matching``: within one standard deviation of the dense networks' error, in the mean
-    over n seeds. ``stable``: the mean error barrier is below 2 %.
+    from the least k, paired by seed. ``matching``: within one standard deviation of the dense networks' error, in the
+    mean over n seeds. ``stable``: the mean error barrier is below 2 %.
     """
     errors = children.assign(error=children[["test_error_a", "test_error_b"]].mean(axis=1))
     first = errors["rewind_step"].min()

@@ -79,6 +79,11 @@ def test_a_grid_over_k_is_separate_studies(measured):
         study.rewound(5, first)
 
 
+def test_a_level_of_which_all_have_diverged_has_no_children():
+    study = tl.Study(replace(SMALL, rewind_step=0), device="cpu", progress=False)
+    assert list(instability._pairs(study, [], 0, study.task, 3)) == []
+
+
 def test_claims_by_hand():
     cell = {"level": 0, "density": 1.0, "treatment": "dense"}
     rows = [

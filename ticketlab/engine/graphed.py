@@ -96,7 +96,8 @@ class Graph:
         self.layout, self.graph = layout, torch.cuda.CUDAGraph()
         known = [t.detach().clone() for t in self._tensors()]
         places = [t.data_ptr() for t in self._tensors()]
-        self.stream.wait_stream(torch.cuda.current_stream())
+        here = torch.cuda.current_stream(self.task.device)
+        self.stream.wait_stream(here)
         try:
             with torch.cuda.stream(self.stream):
                 self.load(range(2))
@@ -113,7 +114,7 @@ class Graph:
                 self._step()
         except RuntimeError:
             self._restore(known)
-            _end_recording()
+            _end_recording(self.task.device)
             return False
         if [t.data_ptr() for t in self._tensors()] != places:  # a buffer was put in another's place
             return False
@@ -123,14 +124,15 @@ class Graph:
             self.graph.replay()
             same = _same_change(known, eager, [t.detach() for t in self._tensors()])
             self._restore(known)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        here.wait_stream(self.stream)
         return same
 
     def load(self, steps: range) -> None:
         """The feed of at most `AHEAD` steps, behind whatever this stream still has to do."""
+        ahead = self.make_feed(steps)
         with torch.cuda.stream(self.stream):
             for field in fields(Feed):
-                getattr(self.feed, field.name).copy_(getattr(self.make_feed(steps), field.name), non_blocking=True)
+                getattr(self.feed, field.name).copy_(getattr(ahead, field.name), non_blocking=True)
             self.next.zero_()
 
     def replay(self) -> None:
@@ -178,11 +180,11 @@ def _never_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _end_recording() -> None:
+def _end_recording(device: torch.device) -> None:
     """A recording that broke off leaves the device's generator behind as if it went on; a whole one puts that right."""
-    torch.cuda.synchronize()
-    one = torch.zeros(1, device="cuda")
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+    torch.cuda.synchronize(device)
+    one = torch.zeros(1, device=device)
+    with torch.cuda.device(device), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(device)):
         one.add_(1)
 
 
@@ -198,9 +200,8 @@ def _same_change(before: Sequence[Tensor], one: Sequence[Tensor], two: Sequence[
 
 def run(graphs: Sequence[Graph], steps: range) -> None:
     """Advance every replica by these steps, side by side."""
-    here = torch.cuda.current_stream()
     for graph in graphs:
-        graph.stream.wait_stream(here)
+        graph.stream.wait_stream(torch.cuda.current_stream(graph.task.device))
     for begin in range(steps.start, steps.stop, AHEAD):
         part = range(begin, min(begin + AHEAD, steps.stop))
         for graph in graphs:
@@ -209,4 +210,4 @@ def run(graphs: Sequence[Graph], steps: range) -> None:
             for graph in graphs:
                 graph.replay()
     for graph in graphs:
-        here.wait_stream(graph.stream)
+        torch.cuda.current_stream(graph.task.device).wait_stream(graph.stream)
