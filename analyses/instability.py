@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ class Config(Places):
 
     rewind_steps: tuple[int, ...] = (0, 10, 50, 150)
     """The grid over k."""
+    dense_steps: tuple[int, ...] = ()
+    """Further steps k, at which dense networks alone have children: a finer grid at little cost."""
     at_levels: tuple[int, ...] | None = None
     """Levels whose subnetworks have children, from 1; None: the last."""
     n_alphas: int = 31
@@ -100,9 +103,12 @@ def cells(config: Config) -> Iterator[tuple[str, pd.DataFrame]]:
     Raises:
         Refused: No rewind steps or one twice, levels that the study does not have, and whatever a study refuses.
     """
-    steps = sorted(set(config.rewind_steps))
-    if len(steps) < len(config.rewind_steps) or not steps:
-        raise Refused(f"rewind_steps must be one or more different steps: got {config.rewind_steps}.")
+    steps = sorted({*config.rewind_steps, *config.dense_steps})
+    if len(steps) < len(config.rewind_steps + config.dense_steps) or not config.rewind_steps:
+        raise Refused(
+            "rewind_steps must be one or more steps, and no step stand twice in them and dense_steps: got "
+            f"{config.rewind_steps} and {config.dense_steps}."
+        )
     kept = tuple(sorted({*steps, *config.study.snapshot_steps}))
     study = tl.Study(replace(config.study, rewind_step=steps[0], snapshot_steps=kept), device=config.device)
     measured = chosen_levels(config.at_levels, config.study.levels, (config.study.levels,), first=1)
@@ -112,7 +118,7 @@ def cells(config: Config) -> Iterator[tuple[str, pd.DataFrame]]:
     for k in steps:
         study = study if dense is None else study.rewound(k, dense)
         print(f"run: {study.folder(config.store)}", flush=True)
-        for level in followed(study.levels(config.store)):
+        for level in islice(followed(study.levels(config.store)), 1 if k in config.dense_steps else None):
             dense = dense or level
             table = level.metrics.assign(rewind_step=k, level_density=level.density, **about)
             yield "networks", table.drop(columns="replica")

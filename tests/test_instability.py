@@ -42,6 +42,14 @@ def test_every_cell_of_the_grid_is_there(measured):
     pd.testing.assert_series_equal(dense, again)  # trained once
 
 
+def test_dense_steps_have_the_children_of_dense_networks_alone(measured):
+    config, tables = measured
+    finer = run(replace(config, rewind_steps=(8,), dense_steps=(0,), device="cpu"))
+    for name in ("children", "networks"):
+        kept = tables[name][(tables[name]["rewind_step"] == 8) | (tables[name]["level"] == 0)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(finer[name], kept)
+
+
 @pytest.mark.parametrize("treatment", ["dense", "ticket"])
 def test_children_are_those_of_plain_loops(measured, treatment):
     config, tables = measured
@@ -117,8 +125,9 @@ def test_from_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        ({"rewind_steps": (0, 0)}, "must be one or more different steps"),
-        ({"rewind_steps": ()}, "must be one or more different steps"),
+        ({"rewind_steps": (0, 0)}, "no step stand twice"),
+        ({"rewind_steps": (0, 8), "dense_steps": (8,)}, "no step stand twice"),
+        ({"rewind_steps": ()}, "must be one or more steps"),
         ({"at_levels": (0,), "rewind_steps": (0, 8)}, r"levels must lie in 1\.\.2"),
         ({"rewind_steps": (0, 40)}, "rewind_step|snapshot"),
         ({"study": replace(SMALL, levels=10), "rewind_steps": (0, 8)}, "every layer must keep a live weight"),
