@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,8 @@ from analyses.command import (
 from analyses.intervals import interval
 from figures.instability import draw
 from ticketlab.connectivity import Path as LinearPath
-from ticketlab.connectivity import linear_path
+from ticketlab.connectivity import linear_path, recalibrate
+from ticketlab.curvature import MatrixName
 from ticketlab.engine.training import Start
 from ticketlab.engine.treatments import TREATMENTS, sibling_order
 from ticketlab.errors import Refused
@@ -66,6 +68,8 @@ class Config(Places):
     """Training examples that lines are evaluated on, and statistics of batch norm estimated from."""
     test_examples: int | None = None
     """Test examples that lines are evaluated on; None: all."""
+    curvature_examples: int = 200
+    """Training examples of the loss whose curvature at theta_k is measured; 0: not measured."""
     store: Path = Path("runs")
     """Folder of run directories."""
     study: StudyFlags = field(default_factory=lambda: STUDY)
@@ -85,14 +89,15 @@ class Parent:
 
 
 def run(config: Config) -> Tables:
-    """Four tables.
+    """Four tables, five with curvature.
 
     ``children``: a row per pair, with barriers, distances and errors; ``paths``: their lines; ``networks``: accuracies
-    of the runs; ``claims``: per cell of k, level and treatment, instability and the error above the dense network's.
+    of the runs; ``curvature``: largest eigenvalues at theta_k; ``claims``: per cell of k, level and treatment,
+    instability and the error above the dense network's.
     """
     parts: dict[str, list[pd.DataFrame]] = {"networks": [], "children": [], "paths": []}
     for name, table in cells(config):
-        parts[name].append(table)
+        parts.setdefault(name, []).append(table)
     tables = {name: joined(tables) for name, tables in parts.items()}
     return tables | {"claims": claims(tables["children"])}
 
@@ -114,6 +119,7 @@ def cells(config: Config) -> Iterator[tuple[str, pd.DataFrame]]:
     measured = chosen_levels(config.at_levels, config.study.levels, (config.study.levels,), first=1)
     test = len(study.task.test) if config.test_examples is None else min(config.test_examples, len(study.task.test))
     shown = study.task.limit(train=min(config.train_examples, len(study.task.train)), test=test)
+    curved = None if config.curvature_examples == 0 else _curved(study, config.curvature_examples)
     about, dense = {"task": study.config.task, "model": study.config.model}, None
     for k in steps:
         study = study if dense is None else study.rewound(k, dense)
@@ -127,6 +133,40 @@ def cells(config: Config) -> Iterator[tuple[str, pd.DataFrame]]:
                 for rows, lines in _pairs(study, parents, k, shown, config.n_alphas):
                     yield "children", rows.assign(**about)
                     yield "paths", lines
+                if curved is not None and parents:
+                    yield "curvature", pd.DataFrame([_about(p, k) | curvature(study.model, p, curved) for p in parents])
+
+
+def _curved(study: tl.Study, n: int) -> tl.Task:
+    """The examples of the curvature.
+
+    Raises:
+        Refused: None at all or fewer are there, or a network whose second derivatives are not to be had.
+    """
+    task = study.task.limit(train=n)
+    first = Parent("dense", 0, 0, 1.0, Start(tl.state(study.model), tl.masks.ones(study.model, study.names), 0), None)
+    curvature(study.model, first, task.limit(train=min(n, 8)))  # before anything is trained
+    return task
+
+
+def curvature(model: nn.Module, parent: Parent, task: tl.Task) -> dict[str, float]:
+    """Largest eigenvalues of the Hessian and the Gauss-Newton matrix at theta_k; batch norm statistics estimated anew."""
+    begun, masks = parent.start.begun, parent.start.masks
+    at = State(begun.params, recalibrate(model, begun, task.train.x, masks=masks))
+    return {
+        f"{matrix}_top": float(tl.curvature.top_eigenvalues(model, at, task, matrix=matrix, masks=masks).values[0])
+        for matrix in get_args(MatrixName)
+    }
+
+
+def _about(parent: Parent, k: int) -> dict[str, Any]:
+    return {
+        "rewind_step": k,
+        "level": parent.level,
+        "density": parent.density,
+        "treatment": parent.treatment,
+        "init_seed": parent.init_seed,
+    }
 
 
 def _dense(level: tl.Level, k: int) -> Iterator[Parent]:
@@ -177,15 +217,7 @@ def _measured(
     parents = [p for p, _, _ in pairs]
     a, b = (stack_states(list(side)) for side in ([a for _, a, _ in pairs], [b for _, _, b in pairs]))
     path = linear_path(model, a, b, shown, masks=stack([p.start.masks for p in parents]), n_alphas=n_alphas)
-    front = pd.DataFrame(
-        {
-            "rewind_step": k,
-            "level": [p.level for p in parents],
-            "density": [p.density for p in parents],
-            "treatment": [p.treatment for p in parents],
-            "init_seed": [p.init_seed for p in parents],
-        }
-    )
+    front = pd.DataFrame([_about(p, k) for p in parents])
     apart = pd.DataFrame([_distances(p.start.begun.params, x.params, y.params) for p, x, y in pairs])
     lines = front.merge(path.table, left_index=True, right_on="replica").drop(columns="replica")
     return pd.concat([front, _heights(path), apart], axis=1), lines

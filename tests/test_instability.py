@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from reference import train_alone
-from reference_measures import path_alone
+from reference_measures import batchnorm_anew, network_between, path_alone
 
 import ticketlab as tl
 from analyses import instability
@@ -74,6 +74,41 @@ def test_children_are_those_of_plain_loops(measured, treatment):
     assert row["l2_distance"] == pytest.approx(float((a - b).norm()), rel=1e-6)
 
 
+def test_curvature_is_that_of_the_whole_hessian():
+    """Of a network with batch norm, against all second derivatives at the live weights."""
+
+    def build():
+        parts = (torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        return torch.nn.Sequential(*parts).double()
+
+    model, draw = tl.initialise(build, 0), torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, generator=draw, dtype=torch.float64)
+    task = tl.Task.from_tensors(x, torch.arange(60) % 3).limit(train=30)
+    masks = {n: torch.rand(model.get_parameter(n).shape, generator=draw) < 0.7 for n in tl.masks.prunable(model)}
+    parent = instability.Parent("dense", 0, 0, 1.0, tl.Start(tl.state(model), masks, 0), None)
+    found = instability.curvature(model, parent, task)
+    net = batchnorm_anew(network_between(model, model, masks, 0.0), task.train.x)
+    names, params = zip(*net.named_parameters(), strict=True)
+    live = torch.cat([masks.get(n, torch.ones_like(p, dtype=torch.bool)).flatten() for n, p in net.named_parameters()])
+
+    def loss(flat):
+        parts = torch.split(flat, [p.numel() for p in params])
+        own = {n: part.view_as(p) for n, part, p in zip(names, parts, params, strict=True)}
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(net, own, (task.train.x,)), task.train.y)
+
+    whole = torch.autograd.functional.hessian(loss, torch.cat([p.detach().flatten() for p in params]))
+    assert found["hessian_top"] == pytest.approx(float(torch.linalg.eigvalsh(whole[live][:, live])[-1]), rel=1e-6)
+    assert found["gauss_newton_top"] > 0
+
+
+def test_every_network_that_has_children_has_its_curvature(measured):
+    _, tables = measured
+    keys = ["rewind_step", "level", "density", "treatment", "init_seed"]
+    curvature = tables["curvature"].set_index(keys)
+    assert set(curvature.index) == set(tables["children"].set_index(keys).index)
+    assert (curvature["gauss_newton_top"] > 0).all() and curvature.notna().all(axis=None)
+
+
 def test_a_grid_over_k_is_separate_studies(measured):
     _, tables = measured
     alone = replace(SMALL, rewind_step=8, snapshot_steps=(0, 8))
@@ -118,7 +153,7 @@ def test_from_the_command_line(tmp_path, capsys):
     module = instability
     assert main("instability", module.Config, module.run, module.draw, module.summary, flags) == 0
     (out,) = (tmp_path / "results" / "instability").iterdir()
-    assert {p.stem for p in out.glob("*.csv")} == {"children", "paths", "networks", "claims"}
+    assert {p.stem for p in out.glob("*.csv")} == {"children", "paths", "networks", "curvature", "claims"}
     assert (out / "instability.png").exists() and "instability_%" in capsys.readouterr().out
 
 
