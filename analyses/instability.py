@@ -150,7 +150,7 @@ def _curved(study: tl.Study, n: int) -> tl.Task:
 
 
 def curvature(model: nn.Module, parent: Parent, task: tl.Task) -> dict[str, float]:
-    """Largest eigenvalues of the Hessian and the Gauss-Newton matrix at theta_k; batch norm statistics estimated anew."""
+    """Largest eigenvalues of Hessian and Gauss-Newton matrix at theta_k, batch norm statistics estimated anew."""
     begun, masks = parent.start.begun, parent.start.masks
     at = State(begun.params, recalibrate(model, begun, task.train.x, masks=masks))
     return {
