@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import ticketlab as tl
 from analyses import presets
+from analyses.presets import DIGITS
 from figures.style import save
 from ticketlab.engine.presets import PRESETS
 from ticketlab.engine.treatments import TREATMENTS
@@ -28,9 +29,6 @@ from ticketlab.errors import Refused
 
 Tables = Mapping[str, pd.DataFrame]
 StudyFlags = Annotated[tl.ImpConfig, tyro.conf.arg(name="")]
-
-DIGITS = tl.ImpConfig(recipe=tl.Recipe(steps=1500))
-"""What an analysis runs on without arguments: scikit-learn's digits, seconds a level on two cores."""
 
 
 @dataclass(frozen=True)

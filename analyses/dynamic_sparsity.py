@@ -13,7 +13,7 @@ With no arguments it makes a run on the bundled digits and trains beside it in a
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Literal
@@ -23,9 +23,7 @@ from torch import nn
 
 import ticketlab as tl
 from analyses.command import (
-    DIGITS,
     OfRun,
-    StudyFlags,
     Tables,
     chosen_levels,
     joined,
@@ -43,7 +41,6 @@ from ticketlab.engine.training import Start
 from ticketlab.errors import Refused
 from ticketlab.state import Masks, State, select
 
-STUDY = replace(DIGITS, treatments=("ticket",))
 METHODS = ("static", "set", "rigl", "gradual")
 Extend = Literal["none", "steps", "macs"]
 
@@ -64,7 +61,6 @@ class Config(OfRun):
     """Train each also as long as IMP in all: in steps, in macs, or not at all."""
     extend_at: tuple[int, ...] | None = None
     """Levels at which training is extended; None: all that are compared."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
         DropGrow(every=self.update_every)  # refused before IMP has trained

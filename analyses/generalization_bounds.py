@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -33,14 +33,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, each_network, joined, main, open_run
+from analyses.command import OfRun, Tables, chosen_levels, each_network, joined, main, open_run
 from figures.generalization_bounds import draw
 from ticketlab import bounds
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
 from ticketlab.seeds import stream
 
-STUDY = replace(DIGITS, treatments=("ticket", "reinit", "random_mask"))
 SEED_FIXED = tuple(name for name, treatment in TREATMENTS.items() if treatment.seed_fixed)
 """Treatments that start from a function of mask, level and seed, where the run itself rewinds to theta_0."""
 
@@ -55,7 +54,6 @@ class Config(OfRun):
     """Numbers of shared values to quantise each tensor to; the one with the least bound is shown."""
     delta: float = 0.05
     """Probability that a bound fails."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
         if not self.n_values:

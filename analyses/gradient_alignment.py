@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -28,14 +28,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, beside, each_network, joined, main, open_run
+from analyses.command import OfRun, Tables, beside, each_network, joined, main, open_run
 from analyses.intervals import Within, rank_interval, with_holm
 from figures.gradient_alignment import draw
 from ticketlab import gradients
 from ticketlab.errors import Refused
 from ticketlab.seeds import derived_seed
-
-STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
 
 MEASURES = (
     "norm",
@@ -68,7 +66,6 @@ class Config(OfRun):
     """Leading eigenfunctions of the NTK."""
     step_size: float = 0.1
     """Learning rate of the one step of gradient descent."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 def run(config: Config) -> Tables:

@@ -25,7 +25,6 @@ from torch import nn
 
 import ticketlab as tl
 from analyses.command import (
-    DIGITS,
     Places,
     StudyFlags,
     Tables,
@@ -47,8 +46,8 @@ from ticketlab.errors import Refused
 from ticketlab.state import Params, State, stack, stack_states
 
 STABLE = 0.02  # of the error barrier (Frankle et al. 2020)
-STUDY = replace(
-    DIGITS, levels=2, prune_fraction=0.6, treatments=("ticket", "reinit", "random_erk"), recipe=tl.Recipe(steps=400)
+STUDY = tl.ImpConfig(
+    levels=2, prune_fraction=0.6, treatments=("ticket", "reinit", "random_erk"), recipe=tl.Recipe(steps=400)
 )
 
 

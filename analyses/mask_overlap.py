@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Literal
 
@@ -26,14 +26,13 @@ from torch import nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, main, open_run, pruned_names, survivors
+from analyses.command import OfRun, Tables, chosen_levels, main, open_run, pruned_names, survivors
 from analyses.intervals import with_holm
 from figures.mask_overlap import draw
 from ticketlab import overlap, permutation
 from ticketlab.errors import Refused
 from ticketlab.state import Masks, select
 
-STUDY = replace(DIGITS, treatments=("ticket",))
 GIVEN: tuple[Literal["layer", "input"], ...] = ("layer", "input")  # what the nulls of the aligned overlap keep
 
 
@@ -47,7 +46,6 @@ class Config(OfRun):
     """Random masks of each kind that every aligned overlap is held against."""
     restarts: int = 2
     """Starts of every matching of hidden units."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -28,9 +28,7 @@ from tqdm import tqdm
 
 import ticketlab as tl
 from analyses.command import (
-    DIGITS,
     OfRun,
-    StudyFlags,
     Tables,
     chosen_levels,
     joined,
@@ -47,8 +45,6 @@ from ticketlab.engine.treatments import sibling_order
 from ticketlab.errors import Refused
 from ticketlab.state import Masks, State, stack_states
 
-STUDY = replace(DIGITS, treatments=("ticket", "sibling"), snapshot_steps=(25, 50, 100, 200, 400))
-
 
 @dataclass(frozen=True)
 class Config(OfRun):
@@ -62,7 +58,6 @@ class Config(OfRun):
     """Also measure the lines between init seeds, before and after matching hidden units."""
     align_levels: tuple[int, ...] | None = None
     """Levels that --align measures, from 0; None: all."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ With no arguments it makes a run on the bundled digits and measures it in about 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, product
 
@@ -30,9 +30,7 @@ from tqdm import tqdm
 
 import ticketlab as tl
 from analyses.command import (
-    DIGITS,
     OfRun,
-    StudyFlags,
     Tables,
     beside,
     chosen_levels,
@@ -45,7 +43,6 @@ from analyses.intervals import interval, with_holm
 from figures.ntk_spectrum import draw
 from ticketlab import ntk
 
-STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
 COMPARED = (
     *("effective_rank", "log_spectral_distance", "subspace_overlap", "alignment_with_dense"),
     *("target_alignment", "regression_error"),
@@ -63,7 +60,6 @@ class Config(OfRun):
     """Training examples of the full kernel, whose side is n * classes."""
     n_regression: int = 1000
     """Training examples of kernel regression, and at most as many test examples."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,14 @@ from ticketlab.errors import Refused
 
 C = TypeVar("C")
 
-USUAL = tl.ImpConfig().treatments
-"""What an analysis trains that looks at nothing else: a preset then brings its own."""
+DIGITS = tl.ImpConfig(
+    levels=6,
+    prune_fraction=0.5,
+    treatments=("ticket", "reinit", "layerwise_shuffle", "sibling"),
+    snapshot_steps=(25, 50, 100, 200, 400),
+    recipe=tl.Recipe(steps=1500),
+)
+"""The study of an analysis without arguments: one run on scikit-learn's digits, which most analyses share."""
 
 
 def taken_off(config_type: type[C], argv: Sequence[str]) -> tuple[C, list[str]]:
@@ -32,7 +38,7 @@ def taken_off(config_type: type[C], argv: Sequence[str]) -> tuple[C, list[str]]:
         given, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise Refused(f"--preset must be followed by one of {', '.join(PRESETS)}: {error}.") from error
-    default: Any = config_type()
+    default: Any = _shortened(config_type(), rest)
     if given.preset is None:
         if given.small:
             raise Refused(f"--small belongs to --preset, which names one of {', '.join(PRESETS)}: got it alone.")
@@ -40,9 +46,20 @@ def taken_off(config_type: type[C], argv: Sequence[str]) -> tuple[C, list[str]]:
     study = preset(given.preset, small=given.small)
     if not any(f.name == "study" for f in fields(default)):
         raise Refused(f"--preset names a study, and this analysis has none: leave it out of {' '.join(argv)}.")
-    if default.study.treatments != USUAL:
+    if default.study.treatments != DIGITS.treatments:
         study = replace(study, treatments=default.study.treatments)
     return replace(default, study=study), rest
+
+
+def _shortened(default: Any, argv: Sequence[str]) -> Any:
+    """The default without the snapshots that lie beyond ``--steps``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--steps")
+    steps = parser.parse_known_args(list(argv))[0].steps
+    if steps is None or not steps.isdecimal() or not hasattr(default, "study"):  # what is no number is refused later
+        return default
+    kept = tuple(k for k in default.study.snapshot_steps if k <= int(steps))
+    return replace(default, study=replace(default.study, snapshot_steps=kept))
 
 
 def described() -> str:

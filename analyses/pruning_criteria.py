@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pandas as pd
@@ -27,9 +27,7 @@ from tqdm import tqdm
 
 import ticketlab as tl
 from analyses.command import (
-    DIGITS,
     OfRun,
-    StudyFlags,
     Tables,
     chosen_levels,
     joined,
@@ -56,7 +54,6 @@ METHODS = (
     *ZHOU,
     *("large_final_same_sign", "magnitude_increase_same_sign", "large_final_different_sign"),
 )
-STUDY = replace(DIGITS, levels=6, prune_fraction=0.5, treatments=("ticket",))
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,6 @@ class Config(OfRun):
     """Use the first so many of the run's init seeds; None: all."""
     early_step: int = 100
     """Step of the dense training at which @early takes its scores."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
         if len(set(self.methods)) < len(self.methods):

@@ -8,11 +8,12 @@ constant learning rate they are one and the same. With no arguments it runs on t
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pandas as pd
 
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, joined, main, open_run
+import ticketlab as tl
+from analyses.command import OfRun, StudyFlags, Tables, joined, main, open_run
 from analyses.intervals import interval, with_holm
 from figures.sign_and_value import draw
 from ticketlab.errors import Refused
@@ -21,7 +22,7 @@ STARTS = (
     *("ticket", "reinit", "reinit_keep_sign", "reshuffle", "reshuffle_keep_sign"),
     *("random_sign", "signed_constant", "random_constant", "frozen_init", "frozen_unless_shrunk"),
 )
-STUDY = replace(DIGITS, treatments=STARTS, levels=5, prune_fraction=0.54)
+STUDY = tl.ImpConfig(treatments=STARTS, levels=5, prune_fraction=0.54, recipe=tl.Recipe(steps=1500))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ With no arguments it makes a run on the bundled digits and measures it in about 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, chosen_levels, each_network, joined, main, open_run
+from analyses.command import OfRun, Tables, chosen_levels, each_network, joined, main, open_run
 from figures.signal_propagation import draw
 from ticketlab import signal
 
-STUDY = replace(DIGITS, treatments=("ticket", "reinit", "layerwise_shuffle"))
 RELU = {"relu"}  # for other activations chi_1 depends on the variance of what arrives, and is left out
 _BINS = 40
 
@@ -37,7 +36,6 @@ class Config(OfRun):
     """Levels to measure; None: all. Level 0 always is."""
     n_inputs: int = 200
     """Training examples at which signals are followed."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
 
 def run(config: Config) -> Tables:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
 import ticketlab as tl
-from analyses.command import DIGITS, OfRun, StudyFlags, Tables, joined, main, open_run, pruned_names, survivors
+from analyses.command import OfRun, Tables, joined, main, open_run, pruned_names, survivors
 from figures.supermasks import draw
 from ticketlab import masks as mask_ops
 from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find, refuse_too_large
@@ -30,7 +30,6 @@ from ticketlab.engine.values import random_signs, signed_constants
 from ticketlab.errors import Refused, nearest
 from ticketlab.state import Masks, Params, stack, stack_states
 
-STUDY = replace(DIGITS, treatments=("ticket",), levels=6, prune_fraction=0.4)
 VALUES: dict[str, Callable[[Params, Masks, int], Params]] = {
     "init": lambda params, masks, seed: dict(params),
     "random_sign": random_signs,
@@ -63,7 +62,6 @@ class Config(OfRun):
     """Steps of mask learning; none are learned when 0."""
     draws: int = 10
     """Masks drawn from each network of Bernoulli logits."""
-    study: StudyFlags = field(default_factory=lambda: STUDY)
 
     def __post_init__(self) -> None:
         named = [("criterion", name, tuple(CRITERIA)) for name in self.criteria]

@@ -27,7 +27,7 @@ import pandas as pd
 from torch import nn
 
 import ticketlab as tl
-from analyses.command import DIGITS, Places, StudyFlags, Tables, chosen_levels, device_of, joined, main, survivors
+from analyses.command import Places, StudyFlags, Tables, chosen_levels, device_of, joined, main, survivors
 from analyses.intervals import interval, with_holm
 from analyses.settings import Setting, Tickets, setting, tickets
 from figures.transfer import draw
@@ -39,8 +39,7 @@ from ticketlab.errors import Refused
 from ticketlab.seeds import derived_seed
 from ticketlab.state import Masks
 
-STUDY = replace(
-    DIGITS,
+STUDY = tl.ImpConfig(
     treatments=("ticket",),
     levels=4,
     prune_fraction=0.6,

@@ -18,13 +18,14 @@ DENSE: dict[str, object] = {"color": "#000000", "marker": "D", "linestyle": (0, 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Four panels from ``children``, ``networks`` and ``claims``.
 
-    a: error barriers between children against k; b: their test error; c: error above the dense network against
-    instability, every cell a point; d: tickets and controls against density, for the first and the last k of which
-    every level is there.
+    a: error barriers between children against k; b: their test error, both of dense networks and of the level that
+    has children at most k; c: error above the dense network against instability, every cell a point; d: tickets and
+    controls against density, for the first and the last k of which every level is there.
     """
     children, networks = tables["children"], tables["networks"]
-    last = children["level"].max()
-    shown = children[children["level"].isin([0, last])]
+    steps = children[children["level"] > 0].groupby("level")["rewind_step"].nunique()
+    level = steps[steps == steps.max()].index.max()
+    shown = children[children["level"].isin([0, level])]
     with paper():
         figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.0))
         _against_k(axes[0, 0], shown, 100 * shown["test_barrier_error"], "error barrier between children (points)")
@@ -37,7 +38,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         _against_density(axes[1, 1], networks)
         for letter, panel in zip("abcd", axes.flat, strict=True):
             panel.set_title(letter, loc="left", fontweight="bold")
-        density = 100 * shown.loc[shown["level"] == last, "density"].iloc[0]
+        density = 100 * shown.loc[shown["level"] == level, "density"].iloc[0]
         n = children["init_seed"].nunique()
         figure.suptitle(
             f"{name_task(children)}: subnetworks keep {density:.3g} % in a and b, n = {n} seeds", fontsize=8

@@ -67,7 +67,7 @@ def test_mode_connectivity_makes_a_run_then_only_reads_it(tmp_path, capsys):
 
 
 def test_ends_of_the_lines_are_the_networks_of_the_run(tmp_path):
-    study = replace(mode_connectivity.STUDY, levels=1, snapshot_steps=(), recipe=tl.Recipe(steps=40, eval_every=20))
+    study = tl.ImpConfig(treatments=("ticket", "sibling"), levels=1, recipe=tl.Recipe(steps=40, eval_every=20))
     config = mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3)
     paths = mode_connectivity.run(config)["paths"]
     levels = list(tl.imp(study, store=tmp_path))
@@ -87,7 +87,7 @@ def test_ends_of_the_lines_are_the_networks_of_the_run(tmp_path):
 
 def test_siblings_are_trained_where_the_run_has_none(tmp_path):
     recipe = tl.Recipe(steps=40, eval_every=20)
-    with_siblings = replace(mode_connectivity.STUDY, levels=1, snapshot_steps=(15,), recipe=recipe)
+    with_siblings = tl.ImpConfig(treatments=("ticket", "sibling"), levels=1, snapshot_steps=(15,), recipe=recipe)
     without = replace(with_siblings, treatments=("ticket",))
     tables = [
         mode_connectivity.run(mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3))["paths"]
@@ -184,7 +184,10 @@ def test_an_ntk_scaled_network_has_the_closed_form_kernel_when_wide():
         (["--treatments", "tickets"], "error: unknown treatment 'tickets'. Did you mean 'ticket'?"),
         (["--prune-fraction", "1.5"], "error: prune_fraction must lie in (0, 1): got 1.5."),
         (["--rewind-step", "40"], "error: rewind_step must lie in [0, 40), before training ends: got 40."),
-        (["--levels", "90"], "error: every level must prune a weight: none of 2 would go at level 39 of 90."),
+        (
+            ["--levels", "90"],
+            "lose all at level 14 of 90. Use at most 13 levels, or another prune_fraction.",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
@@ -232,10 +235,10 @@ def test_results_that_cannot_be_written_are_one_line(tmp_path, capsys, monkeypat
 
 
 def test_flags_that_a_run_would_not_heed_are_refused(tmp_path):
-    for flags, name in (({"study": replace(ntk_spectrum.STUDY, levels=3)}, "levels"), ({"store": tmp_path}, "store")):
+    for flags, name in (({"study": replace(DIGITS, levels=3)}, "levels"), ({"store": tmp_path}, "store")):
         with pytest.raises(Refused, match=rf"do nothing beside --run.*'{name}'"):
             open_run(ntk_spectrum.Config(run=tmp_path, **flags))
-    study = replace(ntk_spectrum.STUDY, levels=1)
+    study = replace(DIGITS, levels=1)
     for module in (ntk_spectrum, signal_propagation):
         with pytest.raises(Refused, match=r"levels must lie in 0\.\.1, those of the run: got \[99\]"):
             module.run(module.Config(study=study, store=tmp_path, at_levels=(99,)))

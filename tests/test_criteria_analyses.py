@@ -20,8 +20,8 @@ from figures.style import save
 from ticketlab.engine.training import Start
 
 METHODS = ("random", "snip", "snip*3/layer", "magnitude@early", "magnitude", "movement")
-STUDY = replace(
-    pruning_criteria.STUDY,
+STUDY = tl.ImpConfig(
+    treatments=("ticket",),
     levels=2,
     prune_fraction=0.8,
     init_seeds=(0, 1),

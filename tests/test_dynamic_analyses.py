@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,8 +15,8 @@ from analyses.command import main
 from analyses.intervals import holm
 from figures.dynamic_sparsity import LABELS, LOOKS, draw
 
-STUDY = replace(
-    dynamic_sparsity.STUDY, levels=2, init_seeds=(0, 1), recipe=tl.Recipe(steps=40, batch_size=16, eval_every=40)
+STUDY = tl.ImpConfig(
+    treatments=("ticket",), levels=2, init_seeds=(0, 1), recipe=tl.Recipe(steps=40, batch_size=16, eval_every=40)
 )
 
 

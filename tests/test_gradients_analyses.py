@@ -13,15 +13,14 @@ import torch
 
 import ticketlab as tl
 from analyses import gradient_alignment
-from analyses.command import DIGITS, main
+from analyses.command import main
 from analyses.gradient_alignment import MEASURES, dense_twin
 from analyses.intervals import holm, rank_interval
 from figures.gradient_alignment import MEASURES as SHOWN
 from figures.gradient_alignment import PANELS, draw
 from figures.style import save
 
-TINY = replace(
-    DIGITS,
+TINY = tl.ImpConfig(
     levels=2,
     init_seeds=(0, 1),
     treatments=("ticket", "reinit", "sibling"),

@@ -20,7 +20,7 @@ ABOUT = {"task": "digits", "model": "mlp_100_50"}
 
 
 def test_mask_overlap_holds_tickets_against_chance(tmp_path):
-    study = replace(mask_overlap.STUDY, levels=2, init_seeds=(0, 1), recipe=TINY)
+    study = tl.ImpConfig(treatments=("ticket",), levels=2, init_seeds=(0, 1), recipe=TINY)
     config = mask_overlap.Config(study=study, at_levels=(1, 2), draws=2, restarts=1, store=tmp_path)
     tables = mask_overlap.run(config)
     pairs = tables["overlap"]
@@ -50,7 +50,7 @@ def test_mask_overlap_holds_tickets_against_chance(tmp_path):
 
 
 def test_mask_overlap_refuses_one_seed_and_levels_that_are_not_pruned(tmp_path):
-    study = replace(mask_overlap.STUDY, levels=1, recipe=TINY)
+    study = tl.ImpConfig(treatments=("ticket",), levels=1, recipe=TINY)
     with pytest.raises(ValueError, match=r"levels must lie in 1\.\.1, those of the run: got \[0\]"):
         mask_overlap.run(mask_overlap.Config(study=study, at_levels=(0,), store=tmp_path))
     with pytest.raises(ValueError, match="at least two init seeds"):
@@ -58,10 +58,9 @@ def test_mask_overlap_refuses_one_seed_and_levels_that_are_not_pruned(tmp_path):
 
 
 def test_aligned_lines_are_added_and_nothing_else_changes(tmp_path):
-    study = replace(
-        mode_connectivity.STUDY,
+    study = tl.ImpConfig(
+        treatments=("ticket", "sibling"),
         levels=1,
-        snapshot_steps=(),
         recipe=tl.Recipe(steps=80, eval_every=40),
         init_seeds=(0, 1),
     )
@@ -101,7 +100,7 @@ def _the_third_row_shows(axes, paths, barriers):
 
 
 def test_align_takes_the_levels_it_is_given_and_refuses_others_and_a_single_seed(tmp_path):
-    study = replace(mode_connectivity.STUDY, levels=1, snapshot_steps=(), recipe=TINY)
+    study = tl.ImpConfig(treatments=("ticket", "sibling"), levels=1, recipe=TINY)
     config = mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3, align=True, align_levels=(1,))
     barriers = mode_connectivity.run(config)["barriers"]
     assert barriers.dropna(subset="pairing")["level"].unique().tolist() == [1] and set(barriers["level"]) == {0, 1}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ticketlab as tl
-from analyses import imp, presets, width_sweep
+from analyses import imp, presets, transfer, width_sweep
 from analyses.__main__ import listed
 from analyses.command import main
 from ticketlab import models
@@ -115,14 +115,16 @@ def test_flags_change_what_a_preset_says():
     default, rest = presets.taken_off(imp.Config, ["--preset", "cifar_conv_2", "--steps", "9", "--small"])
     assert default.study == tl.preset("cifar_conv_2", small=True)
     assert rest == ["--steps", "9"]
-    assert presets.taken_off(imp.Config, ["--steps", "9"]) == (imp.Config(), ["--steps", "9"])
+    study = imp.Config().study
+    assert study.snapshot_steps == (25, 50, 100, 200, 400)
+    for steps, kept in ((99, (25, 50)), (9, ())):  # no snapshot lies beyond the end
+        default, rest = presets.taken_off(imp.Config, ["--steps", str(steps)])
+        assert default.study == replace(study, snapshot_steps=kept) and rest == ["--steps", str(steps)]
 
 
 def test_an_analysis_keeps_the_treatments_that_it_compares():
-    from analyses import mode_connectivity  # noqa: PLC0415
-
-    study = presets.taken_off(mode_connectivity.Config, ["--preset=cifar_vgg_16"])[0].study
-    assert study == replace(tl.preset("cifar_vgg_16"), treatments=("ticket", "sibling"))
+    study = presets.taken_off(transfer.Config, ["--preset=cifar_vgg_16"])[0].study
+    assert study == replace(tl.preset("cifar_vgg_16"), treatments=("ticket",))
 
 
 def test_a_preset_runs_from_the_command_line(tmp_path, capsys):

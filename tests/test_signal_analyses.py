@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,13 +11,12 @@ import torch
 
 import ticketlab as tl
 from analyses import signal_propagation
-from analyses.command import DIGITS, main
+from analyses.command import main
 from figures.signal_propagation import draw
 from figures.style import save
 from ticketlab import signal
 
-TINY = replace(
-    DIGITS,
+TINY = tl.ImpConfig(
     levels=2,
     init_seeds=(0, 1),
     treatments=("ticket", "reinit", "sibling"),

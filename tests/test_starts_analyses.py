@@ -26,7 +26,9 @@ RECIPE = tl.Recipe(steps=40, eval_every=20)
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A run of two seeds, on disk."""
-    config = replace(supermasks.STUDY, levels=2, init_seeds=(0, 4), recipe=RECIPE, treatments=sign_and_value.STARTS)
+    config = tl.ImpConfig(
+        prune_fraction=0.4, levels=2, init_seeds=(0, 4), recipe=RECIPE, treatments=sign_and_value.STARTS
+    )
     store = tmp_path_factory.mktemp("runs")
     list(tl.imp(config, store=store, progress=False))
     return tl.run_folder(config, store)
@@ -117,7 +119,9 @@ def test_untrained_supermasks_are_the_networks_that_they_say(study):
 
 
 def test_supermasks_are_of_the_initialisation_where_tickets_rewind_to_a_later_step(tmp_path):
-    config = replace(supermasks.STUDY, levels=1, init_seeds=(0,), recipe=RECIPE, rewind_step=30)
+    config = tl.ImpConfig(
+        prune_fraction=0.4, treatments=("ticket",), levels=1, init_seeds=(0,), recipe=RECIPE, rewind_step=30
+    )
     flags = {"criteria": ("snip", "movement"), "densities": (0.3,), "values": ("init",), "learned_values": ("init",)}
     options = {**flags, "learned_densities": (), "learned_seeds": 1, "draws": 1, "learned_steps": 20}
     run_config = supermasks.Config(store=tmp_path, study=config, device="cpu", **options)
@@ -156,7 +160,7 @@ def test_supermask_flags_that_make_no_sense_are_refused(change, match):
 
 
 def test_supermasks_by_a_criterion_that_is_too_dear_are_refused_before_training(tmp_path):
-    study = replace(supermasks.STUDY, model="lenet_300_100")
+    study = tl.ImpConfig(model="lenet_300_100")
     with pytest.raises(ValueError, match="'obd_exact' needs at most"):
         supermasks.run(supermasks.Config(store=tmp_path, study=study, criteria=("obd_exact",)))
     assert list(tmp_path.iterdir()) == []

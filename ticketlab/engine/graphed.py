@@ -11,6 +11,7 @@ and buffers. Whatever cannot be recorded, or gives other weights than eager step
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -173,8 +174,10 @@ class Graph:
 def _never_waiting() -> Iterator[None]:
     """What waits for the device raises: found here, before it can break off a recording."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
