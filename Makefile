@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test lint figures bench-peers clean
 
 demo: .venv/ready
-	$(BIN)/python -m analyses.mode_connectivity
+	$(BIN)/python -m examples.demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest
