@@ -39,9 +39,9 @@ def found(networks: Tables, lines: Tables) -> str:
     )
     barrier = 100 * heights.groupby("question")["barrier"].mean()
     return (
-        f"At {100 * last['density'].iloc[0]:.2g} % of the weights the ticket errs on {error['ticket']:.1f} % of the test "
-        f"images, the same mask on a fresh initialisation on {error['reinit']:.1f} %, and a mask shuffled within layers "
-        f"on {error['layerwise_shuffle']:.1f} %; the dense network on {dense:.1f} %.\n"
+        f"At {100 * last['density'].iloc[0]:.2g} % of the weights the ticket errs on {error['ticket']:.1f} % of the "
+        f"test images, the same mask on a fresh initialisation on {error['reinit']:.1f} %, a mask shuffled in its "
+        f"layers on {error['layerwise_shuffle']:.1f} %; the dense network on {dense:.1f} %.\n"
         f"On the line between tickets from two init seeds the error rises by {barrier['independent']:.1f} points, "
         f"by {barrier['independent, matched']:.1f} where hidden units are matched first, and by "
         f"{barrier['siblings']:.1f} between two runs of one ticket in different batch orders "

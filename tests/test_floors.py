@@ -38,7 +38,7 @@ FLOORS = {
     "ticketlab.engine": 1,
     **{
         f"ticketlab.{room}": 2
-        for room in ("ntk", "connectivity", "signal", "gradients", "curvature", "bounds", "overlap")
+        for room in ("ntk", "connectivity", "signal", "gradients", "curvature", "bounds", "overlap", "attention")
     },
     "figures": 3,
     "analyses": 4,

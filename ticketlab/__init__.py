@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from ticketlab import (
+    attention,
     bounds,
     connectivity,
     curvature,
@@ -60,6 +61,7 @@ __all__ = [
     "Task",
     "__version__",
     "apply",
+    "attention",
     "bounds",
     "connectivity",
     "criteria",
