@@ -62,6 +62,7 @@ TASKS = {
     "mnist": "MNIST",
     "fashion_mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
+    "examples.cifar_small:task": "CIFAR-10 at 16 x 16",
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
 }
