@@ -30,6 +30,7 @@ from figures import (
     signal_propagation,
     supermasks,
     transfer,
+    transformer_tickets,
     width_sweep,
 )
 from figures.style import save
@@ -49,6 +50,7 @@ DRAW: dict[str, Callable[[Mapping[str, pd.DataFrame]], Figure]] = {
     "signal_propagation": signal_propagation.draw,
     "supermasks": supermasks.draw,
     "transfer": transfer.draw,
+    "transformer_tickets": transformer_tickets.draw,
     "width_sweep": width_sweep.draw,
 }
 

@@ -46,6 +46,7 @@ def transformer_by_hand(depth, width, n_outputs, inputs, free):
         ("vit_mini", (1, 28, 28), 10, (4, 64, 10, 64 * 16, 64 * (1 + 1 + 50)), None),
         ("encoder_tiny", (128,), 5, (4, 128, 5, 0, 128 * (256 + 128)), None),
         ("decoder_tiny", (128,), 65, (4, 128, 65, 0, 128 * (65 + 128)), None),
+        ("decoder_tiny_pooled", (128,), 8, (4, 128, 8, 0, 128 * (256 + 128)), None),
     ],
 )
 def test_counts_by_hand(name, shape, n_classes, by_hand, published):
@@ -90,6 +91,17 @@ def test_a_decoder_does_not_look_ahead():
     assert torch.allclose(model(x)[:, :4], model(changed)[:, :4], atol=1e-6)
     assert not torch.allclose(model(x)[:, 4:], model(changed)[:, 4:], atol=1e-3)
     assert torch.allclose(model(x[:, :4]), model(x)[:, :4], atol=1e-6)  # shorter rows
+
+
+def test_a_pooled_decoder_is_the_decoder_but_for_its_output_layer():
+    whole = initialise(partial(models.build, "decoder_tiny_d2_w16_h2", (6,), 256), 0).eval()
+    pooled = initialise(partial(models.build, "decoder_tiny_pooled_d2_w16_h2", (6,), 3), 1).eval()
+    differ = {n for n, p in pooled.state_dict().items() if p.shape != whole.state_dict()[n].shape}
+    assert list(pooled.state_dict()) == list(whole.state_dict()) and differ == {"output.weight", "output.bias"}
+    pooled.load_state_dict({n: p for n, p in whole.state_dict().items() if n not in differ}, strict=False)
+    x = torch.randint(256, (3, 6), generator=torch.Generator().manual_seed(0))
+    whole.output = nn.Identity()
+    torch.testing.assert_close(pooled(x), pooled.output(whole(x).mean(1)))
 
 
 def test_registers_are_read_by_no_output_and_change_it():

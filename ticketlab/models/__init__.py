@@ -19,7 +19,7 @@ from ticketlab.models import bert
 from ticketlab.models.conv import conv
 from ticketlab.models.mlp import mlp
 from ticketlab.models.resnet import cifar_resnet, resnet
-from ticketlab.models.transformer import decoder, encoder
+from ticketlab.models.transformer import BYTES, decoder, encoder
 from ticketlab.models.vgg import vgg
 from ticketlab.models.vit import vit
 
@@ -54,6 +54,7 @@ _MODELS: dict[str, Maker] = {
     "vit_mini": partial(vit, depth=4, width=64, heads=4),
     "encoder_tiny": partial(encoder, depth=4, width=128, heads=4),
     "decoder_tiny": partial(decoder, depth=4, width=128, heads=4),
+    "decoder_tiny_pooled": partial(decoder, depth=4, width=128, heads=4, pooled=True, vocabulary=BYTES),
     "bert_base": bert.bert,
     "bert_tiny": partial(bert.bert, depth=2, width=128, heads=2),
     "gpt2_base": bert.gpt2,

@@ -66,8 +66,9 @@ def encoder(
         Refused: Inputs that are not rows of tokens, sizes or shares out of range.
     """
     return _transformer(
-        "an encoder", input_shape, n_classes, vocabulary, depth, width, heads, mlp_ratio, dropout, drop_path, False
-    )
+        "an encoder", input_shape, n_classes, vocabulary, depth, width, heads, mlp_ratio, dropout, drop_path,
+        causal=False, pooled=True,
+    )  # fmt: skip
 
 
 def decoder(
@@ -80,28 +81,35 @@ def decoder(
     mlp_ratio: float = 4.0,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    pooled: bool = False,
+    vocabulary: int | None = None,
 ) -> nn.Module:
     """A token attends to itself and those before it: tokens [n, t] -> logits [n, t, vocabulary].
 
     Its labels are [n, t], the next token at each place. The output layer is not tied to the embedding, which is never
-    pruned.
+    pruned. ``pooled``, the mean over tokens is classified, as an encoder does it: the network that a pretrained decoder
+    is fine-tuned as, of the same parameters but for the output layer.
 
     Args:
         input_shape: (t,), the largest number of tokens.
-        n_classes: The vocabulary, of inputs and of outputs.
+        n_classes: Units of the output layer: the vocabulary, unless ``pooled``.
         depth: Number of blocks.
         width: Of the tokens.
         heads: Of attention; they divide the width.
         mlp_ratio: Hidden units of the MLPs over the width.
         dropout: Share of dropped entries behind the positions, in attention, in MLPs and behind each branch.
         drop_path: Share of dropped branches in the last block, rising linearly from the first.
+        pooled: Classify the mean over tokens: [n, t] -> logits [n, classes].
+        vocabulary: Number of different tokens; ``n_classes`` when None.
 
     Raises:
         Refused: Inputs that are not rows of tokens, sizes or shares out of range.
     """
+    vocabulary = n_classes if vocabulary is None else vocabulary
     return _transformer(
-        "a decoder", input_shape, n_classes, n_classes, depth, width, heads, mlp_ratio, dropout, drop_path, True
-    )
+        "a decoder", input_shape, n_classes, vocabulary, depth, width, heads, mlp_ratio, dropout, drop_path,
+        causal=True, pooled=pooled,
+    )  # fmt: skip
 
 
 def _transformer(
@@ -115,13 +123,15 @@ def _transformer(
     mlp_ratio: float,
     dropout: float,
     drop_path: float,
+    *,
     causal: bool,
+    pooled: bool,
 ) -> Transformer:
     length = tokens_of(what, input_shape)
     if vocabulary < 2:
         raise Refused(f"{what} needs a vocabulary of 2 tokens at least: got {vocabulary}.")
     blocks = stack(depth, width, heads, mlp_ratio=mlp_ratio, causal=causal, dropout=dropout, drop_path=drop_path)
-    return Transformer(length, vocabulary, n_outputs, width=width, blocks=blocks, dropout=dropout, pooled=not causal)
+    return Transformer(length, vocabulary, n_outputs, width=width, blocks=blocks, dropout=dropout, pooled=pooled)
 
 
 def tokens_of(what: str, input_shape: Sequence[int]) -> int:
