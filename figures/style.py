@@ -65,6 +65,8 @@ TASKS = {
     "examples.cifar_small:task": "CIFAR-10 at 16 x 16",
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
+    "stdlib_lm": "next bytes of the standard library",
+    "stdlib_topics": "packages of the standard library",
 }
 
 

@@ -156,7 +156,8 @@ def _transfer(axes: Axes, transfer: pd.DataFrame) -> None:
 def _barriers(axes: Axes, barriers: pd.DataFrame) -> None:
     looks = {"siblings": ("#56B4E9", "x"), "init seeds": ("#D55E00", "s"), "init seeds, matched": ("#0072B2", "o")}
     for question, (color, marker) in looks.items():
-        rows = barriers[(barriers["question"] == question) & (barriers["arm"] == "random")]
+        arm = "random" if "random" in set(barriers["arm"]) else "pretrained"
+        rows = barriers[(barriers["question"] == question) & (barriers["arm"] == arm)]
         if len(rows):
             mean_and_replicas(
                 axes,
