@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python -m examples.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

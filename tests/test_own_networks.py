@@ -22,7 +22,7 @@ FLAGS = {
     "generalization_bounds": ["--n-values", "3"],
     "gradient_alignment": ["--n-examples", "60", "--n-batches", "6", "--n-kernel", "8", "--top", "3"],
     "imp": [],
-    "instability": ["--rewind-steps", "0", "4", "--n-alphas", "3"],
+    "instability": ["--rewind-steps", "0", "4", "--n-alphas", "3", "--curvature-examples", "20"],
     "mask_overlap": [],
     "mode_connectivity": ["--n-alphas", "3", "--snapshot-steps", "4"],
     "ntk_spectrum": ["--n-spectrum", "8", "--n-regression", "16"],
