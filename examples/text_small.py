@@ -10,8 +10,8 @@ import ticketlab as tl
 
 
 def topics() -> tl.Task:
-    """Passages of 128 bytes and the package that each is from: 8,000 for training, 800 for validation, 1,600 tests."""
-    return tl.load_task("stdlib_topics").limit(train=8000)
+    """Passages of 128 bytes and the package that each is from: 4,000 for training, 800 for validation, 1,600 tests."""
+    return tl.load_task("stdlib_topics").limit(train=4000)
 
 
 def next_bytes() -> tl.Task:
