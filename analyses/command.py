@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import ticketlab as tl
 from analyses import presets
 from analyses.presets import DIGITS
-from figures.style import save
+from figures.style import drawn, save
 from ticketlab.engine.presets import PRESETS
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
@@ -107,9 +107,11 @@ def _write_all(folder: Path, name: str, config: Places, tables: Tables, draw: Ca
         described["study"] = asdict(tl.load_run(config.run).config)
     with _to(folder):
         paths = write(folder, tables, described)
-    figure = draw(tables)
+    pictures = {suffix: make(tables) for suffix, make in drawn(draw).items()}
     with _to(folder):
-        return paths + save(figure, folder / name)
+        for suffix, figure in pictures.items():
+            paths = paths + save(figure, folder / f"{name}{suffix}")
+    return paths
 
 
 @contextmanager

@@ -1,58 +1,26 @@
 """Draw every committed study: ``python -m figures``.
 
 A study is a folder ``figures/data/FIGURE-NAME`` of CSV tables, as an analysis wrote them; its picture goes to
-``figures/paper/FIGURE-NAME.{pdf,png}``.
+``figures/paper/FIGURE-NAME.png``, and what its main figure leaves out to ``FIGURE-NAME-supplement.png``.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 import tyro
-from matplotlib.figure import Figure
 
-from figures import (
-    dynamic_sparsity,
-    generalization_bounds,
-    gradient_alignment,
-    imp,
-    instability,
-    mask_overlap,
-    mode_connectivity,
-    ntk_spectrum,
-    pruning_criteria,
-    sign_and_value,
-    signal_propagation,
-    supermasks,
-    transfer,
-    transformer_tickets,
-    width_sweep,
-)
-from figures.style import save
+import figures
+from figures.style import drawn, save
 
 HERE = Path(__file__).parent
-DRAW: dict[str, Callable[[Mapping[str, pd.DataFrame]], Figure]] = {
-    "dynamic_sparsity": dynamic_sparsity.draw,
-    "generalization_bounds": generalization_bounds.draw,
-    "gradient_alignment": gradient_alignment.draw,
-    "imp": imp.draw,
-    "instability": instability.draw,
-    "mask_overlap": mask_overlap.draw,
-    "mode_connectivity": mode_connectivity.draw,
-    "ntk_spectrum": ntk_spectrum.draw,
-    "pruning_criteria": pruning_criteria.draw,
-    "sign_and_value": sign_and_value.draw,
-    "signal_propagation": signal_propagation.draw,
-    "supermasks": supermasks.draw,
-    "transfer": transfer.draw,
-    "transformer_tickets": transformer_tickets.draw,
-    "width_sweep": width_sweep.draw,
-}
+NAMES = sorted({module.name for module in pkgutil.iter_modules(figures.__path__)} - {"style", "__main__"})
 
 
 @dataclass(frozen=True)
@@ -63,6 +31,10 @@ class Config:
     """Folder of studies."""
     out: Path = HERE / "paper"
     """Folder for pictures."""
+    pdf: bool = False
+    """PDFs beside the PNGs."""
+    titles: bool = True
+    """Titles over figures, where no caption stands in for them."""
 
 
 def draw_all(config: Config) -> list[Path]:
@@ -77,10 +49,13 @@ def draw_all(config: Config) -> list[Path]:
     written: list[Path] = []
     for study in studies:
         figure = study.name.partition("-")[0]
-        if figure not in DRAW:
-            raise ValueError(f"{study} must begin with the name of a figure: known are {', '.join(DRAW)}.")
+        if figure not in NAMES:
+            raise ValueError(f"{study} must begin with the name of a figure: known are {', '.join(NAMES)}.")
         tables = {path.stem: pd.read_csv(path) for path in sorted(study.glob("*.csv"))}
-        written += save(DRAW[figure](tables), config.out / study.name)
+        module = import_module(f"figures.{figure}")
+        for suffix, draw in drawn(module.draw).items():
+            stem = config.out / f"{study.name}{suffix}"
+            written += save(draw(tables), stem, pdf=config.pdf, titles=config.titles)
     return written
 
 

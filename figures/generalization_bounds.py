@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 
 from figures.style import (
     TWO_COLUMNS,
+    below,
     density_axis,
     label_of,
+    letter,
     look_of,
     mean_and_replicas,
     name_task,
@@ -25,10 +27,11 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Four panels: certificates of coded networks and their terms, of masks on untrained weights, and the formula."""
     table = tables["bounds"]
     with paper():
-        figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.0))
+        figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.6))
         _certificates(axes[0, 0], table, "quantised", "trained, weights rounded to few values: certificate")
         if axes[0, 0].lines:
-            axes[0, 0].legend(loc="center left")
+            below(figure, axes[0, 0])
+        letter(axes.flat)
         _terms(axes[0, 1], table)
         _certificates(axes[1, 0], table, "untrained", "masks on untrained weights: certificate")
         _formula(axes[1, 1], table)
@@ -82,14 +85,13 @@ def _formula(axes: Axes, table: pd.DataFrame) -> None:
         mean_and_replicas(axes, rows["level_density"], 100 * rows["value"], label=label, **look)
     _finish(axes, table, "tickets: formula and certificates")
     axes.set_yscale("log")
-    axes.set_ylim(2, 2e4)  # room for the legend above the curves
     axes.set_ylabel("bound on the test error (%)")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=6)
 
 
 def _finish(axes: Axes, table: pd.DataFrame, title: str) -> None:
     chance = 100 * (1 - 1 / table["n_classes"].iloc[0])
     axes.axhline(chance, color="0.6", linewidth=0.8, zorder=0)
     density_axis(axes, table["level_density"].to_numpy())
-    axes.annotate("chance", (0.005, chance), xycoords=("axes fraction", "data"), ha="left", va="top", fontsize=6)
+    axes.annotate("chance", (1.01, chance), xycoords=("axes fraction", "data"), ha="left", va="center", fontsize=6)
     axes.set_title(title, fontsize=7)

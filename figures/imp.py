@@ -10,7 +10,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import TWO_COLUMNS, density_axis, label_of, look_of, mean_and_replicas, name_task, paper, treatments
+from figures.style import (
+    ABOVE,
+    TWO_COLUMNS,
+    density_axis,
+    label_of,
+    letter,
+    log_axis,
+    look_of,
+    mean_and_replicas,
+    name_task,
+    paper,
+    treatments,
+)
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -21,14 +33,18 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """
     table = tables["levels"]
     with paper():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 2.7))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 3.1))
         _panel(left, table, "test_error", 100, "test error at the end (%)")
         _panel(right, table, "early_stop_step", 1, "step of least validation loss")
-        left.set_ylim(bottom=0)
-        right.set_ylim(bottom=0)
+        log_axis(left)
         n = table["init_seed"].nunique()
-        left.legend(title=f"mean of n = {n}, dots: replicas", title_fontsize=7)
+        left.legend(title=f"mean of n = {n}, dots: replicas", title_fontsize=7, ncols=2, **ABOVE)
         steps = int((table["first_step"] + table["steps"]).max())
+        right.axhline(steps, color="0.3", lw=0.8)
+        right.annotate("last step of training", (1, steps), (0, 2), right.get_yaxis_transform(),
+                       textcoords="offset points", ha="right", fontsize=6)  # fmt: skip
+        right.set_ylim(0, 1.05 * steps)
+        letter((left, right))
         figure.suptitle(f"{name_task(table)}: {steps} steps, rewound to step {table['first_step'].max()}", fontsize=8)
     return figure
 

@@ -10,7 +10,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import TWO_COLUMNS, against_density, density_axis, label_of, look_of, name_task, paper, treatments
+from figures.style import (
+    ABOVE,
+    DENSE,
+    TWO_COLUMNS,
+    against_density,
+    below,
+    density_axis,
+    label_of,
+    letter,
+    look_of,
+    name_task,
+    paper,
+    treatments,
+)
 
 PANELS = {
     "effective_rank": "effective rank",
@@ -21,26 +34,44 @@ PANELS = {
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Six panels: spectra at the sparsest level, four measures against density, kernel regression beside training."""
+    """Four panels: spectra at the sparsest level, rank and alignment, and kernel regression beside training."""
     kernels, spectra = tables["kernels"], tables["spectra"]
     with paper():
-        figure, axes = plt.subplots(2, 3, figsize=(TWO_COLUMNS, 4.3))
+        figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.0))
         _spectra(axes[0, 0], spectra)
-        for place, (column, label) in zip(axes.flat[1:5], PANELS.items(), strict=True):
-            against_density(place, kernels, column, label)
-        _errors(axes[1, 2], kernels)
-        axes[0, 2].legend(loc="upper left")
-        n, k = kernels["init_seed"].nunique(), kernels["rewind_step"].iloc[0]
-        about = f"{kernels['n_spectrum'].iloc[0]} training examples, all outputs, at step {k}"
-        figure.suptitle(f"Restricted NTK, {name_task(kernels)}: n = {n} replicas, {about}", fontsize=8)
+        for place, column in ((axes[0, 1], "effective_rank"), (axes[1, 0], "target_alignment")):
+            against_density(place, kernels, column, PANELS[column])
+        _errors(axes[1, 1], kernels)
+        below(figure, axes[0, 1])
+        letter(axes.flat)
+        figure.suptitle(_title(kernels), fontsize=8)
     return figure
+
+
+def supplement(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Distance to the dense kernel, in eigenvalues and in eigenvectors."""
+    kernels = tables["kernels"]
+    with paper():
+        figure, axes = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 2.8))
+        for place, column in zip(axes, ("log_spectral_distance", "subspace_overlap"), strict=True):
+            against_density(place, kernels, column, PANELS[column])
+        below(figure, axes[0])
+        letter(axes)
+        figure.suptitle(_title(kernels), fontsize=8)
+    return figure
+
+
+def _title(kernels: pd.DataFrame) -> str:
+    n, k = kernels["init_seed"].nunique(), kernels["rewind_step"].iloc[0]
+    about = f"{kernels['n_spectrum'].iloc[0]} training examples, all outputs, at step {k}"
+    return f"Restricted NTK, {name_task(kernels)}: n = {n} replicas, {about}"
 
 
 def _spectra(axes: Axes, spectra: pd.DataFrame) -> None:
     """Trace-normalised eigenvalues, geometric means over replicas."""
     spectra = spectra[spectra["eigenvalue"] > 0]
     dense, last = spectra[spectra["level"] == 0], spectra[spectra["level"] == spectra["level"].max()]
-    shown = [("dense", dense, {"color": "0.45", "linestyle": "-", "linewidth": 2.2})]
+    shown = [("dense", dense, DENSE)]
     for treatment in treatments(last):
         look = {k: v for k, v in look_of(treatment).items() if k != "marker"}
         shown.append((label_of(treatment), last[last["treatment"] == treatment], look))
@@ -51,6 +82,7 @@ def _spectra(axes: Axes, spectra: pd.DataFrame) -> None:
     axes.set_xlabel("rank")
     axes.set_ylabel("eigenvalue / trace")
     axes.set_ylim(bottom=max(1e-12, axes.get_ylim()[0]))  # below is the rounding of float64
+    axes.legend(handles=axes.lines[:1], loc="lower left")
     axes.set_title(f"at {100 * last['level_density'].iloc[0]:.2g} % of the weights")
 
 
@@ -66,4 +98,6 @@ def _errors(axes: Axes, kernels: pd.DataFrame) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("test error (%)")
     n = kernels["n_regression"].iloc[0]
-    axes.set_title(f"open: regression with $\\Theta_m$, {n} examples;\nfilled: trained network", fontsize=7)
+    for face, label in (("0.3", "trained network"), ("white", f"regression with $\\Theta_m$, {n} examples")):
+        axes.plot([], [], "o", color="0.3", markerfacecolor=face, label=label)
+    axes.legend(ncols=2, columnspacing=0.8, handletextpad=0, **ABOVE)

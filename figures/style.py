@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+Draw = Callable[[Mapping[str, pd.DataFrame]], Figure]
 TWO_COLUMNS = 7.0  # inches
 
 # Okabe & Ito's colours, safe for colour-blind readers; markers and dashes tell them apart in grey.
@@ -68,6 +71,22 @@ TASKS = {
     "stdlib_lm": "next bytes of the standard library",
     "stdlib_topics": "packages of the standard library",
 }
+FAMILIES = {
+    "lenet": "LeNet",
+    "mlp": "MLP",
+    "conv": "Conv",
+    "resnet": "ResNet",
+    "vgg": "VGG",
+    "vit": "ViT",
+    "bert": "BERT",
+    "gpt2": "GPT-2",
+    "llama": "Llama",
+}
+SIZES = {"w": "width", "d": "depth", "h": "heads", "p": "patch"}
+DENSE = {"color": "0.45", "linestyle": "-", "linewidth": 2.2}
+"""Look of dense networks where they are a line among treatments."""
+ABOVE: dict[str, Any] = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "borderaxespad": 0.2}
+"""Place of a legend over its axes, where it hides nothing."""
 
 
 @contextmanager
@@ -77,21 +96,72 @@ def paper() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write STEM.pdf and STEM.png without dates or versions, so that equal figures are equal files."""
+def save(figure: Figure, stem: Path, *, pdf: bool = True, titles: bool = True) -> list[Path]:
+    """Write STEM.pdf and STEM.png without dates or versions, so that equal figures are equal files.
+
+    Args:
+        figure: A figure, closed afterwards.
+        stem: Path without suffix.
+        pdf: Whether to write a PDF beside the PNG.
+        titles: Whether to keep the figure's own title; panels keep theirs, which are needed to read them.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(".pdf"), stem.with_suffix(".png")]
+    paths = [Path(f"{stem}.pdf")] * pdf + [Path(f"{stem}.png")]
+    if not titles:
+        figure.suptitle("")
     with paper():
-        figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
-        figure.savefig(paths[1], metadata={"Software": None})
+        if pdf:
+            figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
+        figure.savefig(paths[-1], metadata={"Software": None})
     plt.close(figure)
     return paths
 
 
+def drawn(draw: Draw) -> dict[str, Draw]:
+    """A figure's main picture, and its supplement where its module has one, by what the files' names end in."""
+    supplement = getattr(sys.modules[draw.__module__], "supplement", None)
+    return {"": draw} | ({"-supplement": supplement} if supplement else {})
+
+
 def name_task(table: pd.DataFrame) -> str:
-    """Such as "MNIST, lenet_300_100", from the columns ``task`` and ``model``."""
+    """Such as "LeNet-300-100 on MNIST", from the columns ``task`` and ``model``."""
     task, model = table["task"].iloc[0], table["model"].iloc[0]
-    return f"{TASKS.get(task, task)}, {model}"
+    return f"{name_model(model)} on {TASKS.get(task, task)}"
+
+
+def name_model(model: str) -> str:
+    """Such as "ResNet-14 (width 8)" of ``resnet_14_w8``; a name of one's own stays as it is."""
+    family, *parts = model.split("_")
+    if family not in FAMILIES:
+        return model.replace("_", " ") if ":" not in model else model
+    sizes = [f"{SIZES[part[0]]} {part[1:]}" for part in parts if part[0] in SIZES and part[1:].isdigit()]
+    name = "-".join([FAMILIES[family], *(part for part in parts if part.isdigit())])
+    words = [part for part in parts if part in ("mini", "tiny", "base", "padded", "bn")]
+    return " ".join([name, *words]) + (f" ({', '.join(sizes)})" if sizes else "")
+
+
+def letter(axes: Iterable[Axes]) -> None:
+    """Name panels a, b, c in reading order."""
+    for name, place in zip("abcdefghi", axes, strict=False):
+        place.annotate(name, (0, 1), (-22, 5), "axes fraction", textcoords="offset points", weight="bold",
+                       annotation_clip=False).set_in_layout(False)  # fmt: skip
+
+
+def below(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels, under them: that of the axes given."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
+
+
+def log_axis(axes: Axes) -> None:
+    """Log scale upwards with at least two labels, also where it spans less than a decade."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    subs = (1,) if high > 100 * low else (1, 2, 5) if high > 4 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    if low >= 1e-3 and high <= 1e4:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def density_axis(axes: Axes, densities: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from figures.style import TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import TASKS, TWO_COLUMNS, density_axis, letter, log_axis, mean_and_replicas, name_task, paper
 
 CRITERIA: dict[str, dict[str, object]] = {
     "large_final_same_sign": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -31,6 +31,7 @@ VALUES: dict[str, dict[str, object]] = {
 }
 OTHER: dict[str, object] = {"color": "#E69F00", "marker": "*", "linestyle": (0, (3, 2))}
 NAMES = {"imp": "IMP tickets", "init": "initial values"}
+CLASSES = {**dict.fromkeys(TASKS, 10), "cifar100": 100}
 EVALUATIONS = {"deterministic": "o", "sampled": "s", "expected": "^"}
 
 
@@ -44,16 +45,29 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         figure, axes = plt.subplots(1, 2 + (learned is not None), figsize=(TWO_COLUMNS, 3.7))
         for place in axes[:2]:
             density_axis(place, untrained["density"].to_numpy())
-            place.set_ylim(0, 100)
+        for place in axes:
+            _scale(place, untrained["task"].iloc[0])
         _criteria(axes[0], untrained[untrained["values"] == "signed_constant"])
         _values(axes[1], untrained)
         if learned is not None:
             _learned(axes[2], learned)
         axes[0].set_ylabel("test error (%)")
+        letter(axes)
         n = f"n = {untrained['init_seed'].nunique()} initialisations"
         n += f" ({learned['init_seed'].nunique()} learned)" if learned is not None else ""
         figure.suptitle(f"Supermasks, weights never trained, {name_task(untrained)}: {n}", fontsize=8)
     return figure
+
+
+def _scale(axes: Axes, task: str) -> None:
+    """One scale for all panels, with the error of a guess where the task's classes are known to be alike."""
+    axes.set_ylim(1, 120)
+    log_axis(axes)
+    if task in CLASSES:
+        chance = 100 * (1 - 1 / CLASSES[task])
+        axes.axhline(chance, color="0.3", linewidth=0.8, zorder=0)
+        axes.annotate("chance", (1, chance), (0, 3), axes.get_yaxis_transform(), textcoords="offset points",
+                      ha="right", fontsize=6)  # fmt: skip
 
 
 def _criteria(axes: Axes, constants: pd.DataFrame) -> None:
@@ -101,9 +115,6 @@ def _learned(axes: Axes, learned: pd.DataFrame) -> None:
         for name, marker in EVALUATIONS.items()
     ]
     density_axis(axes, np.append(learned["density"].to_numpy(), 0.1))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
     _legend(axes, handles)
     axes.set_title("learned")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from figures.style import TASKS, TWO_COLUMNS, look_of, mean_and_replicas, paper
+from figures.style import TASKS, TWO_COLUMNS, below, letter, log_axis, look_of, mean_and_replicas, paper
 
 PANELS = {
     "lambda_min": r"$\lambda_{\min}$ of the kernel at $\theta_0$",
@@ -22,7 +22,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Three log-log panels from ``widths`` and ``slopes``; the dotted line has the slope of the theory, -1/2."""
     widths, slopes = tables["widths"], tables["slopes"].set_index("measure")
     with paper():
-        figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.5))
+        figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.7))
         for place, (column, label) in zip(axes, PANELS.items(), strict=True):
             mean_and_replicas(place, widths["width"], widths[column], label="mean; dots: networks", **look_of("ticket"))
             fit = slopes.loc[column]
@@ -34,12 +34,13 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             reach = fit["high"] - fit["slope"]
             place.set_title(f"slope {fit['slope']:.3f}" + (f" ± {reach:.3f} (95 %)" if np.isfinite(reach) else ""))
             place.set_xscale("log", base=2)
-            place.set_yscale("log")
+            log_axis(place)
             place.set_xlabel("width")
             place.set_ylabel(label)
-        axes[1].legend()
+        below(figure, axes[1])
+        letter(axes)
         task, depth, n_examples, steps = (widths[c].iloc[0] for c in ("task", "depth", "n_examples", "steps"))
         layers = f"{depth} hidden layer{'' if depth == 1 else 's'}"
         about = f"{TASKS.get(task, task)}, {layers}, {n_examples} examples, {steps} steps"
-        figure.suptitle(f"NTK scaling, {about}, n = {widths['seed'].nunique()} a width", fontsize=8)
+        figure.suptitle(f"NTK scaling, {about}, n = {widths['seed'].nunique()} per width", fontsize=8)
     return figure

@@ -91,7 +91,7 @@ def test_ntk_figures_say_what_they_show():
     found = texts(ntk_spectrum.draw(ntk_tables()))
     assert "n = 2" in found and "20 training examples" in found and "regression with $\\Theta_m$, 50 examples" in found
     found = texts(width_sweep.draw(width_tables()))
-    assert "slope -0.500 ± 0.100 (95 %)" in found and "8 examples" in found and "n = 2 a width" in found
+    assert "slope -0.500 ± 0.100 (95 %)" in found and "8 examples" in found and "n = 2 per width" in found
 
 
 def texts(figure) -> str:
@@ -100,6 +100,7 @@ def texts(figure) -> str:
         found += [axes.get_xlabel(), axes.get_ylabel(), axes.get_title()]
         legend = axes.get_legend()
         found += [t.get_text() for t in (*legend.get_texts(), legend.get_title())] if legend else []
+    found += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
     return " | ".join(found)
 
 
