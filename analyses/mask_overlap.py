@@ -33,6 +33,7 @@ from ticketlab import overlap, permutation
 from ticketlab.errors import Refused
 from ticketlab.state import Masks, select
 
+QUANTILES = (0, 0.25, 0.5, 0.75, 1)  # of the live fan-in and fan-out of a group
 GIVEN: tuple[Literal["layer", "input"], ...] = ("layer", "input")  # what the nulls of the aligned overlap keep
 
 
@@ -74,7 +75,7 @@ def run(config: Config) -> Tables:
         "survival": _survival(tickets),
         "pixels": _pixels(tickets, task.input_shape),
     }
-    long = ("units", "pixels")  # thousands of rows, without the names that all tables would repeat
+    long = ("pixels",)  # thousands of rows, without the names that all tables would repeat
     return {n: table if n in long else table.assign(**about) for n, table in tables.items() if len(table)}
 
 
@@ -118,7 +119,16 @@ def _aligned(tickets: Tickets, groups: permutation.Groups, config: Config) -> pd
 
 
 def _units(tickets: Tickets, groups: permutation.Groups) -> pd.DataFrame:
-    return _named(tickets, {level: overlap.units(groups, masks) for level, masks in tickets.masks.items()})
+    """Per group of hidden units their number, how many are dead, and quantiles of their live fan-in and fan-out."""
+    tables = {level: overlap.units(groups, masks) for level, masks in tickets.masks.items()}
+    return _named(tickets, {level: _of_groups(table) for level, table in tables.items()})
+
+
+def _of_groups(units: pd.DataFrame) -> pd.DataFrame:
+    group = units.groupby(["replica", "group"], sort=False)
+    counts = group["dead"].agg(units="size", dead="sum")
+    sides = {f"{side}_q{round(100 * q)}": group[side].quantile(q) for side in ("fan_in", "fan_out") for q in QUANTILES}
+    return counts.assign(**sides).reset_index()
 
 
 def _survival(tickets: Tickets) -> pd.DataFrame:

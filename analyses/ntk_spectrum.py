@@ -48,6 +48,8 @@ COMPARED = (
     *("target_alignment", "regression_error"),
 )
 """Measures whose differences between ticket and controls are tested."""
+N_RANKS = 60
+"""Ranks of a spectrum that are written, evenly spaced on a log axis: thousands of them say no more."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Data:
 
 
 def run(config: Config) -> Tables:
-    """``kernels``: one row per network. ``spectra``: one a network and rank. ``drift``: one a dense pair of steps.
+    """``kernels``: one row per network. ``spectra``: its eigenvalues at ranks that a log axis tells apart.
+
+    ``drift``: one row per dense pair of steps.
 
     ``contrasts``, where there are controls: one a level, measure and control.
     """
@@ -96,9 +100,8 @@ def run(config: Config) -> Tables:
             end = _kernel(model, network, network.end, data.spectrum.x)
             row |= _drift(kernel, end) | _regression_errors(model, network, data)
             rows.append(row)
-            values = spectrum.eigenvalues.cpu().numpy()
             names = {c: about[c] for c in ("level", "treatment", "init_seed", "level_density")}
-            spectra.append(pd.DataFrame({**names, "rank": np.arange(1, len(values) + 1), "eigenvalue": values}))
+            spectra.append(_ranked(spectrum).assign(**names))
             if level.level == 0:
                 drifts += _dense_drifts(model, network, study.recipe.steps, data)
     names = {"task": study.task, "model": study.model, "n_spectrum": len(first), "n_regression": len(cut.train)}
@@ -121,6 +124,15 @@ def contrasts(kernels: pd.DataFrame) -> pd.DataFrame:
             gap = wide.get("ticket", np.nan) - wide.get(control, pd.Series(dtype=float))
             rows.append({**about, "control": control, **interval(gap, "ticket_minus_control")})
     return with_holm(pd.DataFrame(rows))
+
+
+def _ranked(spectrum: ntk.Spectrum) -> pd.DataFrame:
+    """Eigenvalues and their shares of the trace, at the first ten ranks and at `N_RANKS` from the first to the last."""
+    values = spectrum.eigenvalues.cpu().numpy()
+    ranks = np.unique(np.geomspace(1, len(values), N_RANKS).round().astype(int))
+    ranks = np.union1d(ranks, np.arange(1, min(10, len(values)) + 1))
+    chosen = values[ranks - 1]
+    return pd.DataFrame({"rank": ranks, "eigenvalue": chosen, "share_of_trace": chosen / float(spectrum.trace)})
 
 
 def _kernel(model: nn.Module, network: tl.Level, at: tl.State, x: Tensor) -> Tensor:

@@ -141,8 +141,7 @@ def _units(axes: Axes, units: pd.DataFrame) -> None:
     """Dead hidden units of each group, in percent of its units."""
     for group, look in zip(_layers(units, "group"), SHADES, strict=False):
         own = units[units["group"] == group]
-        share = 100 * own.groupby(["density", "init_seed"])["dead"].mean().reset_index()
-        mean_and_replicas(axes, share["density"] / 100, share["dead"], label=layer_label(group), **look)
+        mean_and_replicas(axes, own["density"], 100 * own["dead"] / own["units"], label=layer_label(group), **look)
     density_axis(axes, units["density"].to_numpy())
     axes.set_ylim(-0.05, max(1.0, axes.get_ylim()[1]))  # none dead is drawn as none, not on a scale of noise
     axes.set_ylabel("dead hidden units (%)")

@@ -69,15 +69,14 @@ def _title(kernels: pd.DataFrame) -> str:
 
 def _spectra(axes: Axes, spectra: pd.DataFrame) -> None:
     """Trace-normalised eigenvalues, geometric means over replicas."""
-    spectra = spectra[spectra["eigenvalue"] > 0]
+    spectra = spectra[spectra["share_of_trace"] > 0]
     dense, last = spectra[spectra["level"] == 0], spectra[spectra["level"] == spectra["level"].max()]
     shown = [("dense", dense, DENSE)]
     for treatment in treatments(last):
         look = {k: v for k, v in look_of(treatment).items() if k != "marker"}
         shown.append((label_of(treatment), last[last["treatment"] == treatment], look))
     for label, rows, look in shown:
-        share = rows["eigenvalue"] / rows.groupby("init_seed")["eigenvalue"].transform("sum")
-        curve = np.exp(np.log(share).groupby(rows["rank"]).mean())
+        curve = np.exp(np.log(rows["share_of_trace"]).groupby(rows["rank"]).mean())
         axes.loglog(curve.index, curve, label=label, **look)
     axes.set_xlabel("rank")
     axes.set_ylabel("eigenvalue / trace")

@@ -19,7 +19,7 @@ from analyses import command as command_module
 from analyses import imp, mode_connectivity, ntk_spectrum, signal_propagation, transfer, width_sweep
 from analyses.__main__ import listed
 from analyses.command import DIGITS, main, open_run, result_folder
-from figures.__main__ import DRAW
+from figures.__main__ import NAMES
 from ticketlab.errors import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -111,10 +111,11 @@ def test_ntk_spectrum_measures_every_network_against_its_dense_kernel(tmp_path, 
     np.testing.assert_allclose(dense["alignment_with_dense"], 1, atol=1e-12)
     np.testing.assert_allclose(dense["log_spectral_distance"], 0, atol=1e-9)
     assert (kernels[kernels["level"] == 2]["alignment_with_dense"] < 1).all()
-    assert len(spectra) == 6 * 60
-    sums = spectra.groupby(["level", "treatment", "init_seed"])["eigenvalue"].sum().to_numpy()
-    traces = kernels.groupby(["level", "treatment", "init_seed"])["trace"].sum().to_numpy()
-    np.testing.assert_allclose(sums, traces, rtol=1e-6)
+    ranks = spectra.groupby(["level", "treatment", "init_seed"])["rank"].agg(["min", "max"])
+    assert len(ranks) == 6 and (ranks["min"] == 1).all() and (ranks["max"] == 60).all()
+    names = ["level", "treatment", "init_seed"]
+    traces = spectra[names].merge(kernels[[*names, "trace"]], on=names)["trace"]
+    np.testing.assert_allclose(spectra["eigenvalue"], spectra["share_of_trace"] * traces, rtol=1e-6, atol=1e-9)
     drift = pd.read_csv(out / "drift.csv")
     last = drift[(drift["from_step"] == 0) & (drift["to_step"] == drift["to_step"].max())]
     np.testing.assert_allclose(last["relative_change"], dense["relative_change"], rtol=1e-6)  # theta_0 to theta_T
@@ -247,7 +248,7 @@ def test_flags_that_a_run_would_not_heed_are_refused(tmp_path):
 
 def test_the_analyses_are_listed():
     found = listed()
-    assert set(found) == set(DRAW) and all(found.values())
+    assert set(found) == set(NAMES) and all(found.values())
 
 
 def test_the_defaults_are_the_digits():

@@ -70,7 +70,7 @@ def ntk_tables() -> dict[str, pd.DataFrame]:
             }
             measures = dict.fromkeys([*ntk_spectrum.PANELS, "regression_error", "test_error"], 0.5)
             kernels.append({**base, **measures, **about})
-            spectra += [{**base, "rank": i, "eigenvalue": 2.0**-i, **about} for i in range(1, 9)]
+            spectra += [{**base, "rank": i, "share_of_trace": 2.0**-i, **about} for i in range(1, 9)]
     return {"kernels": pd.DataFrame(kernels), "spectra": pd.DataFrame(spectra)}
 
 

@@ -36,9 +36,13 @@ def test_mask_overlap_holds_tickets_against_chance(tmp_path):
     np.testing.assert_allclose(pairs["p_holm_given_input"], holm(pairs["p_value_given_input"]))
     whole = aligned[aligned["layer"] == "all"]
     assert (whole["intersection"] > whole["intersection_before"]).all()
-    assert len(tables["units"]) == 2 * 2 * 150 and len(tables["pixels"]) == 2 * 2 * 64
+    assert tables["units"].groupby("group")["units"].unique().map(list).to_dict() == {"fc1": [100], "fc2": [50]}
+    assert len(tables["units"]) == 2 * 2 * 2 and len(tables["pixels"]) == 2 * 2 * 64
     levels = list(tl.imp(study, store=tmp_path))
     kept = levels[2].masks["fc1.weight"][0].sum()
+    inward = levels[2].masks["fc1.weight"][0].sum(1).double()
+    row = tables["units"].query("level == 2 and init_seed == 0 and group == 'fc1'").iloc[0]
+    assert row["fan_in_q0"] == inward.min() and row["fan_in_q50"] == inward.quantile(0.5)
     assert tables["pixels"].query("level == 2 and init_seed == 0")["live"].sum() == int(kept)
     survivors = tables["survival"].query("level_a == 1 and level_b == 2 and layer == 'all'")["survival"]
     np.testing.assert_allclose(survivors, 0.8, atol=1e-3)
@@ -132,7 +136,7 @@ def overlap_tables():
         )
     ]
     base = [{"level": level, "density": 0.8**level, "init_seed": s} for level, s in places]
-    units = [{**one, "group": "fc1", "unit": u, "dead": u == 0} for one in base for u in range(4)]
+    units = [{**one, "group": "fc1", "units": 4, "dead": 1} for one in base]
     pixels = [{**one, "row": i // 4, "column": i % 4, "live": i, "units": 20} for one in base for i in range(16)]
     survival = [
         {
