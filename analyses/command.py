@@ -22,7 +22,9 @@ from torch import Tensor, nn
 import ticketlab as tl
 from analyses import presets
 from analyses.presets import DIGITS
+from analyses.usage import usage
 from figures.style import drawn, save
+from ticketlab.console import as_text, guarded
 from ticketlab.engine.presets import PRESETS
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
@@ -75,29 +77,38 @@ def main(
     """Parse flags, run, write ``OUT/NAME/RUN/{*.csv,config.json,NAME.pdf,NAME.png}``, print a short table and paths.
 
     Returns:
-        Exit code: 0, or 2 with one line on stderr where the input was at fault; a bug keeps its traceback.
+        Exit code: 0, or that of ``console.guarded``; a bug keeps its traceback.
     """
-    try:
-        flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-        default, rest = presets.taken_off(config_type, sys.argv[1:] if argv is None else argv)
-        about = f"{config_type.__doc__}\n\n--preset NAME [--small] begins with a paper's study: {', '.join(PRESETS)}."
-        config = tyro.cli(
-            config_type,
-            prog=f"python -m analyses.{name}",
-            description=about,
-            args=rest,
-            default=default,
-            config=flags,
-        )
+
+    def answer() -> int:
+        config = _parsed(name, config_type, sys.argv[1:] if argv is None else argv)
+        if config is None:
+            return 0
         folder = result_folder(name, config)
         tables = run(config)
         paths = _write_all(folder, name, config, tables, draw)
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(summary(tables).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    print("\n".join(["", *map(str, paths)]))
-    return 0
+        print(as_text(summary(tables)))
+        print("\n".join(["", *map(str, paths)]))
+        return 0
+
+    return guarded(answer)
+
+
+def _parsed(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
+    """The config that the flags describe; None where they ask for the short help, which is printed."""
+    default, rest = presets.taken_off(config_type, argv)
+    if {"-h", "--help"} & {*rest}:
+        print(usage(name, default))
+        return None
+    about = f"{config_type.__doc__}\n\n--preset NAME [--small] begins with a paper's study: {', '.join(PRESETS)}."
+    return tyro.cli(
+        config_type,
+        prog=f"python -m analyses.{name}",
+        description=about,
+        args=["--help" if flag == "--help-all" else flag for flag in rest],
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
 
 
 def _write_all(folder: Path, name: str, config: Places, tables: Tables, draw: Callable[[Tables], Figure]) -> list[Path]:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import pkgutil
 import sys
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 import tyro
 
-import figures
 from figures.style import drawn, save
 
 HERE = Path(__file__).parent
-NAMES = sorted({module.name for module in pkgutil.iter_modules(figures.__path__)} - {"style", "__main__"})
+NAMES = sorted({path.stem for path in HERE.glob("*.py")} - {"style", "__main__", "__init__"})
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ def draw_all(config: Config) -> list[Path]:
         if figure not in NAMES:
             raise ValueError(f"{study} must begin with the name of a figure: known are {', '.join(NAMES)}.")
         tables = {path.stem: pd.read_csv(path) for path in sorted(study.glob("*.csv"))}
-        module = import_module(f"figures.{figure}")
-        for suffix, draw in drawn(module.draw).items():
+        for suffix, draw in drawn(pkgutil.resolve_name(f"{__package__}.{figure}:draw")).items():
             stem = config.out / f"{study.name}{suffix}"
             written += save(draw(tables), stem, pdf=config.pdf, titles=config.titles)
     return written

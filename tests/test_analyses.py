@@ -17,9 +17,9 @@ from scipy import stats
 import ticketlab as tl
 from analyses import command as command_module
 from analyses import imp, mode_connectivity, ntk_spectrum, signal_propagation, transfer, width_sweep
-from analyses.__main__ import listed
 from analyses.command import DIGITS, main, open_run, result_folder
 from figures.__main__ import NAMES
+from ticketlab.console import questions
 from ticketlab.errors import Refused
 
 ROOT = Path(__file__).parent.parent
@@ -246,8 +246,8 @@ def test_flags_that_a_run_would_not_heed_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_analyses_are_listed():
-    found = listed()
+def test_the_analyses_are_questions():
+    found = questions()
     assert set(found) == set(NAMES) and all(found.values())
 
 

@@ -40,6 +40,8 @@ FLOORS = {
         f"ticketlab.{room}": 2
         for room in ("ntk", "connectivity", "signal", "gradients", "curvature", "bounds", "overlap", "attention")
     },
+    "ticketlab.console": 4,
+    "ticketlab.__main__": 4,
     "figures": 3,
     "analyses": 4,
     "examples": 4,

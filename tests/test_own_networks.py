@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ticketlab as tl
-from analyses.__main__ import listed
 from analyses.command import main
+from ticketlab.console import questions
 from ticketlab.errors import Refused
 
 pytest.importorskip("transformers", reason="the models extra is not installed")
@@ -47,7 +47,7 @@ FLAGS = {
 
 def test_every_analysis_of_runs_is_here():
     others = {"width_sweep", "transformer_tickets"}  # one has networks of its own, one is of networks with attention
-    assert set(FLAGS) == set(listed()) - others
+    assert set(FLAGS) == set(questions()) - others
 
 
 @pytest.fixture(scope="module")

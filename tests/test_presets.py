@@ -10,9 +10,9 @@ import torch
 
 import ticketlab as tl
 from analyses import imp, presets, transfer, width_sweep
-from analyses.__main__ import listed
 from analyses.command import main
 from ticketlab import models
+from ticketlab.console import questions
 from ticketlab.seeds import initialise
 
 PRESETS = tl.presets.PRESETS
@@ -164,4 +164,4 @@ def test_presets_list_themselves():
     lines = presets.described().splitlines()
     assert [line.split()[0] for line in lines] == list(PRESETS)
     assert lines[4].endswith("resnet_20 on cifar10: Frankle et al. (2020)")
-    assert "presets" not in listed()
+    assert "presets" not in questions()

@@ -30,7 +30,7 @@ from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.level import Level
 from ticketlab.engine.presets import preset
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.run import Run, load_run
+from ticketlab.engine.run import Run, load_run, runs, verify
 from ticketlab.engine.stacks import takes_stacks
 from ticketlab.engine.study import Estimate, Study, imp, model_and_task, run_folder
 from ticketlab.engine.training import Outcome, Start
@@ -85,11 +85,13 @@ __all__ = [
     "preset",
     "presets",
     "run_folder",
+    "runs",
     "signal",
     "state",
     "supermask",
     "task_from_text",
     "train",
+    "verify",
     "verify_shards",
     "write_shards",
 ]

@@ -1,0 +1,133 @@
+"""``ticketlab`` on a command line: what it lists, shows, compares and verifies, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import ticketlab as tl
+from ticketlab import console
+from ticketlab.errors import Refused
+
+RECIPE = tl.Recipe(steps=6, eval_every=3)
+TINY = tl.ImpConfig(levels=1, init_seeds=(0, 1), treatments=("ticket", "reinit"), recipe=RECIPE)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("console")
+    for seeds in ((0, 1), (0,)):
+        study = tl.ImpConfig(levels=1, init_seeds=seeds, treatments=("ticket", "reinit"), recipe=RECIPE)
+        list(tl.imp(study, store=folder, device="cpu", progress=False))
+    return folder
+
+
+def ran(*argv, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "ticketlab", *argv], capture_output=True, text=True, check=False, **more
+    )
+
+
+def test_without_arguments_it_lists_every_question(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert console.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*console.questions(), *console.STORED))
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_runs_of_a_store(store, capsys):
+    table = tl.runs(store)
+    assert table["levels"].tolist() == [2, 2] and sorted(table["seeds"]) == [1, 2]
+    assert table["megabytes"].gt(0.1).all()
+    assert console.main(["runs", str(store)]) == 0
+    assert all(name in capsys.readouterr().out for name in table["run"][:1])
+    with pytest.raises(Refused, match="must be a folder of run directories"):
+        tl.runs(store / "none")
+
+
+def test_a_run_is_shown_with_spread_and_n(store, capsys):
+    (folder,) = (path for path in store.iterdir() if tl.load_run(path).config.init_seeds == (0, 1))
+    run = tl.load_run(folder)
+    assert console.main(["show", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    rows = run.metrics.query("level == 1 and treatment == 'reinit'")["test_error"]
+    assert f"{100 * rows.mean():.2f} ± {100 * rows.std():.2f} (n = 2)" in printed
+    assert "steps 6" in printed and "momentum" not in printed  # flags that are not the defaults
+
+
+def test_two_runs_differ_in_their_seeds_alone(store, capsys):
+    assert console.main(["diff", *map(str, sorted(store.iterdir()))]) == 0
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert len(table) == 2 and "init_seeds" in table[1]
+
+
+def test_verify_names_the_damaged_level(store, tmp_path, capsys):
+    list(tl.imp(TINY, store=tmp_path, device="cpu", progress=False))
+    (folder,) = tmp_path.iterdir()
+    assert console.main(["verify", str(folder)]) == 0
+    assert capsys.readouterr().out == "level 0: whole\nlevel 1: whole\n"
+    curves = folder / "level_01" / "curves.csv"
+    curves.write_text(curves.read_text().replace("0", "1", 1))
+    assert console.main(["verify", str(folder)]) == 1
+    assert "level 1: " in (printed := capsys.readouterr().out) and "does not match its checksum" in printed
+    assert tl.verify(folder)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["imq"], "imp"),
+        (["show"], "show must have 1 folder: got 0"),
+        (["diff", "a"], "diff must have 2 folders: got 1"),
+        (["show", "nowhere"], "must be a run directory"),
+        (["imp", "--levels", "1", "--device", "cuda:7"], "device must be one that PyTorch has here"),
+    ],
+)
+def test_wrong_input_is_one_line_and_2(argv, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert console.main(argv) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_version_and_the_help_of_a_command():
+    assert ran("--version").stdout.strip() == tl.__version__
+    assert ran("show", "--help").stdout.startswith("ticketlab show RUN")
+
+
+def test_the_help_of_an_analysis_is_short_grouped_and_names_treatments(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert console.main(["ntk_spectrum", "--help"]) == 0
+    printed = capsys.readouterr().out
+    order = [printed.index(f"\n{group}:") for group in ("this analysis", "study", "recipe", "files")]
+    assert order == sorted(order) and "layerwise_shuffle" in printed and "synflow" in printed
+    assert max(map(len, printed.splitlines())) <= 100 and len(printed.splitlines()) < 80
+    assert "--nesterov" not in printed and "example:" in printed
+    assert console.main(["ntk_spectrum", "--help-all"]) == 0
+    assert "--nesterov" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_silent():
+    command = f"{sys.executable} -m ticketlab imp --help-all | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == "" and "imp" in done.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    flags = ["--steps", "200000", "--store", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
+    command = [sys.executable, "-m", "ticketlab", "imp", *flags]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "runs").glob("*/config.json")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
+    assert "Traceback" not in err and "the same command goes on from there" in err
+    assert out.startswith("run: ")
