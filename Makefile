@@ -5,7 +5,7 @@ PYTHON := python3
 endif
 BIN := .venv/bin
 
-.PHONY: demo test lint figures bench-peers clean
+.PHONY: demo test lint figures docs bench-peers clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -20,6 +20,10 @@ lint: .venv/ready
 
 figures: .venv/ready
 	$(BIN)/python -m figures
+
+# docs/tables.md, and the reference of every public function in build/docs.
+docs: .venv/ready
+	$(BIN)/python docs/build.py
 
 # What benchmarks.ntk runs beside ours: python -m benchmarks.ntk --peer-python .venv-peers/bin/python
 bench-peers: .venv-peers/ready
