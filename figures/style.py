@@ -79,6 +79,8 @@ FAMILIES = {
     "vgg": "VGG",
     "vit": "ViT",
     "bert": "BERT",
+    "encoder": "encoder",
+    "decoder": "decoder",
     "gpt2": "GPT-2",
     "llama": "Llama",
 }
@@ -136,13 +138,15 @@ def name_model(model: str) -> str:
         return model.replace("_", " ") if ":" not in model else model
     sizes = [f"{SIZES[part[0]]} {part[1:]}" for part in parts if part[0] in SIZES and part[1:].isdigit()]
     name = "-".join([FAMILIES[family], *(part for part in parts if part.isdigit())])
-    words = [part for part in parts if part in ("mini", "tiny", "base", "padded", "bn")]
+    words = [part for part in parts if part in ("padded", "bn") or (part in ("mini", "tiny", "base") and not sizes)]
     return " ".join([name, *words]) + (f" ({', '.join(sizes)})" if sizes else "")
 
 
 def letter(axes: Iterable[Axes]) -> None:
     """Name panels a, b, c in reading order."""
     for name, place in zip("abcdefghi", axes, strict=False):
+        if not place.get_title():
+            place.set_title(" ")  # room for the letter, or it would stand in the figure's title
         place.annotate(name, (0, 1), (-22, 5), "axes fraction", textcoords="offset points", weight="bold",
                        annotation_clip=False).set_in_layout(False)  # fmt: skip
 
