@@ -35,6 +35,8 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             _against_density(place, networks, end)
         _against_cost(axes[0, -1], networks, lengths)
         axes[0, 0].set_ylabel("test error (%)")
+        for place in axes[0]:
+            place.tick_params(labelleft=True)
         letter(axes[0])
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
