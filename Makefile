@@ -5,7 +5,7 @@ PYTHON := python3
 endif
 BIN := .venv/bin
 
-.PHONY: demo test lint figures bench-peers clean
+.PHONY: demo test lint figures docs bench-peers clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -21,6 +21,10 @@ lint: .venv/ready
 figures: .venv/ready
 	$(BIN)/python -m figures
 
+# docs/tables.md, the API pages in build/docs, and a check of all links.
+docs: .venv/ready
+	$(BIN)/python -m docs.make
+
 # What benchmarks.ntk runs beside ours: python -m benchmarks.ntk --peer-python .venv-peers/bin/python
 bench-peers: .venv-peers/ready
 
@@ -35,7 +39,7 @@ bench-peers: .venv-peers/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,models]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,models,docs]'
 	touch $@
 
 clean:
