@@ -21,9 +21,9 @@ lint: .venv/ready
 figures: .venv/ready
 	$(BIN)/python -m figures
 
-# docs/tables.md, the API pages in build/docs, and a check of all links.
+# docs/tables.md, the reference of every public function in build/docs, and a check of all links.
 docs: .venv/ready
-	$(BIN)/python -m docs.make
+	$(BIN)/python docs/build.py
 
 # What benchmarks.ntk runs beside ours: python -m benchmarks.ntk --peer-python .venv-peers/bin/python
 bench-peers: .venv-peers/ready

@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 import ticketlab as tl
-from docs import make
+from docs import build
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,27 +52,27 @@ def test_notebooks_run_from_top_to_bottom(path, tmp_path):
     assert outputs and not any(out.output_type == "error" for out in outputs)
 
 
-@pytest.mark.parametrize("path", make.pages(), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", build.pages(), ids=lambda p: p.name)
 def test_files_and_headings_that_a_page_links_to_exist(path):
-    assert make.broken_links(path) == []
+    assert build.broken_links([path]) == []
 
 
 def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A `title`, said\n[a](#a-title-said) [b](#none) [c](gone.md) [d](https://x.y#z) `[e](code)`\n")
-    assert make.broken_links(page) == ["page.md: #none", "page.md: gone.md"]
+    assert build.broken_links([page]) == ["page.md: #none", "page.md: gone.md"]
 
 
 def test_every_column_of_a_committed_table_is_described_and_the_page_says_so():
-    words = make.described()
-    found = make.tables(words)
-    assert make.problems(words, found) == []
-    assert make.PAGE.read_text() == make.page(words, found), "docs/tables.md is out of date: run make docs"
+    words = build.described()
+    found = build.tables(words)
+    assert build.problems(words, found) == []
+    assert (ROOT / "docs/tables.md").read_text() == build.page(words, found), "the page is out of date: run make docs"
 
 
 def test_columns_without_description_and_descriptions_without_column_are_named():
     words = {"shared": {"level": ["Level", "index"]}, "imp": {"levels": {"about": "Rows.", "gone": ["None", "none"]}}}
-    assert make.problems(words, {("imp", "levels"): ["new"]}) == [
+    assert build.problems(words, {("imp", "levels"): ["new"]}) == [
         "imp.levels.new has no description",
         "imp.levels.gone is no column",
         "shared.level is used by no table",
