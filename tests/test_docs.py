@@ -6,7 +6,9 @@ import inspect
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
@@ -41,6 +43,12 @@ def test_the_blocks_of_extending_run_in_one_namespace(tmp_path, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), flags=re.DOTALL):
         exec(compile(block, "extending.md", "exec"), names)
     assert names["pixels"].shape == (2, 3, 8, 8) and len(names["levels"]) == 2
+    assert 0.1 < names["table"]["confidence"].min() <= names["table"]["confidence"].max() <= 1  # of ten outputs
+    assert names["figure"].axes[0].lines
+    plt.close(names["figure"])
+    live = pd.read_csv("live.csv")  # a look at every tenth step
+    assert sorted(live.columns) == ["error", "loss_nats", "replica", "step"] and len(live) == 2 * 5
+    assert pd.read_csv("curves_1.csv")["step"].max() == 50
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
