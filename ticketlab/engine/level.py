@@ -53,10 +53,12 @@ class Level:
 
     @property
     def theta_start(self) -> Params:
+        """Parameters of ``start``."""
         return self.start.params
 
     @property
     def theta_end(self) -> Params:
+        """Parameters of ``end``."""
         return self.end.params
 
     def subset(self, **conditions: Any) -> Level:
