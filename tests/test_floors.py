@@ -41,6 +41,7 @@ FLOORS = {
         for room in ("ntk", "connectivity", "signal", "gradients", "curvature", "bounds", "overlap", "attention")
     },
     "ticketlab.console": 4,
+    "ticketlab.plot": 4,
     "ticketlab.__main__": 4,
     "figures": 3,
     "analyses": 4,
