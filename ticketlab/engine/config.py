@@ -44,8 +44,8 @@ class ImpConfig:
     """What a weight is kept for: magnitude, random, obd_gauss_newton, snip, movement, ... (engine.criteria).
 
     Scores are taken at the end of each level's training, in as many rounds a level as the criterion is defined with.
-    snip, grasp and synflow are thereby not the methods of their papers, which prune at initialisation: those are in
-    analyses.pruning_criteria.
+    snip, grasp and synflow are thereby not the methods of their papers, which prune at initialisation: those are in the
+    analysis pruning_criteria.
     """
     prunable: tuple[str, ...] = ()
     """Names of what to prune, with wildcards; empty: linear, convolution, recurrent and attention weights."""

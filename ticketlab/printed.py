@@ -1,0 +1,121 @@
+"""Tables for a terminal: mean ± standard deviation, shares in percent, and no row that wraps.
+
+Columns whose names end in ``%`` or ``_points`` are shares, shown times 100.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+SHARES = ("%", "_points")
+"""Ends of the names of columns that are shown in percent, or in percentage points."""
+
+
+def width() -> int:
+    """Columns of the terminal, 100 where the output is none; at least 60."""
+    return max(60, shutil.get_terminal_size((100, 24)).columns)
+
+
+def spread(values: pd.Series, name: str = "", n: int | None = None) -> str:
+    """Mean ± standard deviation of the values that are not NaN; no deviation of one, and nothing of none.
+
+    Args:
+        values: One per network.
+        name: Of the column, which decides on the unit.
+        n: How many there should be; where there are fewer, the text says how many there are.
+    """
+    share = name.endswith(SHARES)
+    known = (100 if share else 1) * values.dropna().astype(float)
+    forms = (".2f", ".2f") if share else (".4g", ".2g")
+    texts = [f"{value:{form}}" for value, form in zip((known.mean(), known.std()), forms, strict=True)]
+    fewer = "" if n is None or len(known) == n else f" (n = {len(known)})"
+    return " ± ".join(texts[: min(2, len(known))]) + (fewer if len(known) else "")
+
+
+def grouped(table: pd.DataFrame, keys: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
+    """One row per group: `spread` of each column, or its value where no group has two; and n, the rows of the group.
+
+    Args:
+        table: One row per network.
+        keys: What groups share; the index of what is returned.
+        columns: Name shown -> column of the table.
+    """
+    groups = table.groupby([*keys], sort=False)
+    sizes = groups.size()
+    found = pd.DataFrame(index=sizes.index)
+    for name, column in columns.items():
+        fixed = groups[column].nunique(dropna=False).max() == 1 and not name.endswith(SHARES)
+        cells = {key: spread(group, name, len(group)) for key, group in groups[column]}
+        found[name] = (
+            groups[column].first() if fixed else [cells[key if len(keys) > 1 else (key,)] for key in sizes.index]
+        )
+    return found.assign(n=sizes)
+
+
+def across(table: pd.DataFrame, keys: Sequence[str], over: str, column: str) -> pd.DataFrame:
+    """One row per group and one column per value of ``over``: `spread` of a share in percent; and n, networks of each.
+
+    Args:
+        table: One row per network.
+        keys: What groups share; the index of what is returned.
+        over: What differs from column to column, such as the treatment.
+        column: What is shown.
+    """
+    n = table.groupby([*keys, over], sort=False).size().groupby([*keys], sort=False).max()
+    long = grouped(table, [*keys, over], {"text %": column})
+    fewer = [
+        f" (n = {one})" if one < n[key[:-1] if len(keys) > 1 else key[0]] else "" for key, one in long["n"].items()
+    ]
+    wide = (long["text %"] + fewer).unstack(over, sort=False).fillna("")
+    return wide.rename_axis(columns=None).assign(n=n)
+
+
+def side_by_side(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """One row per measure; one column for the dense networks, and one per treatment of the sparsest level measured.
+
+    Args:
+        table: One row per network, with level, treatment and density.
+        columns: Name shown -> column of the table.
+    """
+    last = table[table["level"].isin([0, table["level"].max()])]
+    last = last.assign(networks=last["treatment"].where(last["level"] > 0, "dense"))
+    both = {"level": "level", "density": "density", **columns}
+    return grouped(last, ["networks"], both).T.rename_axis(index="measure", columns=None)
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """A table with its named index in front; columns beyond the terminal's width go on below, behind the index again.
+
+    Where the index has no name, the first column takes its place.
+    """
+    keys = [name for name in table.index.names if name is not None]
+    shown = table.reset_index() if keys else table
+    columns = [_column(shown.iloc[:, i], i < len(keys)) for i in range(shown.shape[1])]
+    front, rest = columns[: len(keys) or 1], columns[len(keys) or 1 :]
+    blocks = [[*front]]
+    for column in rest:
+        if sum(len(one[0]) + 2 for one in (*blocks[-1], column)) - 2 > width() and len(blocks[-1]) > len(front):
+            blocks.append([*front])
+        blocks[-1].append(column)
+    return "\n\n".join("\n".join("  ".join(line).rstrip() for line in zip(*block, strict=True)) for block in blocks)
+
+
+def _column(values: pd.Series, is_key: bool) -> list[str]:
+    """Name and cells, all of one length; words of an index stand on the left."""
+    texts = [str(values.name), *map(_text, values)]
+    longest = max(map(len, texts))
+    words = is_key and not pd.api.types.is_numeric_dtype(values)
+    return [text.ljust(longest) if words else text.rjust(longest) for text in texts]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if pd.isna(value):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
