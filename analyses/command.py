@@ -91,8 +91,7 @@ def main(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_left(config)) from None
         paths = _write_all(folder, name, config, tables, draw)
-        print(f"{(summary.__doc__ or name).partition(chr(10))[0]}\n")
-        print(as_text(summary(tables)))
+        print(as_text(summary(tables), title=(summary.__doc__ or name).partition("\n")[0]))
         print("\n".join(["", *map(str, paths)]))
         return 0
 

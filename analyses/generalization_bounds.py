@@ -198,15 +198,16 @@ def _rows(measure: Measure, network: tl.Level, hypothesis: Hypothesis) -> Iterat
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Where the quantised tickets' certificate is least: it and the true errors, mean ± sd over n networks."""
+    """Certified and true errors where the quantised tickets' bound is least: mean ± sd over n networks."""
     table = tables["bounds"]
     shown = table[(table["bound"] == "binomial_tail") & table["hypothesis"].isin(["quantised", "untrained"])]
     tickets = shown[(shown["treatment"] == "ticket") & (shown["hypothesis"] == "quantised")]
     bound = (shown if tickets.empty else tickets).groupby("level")["value"].mean()
     best = shown[shown["level"] == bound.idxmin()]
     best = best.assign(kilobits=best["description_bits"] / 1000)
-    errors = {"train_error_%": "train_error", "certified_error_%": "value", "test_error_%": "test_error"}
-    return grouped(best, ["level", "treatment", "hypothesis"], {"density": "density", "kilobits": "kilobits"} | errors)
+    errors = {"train_%": "train_error", "certified_%": "value", "test_%": "test_error"}
+    columns = {"density": "density", "kilobits": "kilobits"} | errors
+    return grouped(best, ["treatment", "hypothesis"], columns)
 
 
 if __name__ == "__main__":

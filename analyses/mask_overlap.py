@@ -169,19 +169,20 @@ def _named(tickets: Tickets, tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Tickets of two init seeds: overlap over its expectation, before and after alignment; mean ± sd over n pairs."""
+    """Overlap of tickets of two init seeds over chance, before and after alignment: mean ± sd over n pairs.
+
+    Chance is that of random masks given the counts of layers, or of input pixels too.
+    """
     pairs, aligned = tables["overlap"], tables["aligned"]
     pairs = pairs[pairs["level_a"] == pairs["level_b"]].rename(columns={"level_a": "level"})
-    inputs = {"expected": "expected_given_input", "z": "z_given_input"}
-    both = {"layer": pairs, "input": pairs.drop(columns=[*inputs]).rename(columns={v: k for k, v in inputs.items()})}
+    inputs = {"expected_given_input": "expected", "z_given_input": "z"}
+    both = {"layer": pairs, "input": pairs.drop(columns=[*inputs.values()]).rename(columns=inputs)}
     before = pd.concat([rows.assign(given=given) for given, rows in both.items()])
     before = before.assign(ratio=before["intersection"] / before["expected"])
     keys = ["level", "layer", "given"]
-    return grouped(before, keys, {"jaccard": "jaccard", "over_chance": "ratio", "z": "z"}).join(
-        grouped(aligned, keys, {"density": "density", "aligned_over_chance": "ratio", "aligned_z": "z"}).drop(
-            columns="n"
-        )
-    )
+    found = grouped(aligned, keys, {"density": "density", "aligned": "ratio", "aligned_z": "z"})
+    found = found.join(grouped(before, keys, {"over_chance": "ratio", "z": "z"}).drop(columns="n"))
+    return found[["density", "over_chance", "z", "aligned", "aligned_z", "n"]]
 
 
 if __name__ == "__main__":

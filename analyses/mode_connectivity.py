@@ -197,22 +197,22 @@ def _labelled(line: Line, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Barriers: instability in test error, theta_k to theta_T in training nats above the chord; mean ± sd over n lines.
+    """Barriers per step k: of siblings in test error, theta_k to theta_T in training nats; mean ± sd over n.
 
-    Where init seeds were joined, theirs in test error, as they are and matched.
+    Where init seeds were joined, the barriers of their pairs in test error, as they are and matched.
     """
     table = tables["barriers"]
     errors = table.query("split == 'test' and metric == 'error' and baseline == 'mean'")
     losses = table.query("split == 'train' and metric == 'loss_nats' and baseline == 'linear'")
     siblings, start_end = errors.query("question == 'siblings'"), losses.query("question == 'theta_k to theta_T'")
     keys = ["level", "density", "rewind_step"]
-    found = grouped(siblings, keys, {"instability_%": "barrier"}).join(
-        grouped(start_end, keys, {"barrier_nats": "barrier", "rise_nats": "rise"}).drop(columns="n"), how="outer"
-    )
+    nats = {"barrier_nats": "barrier", "rise_nats": "rise"}
+    parts = [grouped(siblings, keys, {"instability_%": "barrier"}), grouped(start_end, keys, nats).drop(columns="n")]
     for name, question in (("independent_%", INDEPENDENT), ("matched_%", MATCHED)):
         if (rows := errors[errors["question"] == question]).size:
-            found = found.join(grouped(rows, keys, {name: "barrier"}).rename(columns={"n": f"{name[:-2]}_n"}))
-    return found
+            parts.append(grouped(rows, keys, {name: "barrier"}).rename(columns={"n": "pairs"}))
+    found = pd.concat(parts, axis=1).rename_axis(index={"rewind_step": "k"})
+    return found.loc[:, ~found.columns.duplicated()]
 
 
 if __name__ == "__main__":

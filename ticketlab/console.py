@@ -40,7 +40,7 @@ INSTALLED = (HERE / "analyses").is_dir()
 """Whether this is a wheel's content, not a checkout."""
 STORED = {"runs": 1, "show": 1, "diff": 2, "verify": 1}
 """Commands on stores, with the number of folders that each takes at most."""
-TITLE = "test error in percent, mean ± sd over n networks"
+TITLE = "Test error in percent, mean ± sd over n networks:"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +153,7 @@ def _completion(shell: Sequence[str]) -> int:
     """Print the script by which a shell completes names and flags."""
     kinds: dict[str, Any] = {n: pkgutil.resolve_name(f"{_inside()}analyses.{n}:Config") for n in questions()}
     kinds |= dict.fromkeys(STORED, _Folder)
-    commands: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]
+    commands: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     tyro.cli(commands, prog="ticketlab", args=["--tyro-print-completion", *shell], config=flags)
     return 0
@@ -171,7 +171,7 @@ def shown(folder: str) -> str:
     plain = _flat(ImpConfig())
     changed = [f"{name} {value}" for name, value in _flat(run.config).items() if value != plain[name]]
     flags = textwrap.fill(", ".join(changed) or "as the defaults", width())
-    return "\n".join([repr(run), "", flags, "", f"{TITLE}:", as_text(errors(run))])
+    return "\n".join([repr(run), "", flags, "", as_text(errors(run), TITLE)])
 
 
 def compared(a: str, b: str) -> str:
@@ -186,7 +186,7 @@ def compared(a: str, b: str) -> str:
     both.columns = [c if c.endswith((" a", " b")) else f"{c} {'a' if c in left else 'b'}" for c in both]
     names = dict.fromkeys([*left.columns, *right.columns])
     order = [f"{name} {run}" for name in names for run in "ab" if f"{name} {run}" in both]
-    return "\n".join([*parts, "", f"{TITLE}:", as_text(both[order])])
+    return "\n".join([*parts, "", as_text(both[order], TITLE)])
 
 
 def _flat(config: ImpConfig) -> dict[str, str]:

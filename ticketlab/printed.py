@@ -5,7 +5,9 @@ Columns whose names end in ``%`` or ``_points`` are shares, shown times 100.
 
 from __future__ import annotations
 
+import math
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,10 +33,13 @@ def spread(values: pd.Series, name: str = "", n: int | None = None) -> str:
     """
     share = name.endswith(SHARES)
     known = (100 if share else 1) * values.dropna().astype(float)
-    forms = (".2f", ".2f") if share else (".4g", ".2g")
-    texts = [f"{value:{form}}" for value, form in zip((known.mean(), known.std()), forms, strict=True)]
+    if known.empty:
+        return ""
+    mean, sd = known.mean(), known.std()
+    digits = 2 if share else 1 - math.floor(math.log10(sd)) if sd > 0 else None  # two of the deviation
+    one, other = (f".{digits}f",) * 2 if digits is not None and 0 <= digits < 6 else (".4g", ".2g")
     fewer = "" if n is None or len(known) == n else f" (n = {len(known)})"
-    return " ± ".join(texts[: min(2, len(known))]) + (fewer if len(known) else "")
+    return f"{mean:{one}}" + (f" ± {sd:{other}}" if len(known) > 1 else "") + fewer
 
 
 def grouped(table: pd.DataFrame, keys: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
@@ -88,10 +93,10 @@ def side_by_side(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFram
     return grouped(last, ["networks"], both).T.rename_axis(index="measure", columns=None)
 
 
-def as_text(table: pd.DataFrame) -> str:
+def as_text(table: pd.DataFrame, title: str = "") -> str:
     """A table with its named index in front; columns beyond the terminal's width go on below, behind the index again.
 
-    Where the index has no name, the first column takes its place.
+    Where the index has no name, the first column takes its place. A title stands above.
     """
     keys = [name for name in table.index.names if name is not None]
     shown = table.reset_index() if keys else table
@@ -102,7 +107,8 @@ def as_text(table: pd.DataFrame) -> str:
         if sum(len(one[0]) + 2 for one in (*blocks[-1], column)) - 2 > width() and len(blocks[-1]) > len(front):
             blocks.append([*front])
         blocks[-1].append(column)
-    return "\n\n".join("\n".join("  ".join(line).rstrip() for line in zip(*block, strict=True)) for block in blocks)
+    texts = ["\n".join("  ".join(line).rstrip() for line in zip(*block, strict=True)) for block in blocks]
+    return "\n\n".join([textwrap.fill(title, width())] * bool(title) + texts)
 
 
 def _column(values: pd.Series, is_key: bool) -> list[str]:

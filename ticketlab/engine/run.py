@@ -104,7 +104,7 @@ def _row(path: Path) -> dict[str, object]:
 
 
 def verify(folder: str | Path) -> dict[int, str | None]:
-    """Every stored level of a run, and one that is missing between others, with its fault; None where all checksums hold.
+    """Every stored level of a run, or missing one between others, with its fault; None where all checksums hold.
 
     Raises:
         Refused: Not a run directory, or a description that is not what was stored.
