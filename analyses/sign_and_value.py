@@ -72,19 +72,20 @@ def gaps(starts: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Test error and gaps to two starts at the sparsest level, mean ± sd over n; p_holm is corrected for all levels."""
+    """Test error and gaps to two starts at the sparsest level: mean ± sd over n, p_holm for all levels."""
     table, starts = tables["gaps"], tables["starts"]
     last = table[table["level"] == table["level"].max()].set_index("treatment")
     at_last = starts[starts["level"] == starts["level"].max()]
-    shown = grouped(at_last, ["treatment"], {"density": "density", "test_error_%": "test_error"})
     errors = at_last.pivot(index="init_seed", columns="treatment", values="test_error")
+    each = grouped(at_last, ["treatment"], {"density": "density", "test_error_%": "test_error"})
+    parts = []
     for other in ("ticket", "reinit"):
-        name = f"above_{other}_points"
-        shown[name] = [spread(errors[start] - errors[other], name, len(errors)) for start in shown.index]
-        shown[f"above_{other}_p_unadjusted"] = last[f"error_above_{other}_p_value"]
-        n_family = last[f"error_above_{other}_n_family"].iloc[0]
-        shown[f"above_{other}_p_holm_of_{n_family}"] = last[f"error_above_{other}_p_holm"]
-    return shown
+        p_values = last[[f"error_above_{other}_{name}" for name in ("p_value", "p_holm", "n_family")]]
+        rows = each.join(p_values.set_axis(["p_unadjusted", "p_holm", "n_family"], axis=1)).drop(index=other)
+        points = [spread(errors[start] - errors[other], "_points", len(errors)) for start in rows.index]
+        parts.append(rows.assign(above_points=points, above=other).set_index("above", append=True))
+    shown = ["density", "test_error_%", "above_points", "n", "p_unadjusted", "p_holm", "n_family"]
+    return pd.concat(parts)[shown]
 
 
 if __name__ == "__main__":

@@ -24,26 +24,29 @@ def width() -> int:
 
 
 def spread(values: pd.Series, name: str = "", n: int | None = None) -> str:
-    """Mean ± standard deviation of the values that are not NaN; no deviation of one, and nothing of none.
+    """Mean ± standard deviation of the values that are not NaN, to two digits of the deviation; a share to 0.01 %.
+
+    Of one value, and of equal ones that are no share, it is the value; of none, nothing.
 
     Args:
         values: One per network.
         name: Of the column, which decides on the unit.
         n: How many there should be; where there are fewer, the text says how many there are.
     """
+    known = values.dropna()
     share = name.endswith(SHARES)
-    known = (100 if share else 1) * values.dropna().astype(float)
-    if known.empty:
-        return ""
-    mean, sd = known.mean(), known.std()
-    digits = 2 if share else 1 - math.floor(math.log10(sd)) if sd > 0 else None  # two of the deviation
-    one, other = (f".{digits}f",) * 2 if digits is not None and 0 <= digits < 6 else (".4g", ".2g")
-    fewer = "" if n is None or len(known) == n else f" (n = {len(known)})"
-    return f"{mean:{one}}" + (f" ± {sd:{other}}" if len(known) > 1 else "") + fewer
+    fewer = "" if n is None or len(known) in (0, n) else f" (n = {len(known)})"
+    if known.nunique() < 2 and not (share and len(known)):
+        return "".join(_text(value) for value in known.iloc[:1]) + fewer
+    numbers = (100 if share else 1) * known.astype(float)
+    mean, sd = numbers.mean(), numbers.std()
+    digits = 2 if share else max(0, 1 - math.floor(math.log10(sd)))
+    forms = (f".{digits}f",) * 2 if digits < 6 else (".4g", ".2g")
+    return f"{mean:{forms[0]}}" + (f" ± {sd:{forms[1]}}" if len(known) > 1 else "") + fewer
 
 
 def grouped(table: pd.DataFrame, keys: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
-    """One row per group: `spread` of each column, or its value where no group has two; and n, the rows of the group.
+    """One row per group: `spread` of each column; and n, the rows of the group.
 
     Args:
         table: One row per network.
@@ -51,15 +54,9 @@ def grouped(table: pd.DataFrame, keys: Sequence[str], columns: Mapping[str, str]
         columns: Name shown -> column of the table.
     """
     groups = table.groupby([*keys], sort=False)
-    sizes = groups.size()
-    found = pd.DataFrame(index=sizes.index)
-    for name, column in columns.items():
-        fixed = groups[column].nunique(dropna=False).max() == 1 and not name.endswith(SHARES)
-        cells = {key: spread(group, name, len(group)) for key, group in groups[column]}
-        found[name] = (
-            groups[column].first() if fixed else [cells[key if len(keys) > 1 else (key,)] for key in sizes.index]
-        )
-    return found.assign(n=sizes)
+    n = groups.size()
+    cells = {name: [spread(values, name, len(values)) for _, values in groups[old]] for name, old in columns.items()}
+    return pd.DataFrame(cells, n.index).assign(n=n)
 
 
 def across(table: pd.DataFrame, keys: Sequence[str], over: str, column: str) -> pd.DataFrame:
