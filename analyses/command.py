@@ -24,10 +24,11 @@ from analyses import presets
 from analyses.presets import DIGITS
 from analyses.usage import usage
 from figures.style import drawn, save
-from ticketlab.console import as_text, guarded
+from ticketlab.console import guarded
 from ticketlab.engine.presets import PRESETS
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
+from ticketlab.printed import as_text
 
 Tables = Mapping[str, pd.DataFrame]
 StudyFlags = Annotated[tl.ImpConfig, tyro.conf.arg(name="")]
@@ -85,9 +86,12 @@ def main(
         if config is None:
             return 0
         folder = result_folder(name, config)
-        tables = run(config)
+        try:
+            tables = run(config)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_left(config)) from None
         paths = _write_all(folder, name, config, tables, draw)
-        print(as_text(summary(tables)))
+        print(as_text(summary(tables), title=(summary.__doc__ or name).partition("\n")[0]))
         print("\n".join(["", *map(str, paths)]))
         return 0
 
@@ -109,6 +113,14 @@ def _parsed(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+
+
+def _left(config: Places) -> str:
+    """What an analysis that was stopped leaves behind."""
+    store = getattr(config, "store", None)
+    if store is None or getattr(config, "run", None) is not None:
+        return "nothing new is stored; the same command starts again."
+    return f"every finished level is stored in {store}; the same command goes on from there."
 
 
 def _write_all(folder: Path, name: str, config: Places, tables: Tables, draw: Callable[[Tables], Figure]) -> list[Path]:

@@ -39,6 +39,7 @@ from ticketlab.engine import cost
 from ticketlab.engine.dynamic import DropGrow, Dynamics, Gradual, Spread, layer_counts, sparse_masks
 from ticketlab.engine.training import Start
 from ticketlab.errors import Refused
+from ticketlab.printed import grouped
 from ticketlab.state import Masks, State, select
 
 METHODS = ("static", "set", "rigl", "gradual")
@@ -286,18 +287,21 @@ def contrasts(networks: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Test error by level and method: mean and standard deviation over seeds, and whether it differs from IMP's.
+    """Test error by level and method, mean ± sd over n seeds, and whether it differs from IMP's.
 
     ``p_unadjusted`` is of one paired difference by itself, the last column is corrected for all of the contrasts.
     """
     pairs, keys = tables["contrasts"], ["level", "method"]
     imp = pd.concat([pairs[pairs[a] == "imp"].set_index(["level", b]).rename_axis(keys) for a, b in ("ab", "ba")])
     named = {"p_value": "p_unadjusted", "p_holm": f"p_holm_of_{pairs['n_family'].iloc[0]}"}
-    groups = tables["networks"].groupby(["level", "density", "method"])
-    error = 100 * groups["test_error"].agg(["mean", "std"])
-    columns = {"test_error_%": error["mean"], "sd_%": error["std"], "steps": groups["steps"].first()}
-    table = pd.DataFrame({**columns, "dense_trainings": groups["dense_trainings"].mean(), "n": groups.size()})
-    return table.reset_index().join(imp[list(named)].rename(columns=named), on=keys)
+    networks = tables["networks"].sort_values([*keys], kind="stable")
+    columns = {
+        "density": "density",
+        "test_error_%": "test_error",
+        "steps": "steps",
+        "dense_trainings": "dense_trainings",
+    }
+    return grouped(networks, keys, columns).join(imp[list(named)].rename(columns=named))
 
 
 if __name__ == "__main__":

@@ -178,14 +178,15 @@ def _grid(table: pd.DataFrame, column: str) -> Float[np.ndarray, "level treatmen
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Rank correlations with the final accuracy: between all networks of a level, and between seeds alone."""
-    table = tables["correlations"].set_index("measure")
+    """Rank correlations with the final accuracy [95 % interval], between networks of a level or seeds alone."""
+    table = tables["correlations"].set_index(["within", "measure"])
     parts = []
     for within in ("level", "level and treatment"):
-        rows = table[table["within"] == within][["rho", "low", "high", "p_value", "p_holm"]]
-        rows = rows.rename(columns={"p_value": "p unadjusted", "p_holm": f"p Holm of {len(rows)}"})
-        parts.append(rows.rename(columns=lambda column, within=within: f"{column}, within {within}"))
-    return pd.concat(parts, axis=1).reset_index()
+        rows = table.loc[[within]]
+        rho = [f"{r:.2f} [{low:.2f}, {high:.2f}]" for r, low, high in rows[["rho", "low", "high"]].to_numpy()]
+        columns = {"rho": rho, "p_unadjusted": rows["p_value"], f"p_holm_of_{len(rows)}": rows["p_holm"]}
+        parts.append(pd.DataFrame(columns, rows.index))
+    return pd.concat(parts)
 
 
 if __name__ == "__main__":

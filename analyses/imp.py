@@ -13,6 +13,7 @@ import pandas as pd
 
 from analyses.command import OfRun, Tables, main, open_run
 from figures.imp import draw
+from ticketlab.printed import across
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,11 @@ def run(config: Config) -> Tables:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Mean test error in percent, one row per level and one column per treatment."""
+    """Test error in percent per level and treatment: mean ± sd over n networks."""
     table = tables["levels"]
-    wide = 100 * table.pivot_table(index="level", columns="treatment", values="test_error", sort=False)
     density = table[table["treatment"] == "ticket"].groupby("level")["density"].first()
-    wide.insert(0, "density", density)
-    return wide.rename(columns={c: f"{c}_test_error_%" for c in wide if c != "density"}).reset_index()
+    table = table.assign(density=table["level"].map(density))
+    return across(table, ["level", "density"], "treatment", "test_error")
 
 
 if __name__ == "__main__":

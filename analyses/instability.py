@@ -43,6 +43,7 @@ from ticketlab.curvature import MatrixName
 from ticketlab.engine.training import Start
 from ticketlab.engine.treatments import TREATMENTS, sibling_order
 from ticketlab.errors import Refused
+from ticketlab.printed import grouped
 from ticketlab.state import Params, State, stack, stack_states
 
 STABLE = 0.02  # of the error barrier (Frankle et al. 2020)
@@ -280,22 +281,16 @@ def claims(children: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Instability and error in percent, one row per cell of k, level and treatment."""
-    table = tables["claims"].copy()
-    for column in ("instability", "error", "error_above_dense"):
-        table[f"{column}_%"] = 100 * table[column]
-    shown = [
-        "rewind_step",
-        "density",
-        "treatment",
-        "instability_%",
-        "stable",
-        "error_%",
-        "error_above_dense_%",
-        "matching",
-        "n",
-    ]
-    return table[shown]
+    """Instability and test error per step k, density and treatment: mean ± sd over n pairs of children."""
+    keys = ["rewind_step", "level", "density", "treatment"]
+    children = tables["children"]
+    children = children.assign(error=children[["test_error_a", "test_error_b"]].mean(axis=1))
+    shown = grouped(children, keys, {"instability_%": "test_barrier_error", "error_%": "error"})
+    claimed = tables["claims"].set_index(keys)
+    shown = shown.assign(stable=claimed["stable"], matching=claimed["matching"])
+    shown["above_dense_%"] = (100 * claimed["error_above_dense"]).map("{:.2f}".format)
+    shown = shown.droplevel("level").rename_axis(index={"rewind_step": "k"})
+    return shown[["instability_%", "stable", "error_%", "above_dense_%", "matching", "n"]]
 
 
 if __name__ == "__main__":

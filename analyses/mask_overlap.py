@@ -31,6 +31,7 @@ from analyses.intervals import with_holm
 from figures.mask_overlap import draw
 from ticketlab import overlap, permutation
 from ticketlab.errors import Refused
+from ticketlab.printed import grouped
 from ticketlab.state import Masks, select
 
 QUANTILES = (0, 0.25, 0.5, 0.75, 1)  # of the live fan-in and fan-out of a group
@@ -168,30 +169,20 @@ def _named(tickets: Tickets, tables: dict[int, pd.DataFrame]) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Tickets of two init seeds, means over pairs: overlap over its expectation, before and after alignment."""
+    """Overlap of tickets of two init seeds over chance, before and after alignment: mean ± sd over n pairs.
+
+    Chance is that of random masks given the counts of layers, or of input pixels too.
+    """
     pairs, aligned = tables["overlap"], tables["aligned"]
     pairs = pairs[pairs["level_a"] == pairs["level_b"]].rename(columns={"level_a": "level"})
-    input_given = aligned[aligned["given"] == "input"]
-    aligned = aligned[aligned["given"] == "layer"]
-    pairs = pairs.assign(
-        ratio=pairs["intersection"] / pairs["expected"],
-        ratio_input=pairs["intersection"] / pairs["expected_given_input"],
-    )
-    keys = ["level", "layer"]
-    columns = {
-        "density": aligned.groupby(keys)["density"].first(),
-        "jaccard": pairs.groupby(keys)["jaccard"].mean(),
-        "over_chance": pairs.groupby(keys)["ratio"].mean(),
-        "z": pairs.groupby(keys)["z"].mean(),
-        "over_chance_given_input": pairs.groupby(keys)["ratio_input"].mean(),
-        "z_given_input": pairs.groupby(keys)["z_given_input"].mean(),
-        "aligned_over_chance": aligned.groupby(keys)["ratio"].mean(),
-        "aligned_z": aligned.groupby(keys)["z"].mean(),
-        "aligned_over_chance_given_input": input_given.groupby(keys)["ratio"].mean(),
-        "aligned_z_given_input": input_given.groupby(keys)["z"].mean(),
-        "pairs": aligned.groupby(keys).size(),
-    }
-    return pd.DataFrame(columns).reset_index()
+    inputs = {"expected_given_input": "expected", "z_given_input": "z"}
+    both = {"layer": pairs, "input": pairs.drop(columns=[*inputs.values()]).rename(columns=inputs)}
+    before = pd.concat([rows.assign(given=given) for given, rows in both.items()])
+    before = before.assign(ratio=before["intersection"] / before["expected"])
+    keys = ["level", "layer", "given"]
+    found = grouped(aligned, keys, {"density": "density", "aligned": "ratio", "aligned_z": "z"})
+    found = found.join(grouped(before, keys, {"over_chance": "ratio", "z": "z"}).drop(columns="n"))
+    return found[["density", "over_chance", "z", "aligned", "aligned_z", "n"]]
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from ticketlab.connectivity import linear_path
 from ticketlab.engine.training import Start
 from ticketlab.engine.treatments import sibling_order
 from ticketlab.errors import Refused
+from ticketlab.printed import grouped
 from ticketlab.state import Masks, State, stack_states
 
 
@@ -196,25 +197,22 @@ def _labelled(line: Line, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Means over replicas: instability in test error, theta_k to theta_T in training nats above the chord."""
+    """Barriers per step k: of siblings in test error, theta_k to theta_T in training nats; mean ± sd over n.
+
+    Where init seeds were joined, the barriers of their pairs in test error, as they are and matched.
+    """
     table = tables["barriers"]
-    siblings = table.query("question == 'siblings' and split == 'test' and metric == 'error' and baseline == 'mean'")
-    start_end = table.query(
-        "question == 'theta_k to theta_T' and split == 'train' and metric == 'loss_nats' and baseline == 'linear'"
-    )
+    errors = table.query("split == 'test' and metric == 'error' and baseline == 'mean'")
+    losses = table.query("split == 'train' and metric == 'loss_nats' and baseline == 'linear'")
+    siblings, start_end = errors.query("question == 'siblings'"), losses.query("question == 'theta_k to theta_T'")
     keys = ["level", "density", "rewind_step"]
-    columns = {
-        "instability_%": 100 * siblings.groupby(keys)["barrier"].mean(),
-        "start_end_barrier_nats": start_end.groupby(keys)["barrier"].mean(),
-        "start_end_rise_nats": start_end.groupby(keys)["rise"].mean(),
-        "n": siblings.groupby(keys).size(),
-    }
+    nats = {"barrier_nats": "barrier", "rise_nats": "rise"}
+    parts = [grouped(siblings, keys, {"instability_%": "barrier"}), grouped(start_end, keys, nats).drop(columns="n")]
     for name, question in (("independent_%", INDEPENDENT), ("matched_%", MATCHED)):
-        rows = table[table["question"] == question]
-        if len(rows):
-            rows = rows.query("split == 'test' and metric == 'error' and baseline == 'mean'")
-            columns[name] = 100 * rows.groupby(keys)["barrier"].mean()
-    return pd.DataFrame(columns).reset_index()
+        if (rows := errors[errors["question"] == question]).size:
+            parts.append(grouped(rows, keys, {name: "barrier"}).rename(columns={"n": "pairs"}))
+    found = pd.concat(parts, axis=1).rename_axis(index={"rewind_step": "k"})
+    return found.loc[:, ~found.columns.duplicated()]
 
 
 if __name__ == "__main__":

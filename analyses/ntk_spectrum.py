@@ -42,6 +42,7 @@ from analyses.command import (
 from analyses.intervals import interval, with_holm
 from figures.ntk_spectrum import draw
 from ticketlab import ntk
+from ticketlab.printed import side_by_side
 
 COMPARED = (
     *("effective_rank", "log_spectral_distance", "subspace_overlap", "alignment_with_dense"),
@@ -196,20 +197,10 @@ def _regression_errors(model: nn.Module, network: tl.Level, data: Data) -> dict[
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Means over replicas at the sparsest level measured."""
-    table = tables["kernels"]
-    last = table[table["level"].isin([0, table["level"].max()])]
-    columns = [
-        "effective_rank",
-        "log_spectral_distance",
-        "subspace_overlap",
-        "target_alignment",
-        "regression_error",
-        "regression_error_from_start",
-        "start_error",
-        "test_error",
-    ]
-    return last.groupby(["level", "treatment"], sort=False)[["density", *columns]].mean().reset_index()
+    """Dense networks and those of the sparsest level measured: mean ± sd over n."""
+    plain = ("effective_rank", "log_spectral_distance", "subspace_overlap", "target_alignment")
+    errors = ("regression_error", "regression_error_from_start", "start_error", "test_error")
+    return side_by_side(tables["kernels"], {n: n for n in plain} | {f"{n}_%": n for n in errors})
 
 
 if __name__ == "__main__":

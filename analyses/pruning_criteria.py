@@ -45,6 +45,7 @@ from ticketlab.engine.training import Start
 from ticketlab.errors import Refused, nearest
 from ticketlab.losses import LOSSES, Loss
 from ticketlab.masks import Scope, n_alive, prunable
+from ticketlab.printed import across, grouped
 from ticketlab.state import Masks
 
 STAGES = ("init", "early", "trained")
@@ -259,14 +260,13 @@ def _compared(finder: _Finder, methods: list[Method], level: tl.Level) -> pd.Dat
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Mean test error in percent at each density, and the cost of the mask at the sparsest in dense trainings."""
-    table = tables["networks"]
-    error = 100 * table.pivot_table(index="method", columns="level_density", values="test_error", dropna=False)
-    shown = error.sort_index(axis=1, ascending=False).rename(columns=lambda d: f"{100 * d:.3g} %")
+    """Test error in percent at each density, and the cost of the sparsest mask in dense trainings: mean ± sd over n."""
+    table = tables["networks"].sort_values("level_density", ascending=False, kind="stable")
+    table = table.assign(kept=[f"{100 * d:.3g} %" for d in table["level_density"]])
     last = table[table["level"].isin([0, table["level"].max()])]
-    shown["dense_trainings"] = last.groupby("method")["dense_trainings"].mean()
-    order = [m for m in table["method"].unique() if m in shown.index]
-    return shown.loc[order].reset_index()
+    cost = grouped(last, ["method"], {"dense_trainings": "dense_trainings"})["dense_trainings"]
+    shown = across(table, ["method"], "kept", "test_error").join(cost)
+    return shown.loc[[m for m in tables["networks"]["method"].unique() if m in shown.index]]
 
 
 if __name__ == "__main__":

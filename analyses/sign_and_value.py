@@ -17,6 +17,7 @@ from analyses.command import OfRun, StudyFlags, Tables, joined, main, open_run
 from analyses.intervals import interval, with_holm
 from figures.sign_and_value import draw
 from ticketlab.errors import Refused
+from ticketlab.printed import grouped, spread
 
 STARTS = (
     *("ticket", "reinit", "reinit_keep_sign", "reshuffle", "reshuffle_keep_sign"),
@@ -71,18 +72,20 @@ def gaps(starts: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Mean test error and gaps in percentage points at the sparsest level; p_holm is corrected for all levels."""
+    """Test error and gaps to two starts at the sparsest level: mean ± sd over n, p_holm for all levels."""
     table, starts = tables["gaps"], tables["starts"]
-    last = table[table["level"] == table["level"].max()]
-    errors = starts[starts["level"] == starts["level"].max()].groupby("treatment")["test_error"].mean()
-    shown = last[["treatment", "density", "n"]].assign(**{"test_error_%": 100 * last["treatment"].map(errors)})
-    for column in ("error_above_ticket", "error_above_reinit"):
-        shown[f"{column}_points"] = 100 * last[column]
-        shown[f"{column}_sd"] = 100 * last[f"{column}_sd"]
-        shown[f"{column}_n"] = last[f"{column}_n"]
-        shown[f"{column}_p_unadjusted"] = last[f"{column}_p_value"]
-        shown[f"{column}_p_holm_of_{last[f'{column}_n_family'].iloc[0]}"] = last[f"{column}_p_holm"]
-    return shown
+    last = table[table["level"] == table["level"].max()].set_index("treatment")
+    at_last = starts[starts["level"] == starts["level"].max()]
+    errors = at_last.pivot(index="init_seed", columns="treatment", values="test_error")
+    each = grouped(at_last, ["treatment"], {"density": "density", "test_error_%": "test_error"})
+    parts = []
+    for other in ("ticket", "reinit"):
+        p_values = last[[f"error_above_{other}_{name}" for name in ("p_value", "p_holm", "n_family")]]
+        rows = each.join(p_values.set_axis(["p_unadjusted", "p_holm", "n_family"], axis=1)).drop(index=other)
+        points = [spread(errors[start] - errors[other], "_points", len(errors)) for start in rows.index]
+        parts.append(rows.assign(above_points=points, above=other).set_index("above", append=True))
+    shown = ["density", "test_error_%", "above_points", "n", "p_unadjusted", "p_holm", "n_family"]
+    return pd.concat(parts)[shown]
 
 
 if __name__ == "__main__":

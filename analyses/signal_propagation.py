@@ -23,6 +23,7 @@ import ticketlab as tl
 from analyses.command import OfRun, Tables, chosen_levels, each_network, joined, main, open_run
 from figures.signal_propagation import draw
 from ticketlab import signal
+from ticketlab.printed import side_by_side
 
 RELU = {"relu"}  # for other activations chi_1 depends on the variance of what arrives, and is left out
 _BINS = 40
@@ -132,11 +133,9 @@ def _density(model: nn.Module, found: list[tuple[Tensor, dict[str, float]]]) -> 
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Means over replicas at the dense level and the sparsest one measured."""
-    table = tables["networks"]
-    last = table[table["level"].isin([0, table["level"].max()])]
-    columns = ["mean_squared", "mean_squared_theory", "condition_number", "scaled_distance", "test_error"]
-    return last.groupby(["level", "treatment"], sort=False)[["density", *columns]].mean().reset_index()
+    """Dense networks and those of the sparsest level measured: mean ± sd over n."""
+    plain = ("mean_squared", "mean_squared_theory", "condition_number", "scaled_distance")
+    return side_by_side(tables["networks"], {n: n for n in plain} | {"test_error_%": "test_error"})
 
 
 if __name__ == "__main__":

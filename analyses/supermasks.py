@@ -28,6 +28,7 @@ from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find, r
 from ticketlab.engine.supermask import RECIPES, Method, evaluations, learn_masks
 from ticketlab.engine.values import random_signs, signed_constants
 from ticketlab.errors import Refused, nearest
+from ticketlab.printed import grouped
 from ticketlab.state import Masks, Params, stack, stack_states
 
 VALUES: dict[str, Callable[[Params, Masks, int], Params]] = {
@@ -180,14 +181,15 @@ def _learned(problem: Problem) -> Iterator[pd.DataFrame]:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """The best density of every untrained kind of mask, and every learned one: mean error in percent."""
+    """The best density of every untrained kind of mask, and every learned one: mean ± sd over n networks."""
     untrained = tables["untrained"].assign(evaluation="untrained").rename(columns={"criterion": "mask"})
     learned = tables["learned"].rename(columns={"method": "mask"}) if "learned" in tables else untrained[:0]
     keys = ["mask", "values", "evaluation"]
     both = pd.concat([untrained, learned])
-    means = both.groupby([*keys, "target_density"], sort=False)[["density", "error"]].mean().reset_index()
+    means = both.groupby([*keys, "target_density"], sort=False)["error"].mean().reset_index()
     best = means.loc[means.groupby(keys, sort=False)["error"].idxmin()]
-    return best.assign(**{"error_%": 100 * best["error"]}).drop(columns=["error", "target_density"])
+    shown = both.merge(best[[*keys, "target_density"]])
+    return grouped(shown, keys, {"density": "density", "error_%": "error"})
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from ticketlab.engine.recipe import own_name
 from ticketlab.engine.training import Start
 from ticketlab.engine.transfer import carry
 from ticketlab.errors import Refused
+from ticketlab.printed import grouped
 from ticketlab.seeds import derived_seed
 from ticketlab.state import Masks
 
@@ -220,20 +221,18 @@ def contrasts(networks: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """The transfer matrix: mean test error in percent with its standard deviation, and the gap to shuffled masks.
+    """The transfer matrix: test error, mean ± sd over n networks, and the gap to shuffled masks with its 95 % interval.
 
     The interval and ``p_unadjusted`` are of one gap by itself, the last column is corrected for all of the contrasts.
     """
     networks, pairs = tables["networks"], tables["contrasts"]
     keys = ["target", "level", "source", "carried"]
-    shown = networks[networks["control"].isin(["ticket", "dense"])].groupby(keys, sort=False)
-    table = shown.agg(density=("density", "mean"), n=("test_error", "count"), mean=("test_error", "mean"),
-                      sd=("test_error", "std")).reset_index()  # fmt: skip
+    shown = networks[networks["control"].isin(["ticket", "dense"])]
+    table = grouped(shown, keys, {"density": "density", "test_error_%": "test_error"})
     gaps = pairs[pairs["against"] == "layerwise_shuffle"].set_index(keys)
-    table = table.join(gaps[["error_above", "low", "high", "p_value", "p_holm"]], on=keys)
-    table[["mean", "sd", "error_above", "low", "high"]] *= 100
-    named = {"mean": "test_error_%", "error_above": "above_shuffled_points", "p_value": "p_unadjusted"}
-    return table.rename(columns=named | {"p_holm": f"p_holm_of_{pairs['n_family'].iloc[0]}"})
+    points = [f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in 100 * gaps[["error_above", "low", "high"]].to_numpy()]
+    columns = {"above_shuffled_points": points, "p_unadjusted": gaps["p_value"]}
+    return table.join(pd.DataFrame(columns | {f"p_holm_of_{pairs['n_family'].iloc[0]}": gaps["p_holm"]}, gaps.index))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from ticketlab.connectivity import linear_path
 from ticketlab.engine.dynamic.spread import drawn, spread_over
 from ticketlab.engine.training import Start
 from ticketlab.engine.transfer import carry
+from ticketlab.printed import across
 from ticketlab.seeds import derived_seed
 from ticketlab.state import Masks, State, stack_states
 
@@ -302,14 +303,12 @@ def _masks(begun: State, own: Masks, carried: Masks, seed: int, level: int) -> d
 
 
 def summary(tables: Tables) -> pd.DataFrame:
-    """Mean test error in percent per arm and level, with the share of heads that are dead or blind in tickets."""
-    networks = tables["networks"]
-    errors = 100 * networks.pivot_table(index=["arm", "level"], columns="treatment", values="test_error", sort=False)
-    errors.columns = [f"{name}_%" for name in errors.columns]
+    """Test error in percent per arm and level, mean ± sd over n, and the shares of tickets' dead and blind heads."""
+    networks = tables["networks"].assign(density=tables["networks"]["level_density"])
+    errors = across(networks, ["arm", "level", "density"], "treatment", "test_error")
     tickets = tables["heads"].query("treatment == 'ticket'").groupby(["arm", "level"])
     lost = 100 * tickets[["dead", "blind"]].mean().add_suffix("_heads_%")
-    first = networks.groupby(["arm", "level"])["level_density"].first().rename("density")
-    return pd.concat([first, errors, lost], axis=1).loc[errors.index].reset_index()
+    return errors.join(lost)
 
 
 if __name__ == "__main__":

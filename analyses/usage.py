@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import ast
 import inspect
-import shutil
+import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.treatments import TREATMENTS
+from ticketlab.printed import width
 
 FILES = ("run", "store", "out", "device")
-STUDY = ("task", "model", "levels", "prune_fraction", "scope", "criterion", "treatments", "init_seeds", "rewind_step")
-RECIPE = ("steps", "batch_size", "optimizer", "learning_rate", "schedule", "eval_every")
+STUDY = ("task", "model", "levels", "prune_fraction", "criterion", "treatments", "init_seeds", "rewind_step")
+RECIPE = ("steps", "batch_size", "optimizer", "learning_rate")
 
 
 def usage(name: str, default: Any) -> str:
-    """Groups of flags with their defaults and the first sentence on each, names, and an example.
+    """Groups of flags, a line each with its default and the first words on it; names, and an example.
 
     Args:
         name: The analysis.
         default: Its config, an instance of a frozen dataclass; whether it has a ``study`` decides on groups.
     """
+    command = f"python -m analyses.{name}"
     own = [f.name for f in fields(default) if f.name not in (*FILES, "study")]
     groups = {"this analysis": _lines(default, own)}
     if hasattr(default, "study"):
-        groups["study"] = _lines(default.study, STUDY)
+        preset = "  --preset NAME [--small]   Begin with a paper's study: python -m analyses lists them."
+        groups["study"] = [preset, *_lines(default.study, STUDY)]
         groups["recipe"] = _lines(default.study.recipe, RECIPE)
     groups["files"] = _lines(default, [f for f in FILES if hasattr(default, f)])
-    n_all = sum(1 for _ in _flags(default))
-    parts = [f"python -m analyses.{name} [flags]", "", (type(default).__doc__ or "").partition("\n")[0]]
+    parts = [f"{command} [flags]", "", textwrap.fill((type(default).__doc__ or "").partition("\n")[0], width())]
     for title, lines in groups.items():
         parts += ["", f"{title}:", *lines] if lines else []
+    example = "--steps 200"
     if hasattr(default, "study"):
-        parts += ["", _listed("treatments", TREATMENTS), _listed("criteria", CRITERIA), "", "example:"]
-        parts += [f"  python -m analyses.{name} --model lenet_300_100 --levels 4 --init-seeds 0 1 --steps 500"]
-        parts += ["", "--preset NAME [--small] begins with a paper's study; python -m analyses lists them."]
-    return "\n".join([*parts, f"--help-all describes all {n_all} flags."])
+        parts += ["", _listed("treatments", TREATMENTS), _listed("criteria", CRITERIA)]
+        example = "--model lenet_300_100 --levels 4 --init-seeds 0 1 --steps 500"
+    n_all = sum(1 for _ in _flags(default))
+    return "\n".join([*parts, "", f"example: {command} {example}", f"--help-all describes all {n_all} flags."])
 
 
 def _flags(config: Any) -> Iterator[str]:
@@ -48,18 +51,23 @@ def _flags(config: Any) -> Iterator[str]:
         yield from _flags(value) if is_dataclass(value) else [f.name]
 
 
-def _lines(config: Any, names: list[str] | tuple[str, ...]) -> list[str]:
-    """``--flag default  What it is.``, to the width of the terminal."""
+def _lines(config: Any, names: Sequence[str]) -> list[str]:
+    """``--flag default  What it is.``, as much of it as the line holds."""
     about = {n: text for part in reversed(type(config).__mro__) for n, text in described(part).items()}
-    heads = {n: f"  --{n.replace('_', '-')} {_shown(getattr(config, n))}".rstrip() for n in names}
-    left = min(30, max(map(len, heads.values()), default=0))
-    width = min(110, shutil.get_terminal_size((100, 24)).columns)
+    heads = [f"  --{n.replace('_', '-')} {_shown(getattr(config, n))}".rstrip() for n in names]
+    left = min(26, max(map(len, heads), default=0))
     lines = []
-    for name, head in heads.items():
-        text = textwrap.wrap(about.get(name, ""), max(30, width - left - 2)) or [""]
-        beside = [f"{head:<{left}}  {text[0]}"] if len(head) <= left else [head, " " * (left + 2) + text[0]]
-        lines += [*beside, *(" " * (left + 2) + line for line in text[1:])]
+    for head, name in zip(heads, names, strict=True):
+        first = f"{head:<{left}}  "
+        lines.append(first + _cut(about.get(name, ""), width() - len(first)))
     return lines
+
+
+def _cut(text: str, room: int) -> str:
+    """The text, or its first sentence, or the first part of that, or as many words as there is room for."""
+    sentence = re.split(r"(?<!\.)\. ", text)[0].rstrip(".")
+    whole = [part for part in (text, f"{sentence}.", f"{sentence.partition(';')[0]}.") if len(part) <= room]
+    return whole[0] if whole else textwrap.shorten(text, room, placeholder=" ...")
 
 
 def _shown(value: Any) -> str:
@@ -83,4 +91,4 @@ def described(kind: type) -> dict[str, str]:
 
 
 def _listed(what: str, names: Mapping[str, Any]) -> str:
-    return textwrap.fill(f"{what}: {', '.join(names)}", 100, subsequent_indent="  ")
+    return textwrap.fill(f"{what}: {', '.join(names)}", width(), subsequent_indent="  ")

@@ -140,7 +140,7 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
 
 def summary(tables: Tables) -> pd.DataFrame:
     """Slopes with 95 % intervals over n seeds."""
-    return tables["slopes"].drop(columns="intercept")
+    return tables["slopes"].drop(columns="intercept").set_index("measure")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tyro
 from figures.style import drawn, save
 
 HERE = Path(__file__).parent
+HOME = HERE if (HERE / "data").is_dir() else Path()  # the working directory, where no studies come with the figures
 NAMES = sorted({path.stem for path in HERE.glob("*.py")} - {"style", "__main__", "__init__"})
 
 
@@ -25,9 +26,9 @@ NAMES = sorted({path.stem for path in HERE.glob("*.py")} - {"style", "__main__",
 class Config:
     """Draw every study in a folder of tables."""
 
-    data: Path = HERE / "data"
+    data: Path = HOME / "data"
     """Folder of studies."""
-    out: Path = HERE / "paper"
+    out: Path = HOME / "paper"
     """Folder for pictures."""
     pdf: bool = False
     """PDFs beside the PNGs."""

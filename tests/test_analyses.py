@@ -41,7 +41,7 @@ def test_imp_writes_its_table_config_and_figure(tmp_path, capsys):
     assert table["task"].unique().tolist() == ["digits"]
     assert json.loads((out / "config.json").read_text())["study"]["recipe"]["steps"] == 40
     printed = capsys.readouterr().out
-    assert "ticket_test_error_%" in printed and str(out / "imp.png") in printed
+    assert "Test error in percent" in printed and str(out / "imp.png") in printed
 
 
 def test_mode_connectivity_makes_a_run_then_only_reads_it(tmp_path, capsys):

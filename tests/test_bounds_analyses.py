@@ -118,7 +118,7 @@ def test_the_command_leaves_tables_and_a_figure(tmp_path, capsys):
     flags += ["--eval-every", "20", "--init-seeds", "0", "--treatments", "ticket", "--n-values", "3"]
     module = analysis
     assert main("generalization_bounds", module.Config, module.run, module.draw, module.summary, flags) == 0
-    assert "certified_error" in capsys.readouterr().out
+    assert "certified_%" in capsys.readouterr().out
     (written,) = (tmp_path / "results" / "generalization_bounds").iterdir()
     assert {p.name for p in written.iterdir()} >= {"bounds.csv", "statements.csv", "generalization_bounds.png"}
     with pytest.raises(ValueError, match="n_values must hold at least one"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,14 +58,16 @@ def test_a_run_is_shown_with_spread_and_n(store, capsys):
     assert console.main(["show", str(folder)]) == 0
     printed = capsys.readouterr().out
     rows = run.metrics.query("level == 1 and treatment == 'reinit'")["test_error"]
-    assert f"{100 * rows.mean():.2f} ± {100 * rows.std():.2f} (n = 2)" in printed
+    line = next(line for line in printed.splitlines() if line.split()[:1] == ["1"])
+    assert f"{100 * rows.mean():.2f} ± {100 * rows.std():.2f}" in line and line.split()[-1] == "2"
     assert "steps 6" in printed and "momentum" not in printed  # flags that are not the defaults
 
 
 def test_two_runs_differ_in_their_seeds_alone(store, capsys):
     assert console.main(["diff", *map(str, sorted(store.iterdir()))]) == 0
-    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
-    assert len(table) == 2 and "init_seeds" in table[1]
+    _, flags, _, errors = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in flags.splitlines()] == ["flag", "init_seeds"]
+    assert errors.split()[:10] == ["level", "density", "ticket", "a", "ticket", "b", "reinit", "a", "reinit", "b"]
 
 
 def test_verify_names_the_damaged_level(store, tmp_path, capsys):
@@ -77,6 +80,15 @@ def test_verify_names_the_damaged_level(store, tmp_path, capsys):
     assert console.main(["verify", str(folder)]) == 1
     assert "level 1: " in (printed := capsys.readouterr().out) and "does not match its checksum" in printed
     assert tl.verify(folder)[0] is None
+    (folder / "level_00" / "manifest.json").unlink()
+    assert console.main(["verify", str(folder)]) == 1
+    assert (
+        capsys.readouterr().out == f"level 0: {folder} lacks a whole level 0, and holds 1 after it. Resume the run.\n"
+    )
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"steps": 6', '"steps": 7'))
+    assert console.main(["verify", str(folder)]) == 1
+    assert "must be what was stored" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,8 @@ def test_verify_names_the_damaged_level(store, tmp_path, capsys):
         (["diff", "a"], "diff must have 2 folders: got 1"),
         (["show", "nowhere"], "must be a run directory"),
         (["imp", "--levels", "1", "--device", "cuda:7"], "device must be one that PyTorch has here"),
+        (["width_sweep", "--device", "cuda:7"], "device must be one"),
+        (["verify", "nowhere"], "must be a run directory"),
     ],
 )
 def test_wrong_input_is_one_line_and_2(argv, words, capsys, monkeypatch, tmp_path):
@@ -101,14 +115,45 @@ def test_version_and_the_help_of_a_command():
     assert ran("show", "--help").stdout.startswith("ticketlab show RUN")
 
 
+def test_bash_completes_names_and_flags(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="0"):
+        console.main(["--tyro-print-completion", "bash"])
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    for words, expected in (("ticketlab mode", "mode_connectivity"), ("ticketlab imp --prune-f", "--prune-fraction")):
+        cword = len(words.split()) - 1
+        script = f"source completion; COMP_WORDS=({words}); COMP_CWORD={cword}; _tyro_ticketlab; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.stdout.split() == [expected], done.stderr
+
+
+def test_a_model_of_ones_own_is_found_in_the_working_directory(tmp_path):
+    """As the console script starts: without the working directory on the path, where ``python -m`` has it."""
+    (tmp_path / "mine.py").write_text(
+        "import ticketlab as tl\ndef net(): return tl.models.build('mlp_4_4', (1, 8, 8), 10)"
+    )
+    start = "import sys; sys.path.remove(''); from ticketlab.console import main; sys.exit(main())"
+    flags = ["imp", "--model", "mine:net", "--levels", "0", "--steps", "4", "--eval-every", "2", "--init-seeds", "0"]
+    env = {**os.environ, "PYTHONPATH": str(console.HERE.parent), "MPLBACKEND": "Agg"}
+    done = subprocess.run(
+        [sys.executable, "-c", start, *flags], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_help_of_an_analysis_is_short_grouped_and_names_treatments(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert console.main(["ntk_spectrum", "--help"]) == 0
     printed = capsys.readouterr().out
     order = [printed.index(f"\n{group}:") for group in ("this analysis", "study", "recipe", "files")]
     assert order == sorted(order) and "layerwise_shuffle" in printed and "synflow" in printed
-    assert max(map(len, printed.splitlines())) <= 100 and len(printed.splitlines()) < 80
-    assert "--nesterov" not in printed and "example:" in printed
+    assert max(map(len, printed.splitlines())) <= 100 and len(printed.splitlines()) < 60
+    flags = [line for line in printed.splitlines() if line.startswith("  --")]
+    assert all(re.fullmatch(r"  --\S+( \S+)*  +[A-Z\dk].*\.+", line) for line in flags), flags  # each in one line
+    named = (
+        "task model levels prune-fraction treatments init-seeds steps batch-size optimizer learning-rate rewind-step"
+    )
+    assert {f"--{name}" for name in [*named.split(), "device", "store", "out", "run", "preset"]} <= {*printed.split()}
+    assert "--nesterov" not in printed and "example:" in printed and "--help-all describes all 42 flags" in printed
     assert console.main(["ntk_spectrum", "--help-all"]) == 0
     assert "--nesterov" in capsys.readouterr().out
 
@@ -122,12 +167,23 @@ def test_a_closed_pipe_is_silent():
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     flags = ["--steps", "200000", "--store", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     command = [sys.executable, "-m", "ticketlab", "imp", *flags]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "runs").glob("*/config.json")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    heard = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background it is ignored, and inherited so
+    try:
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "runs").glob("*/config.json")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130, err
-    assert "Traceback" not in err and "the same command goes on from there" in err
+    (line,) = [line for line in err.splitlines() if line.startswith("stopped:")]
+    assert line.endswith(f"is stored in {tmp_path / 'runs'}; the same command goes on from there.")
+    assert "Traceback" not in err
     assert out.startswith("run: ")

@@ -40,6 +40,7 @@ FLOORS = {
         f"ticketlab.{room}": 2
         for room in ("ntk", "connectivity", "signal", "gradients", "curvature", "bounds", "overlap", "attention")
     },
+    "ticketlab.printed": 4,  # tables for a terminal
     "ticketlab.console": 4,
     "ticketlab.plot": 4,
     "ticketlab.__main__": 4,

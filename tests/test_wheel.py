@@ -55,10 +55,10 @@ def test_it_answers_from_any_folder_beside_a_users_own_names(installed, tmp_path
         "-m", "ticketlab", "mode_connectivity", "--help", cwd=tmp_path, env=env
     )
     out = ran("-m", "ticketlab", "imp", *flags, cwd=tmp_path, env=env)
-    assert "ticket_test_error_%" in out
+    assert "Test error in percent" in out
     assert len(list((tmp_path / "results" / "imp").glob("*/imp.png"))) == 1
     (folder,) = (tmp_path / "results" / "imp").iterdir()
     (tmp_path / "data").mkdir()
     folder.rename(tmp_path / "data" / "imp-mine")
-    drawn = ran("-m", "ticketlab", "figures", "--data", "data", "--out", "drawn", cwd=tmp_path, env=env)
-    assert drawn.split() == [str(Path("drawn") / "imp-mine.png")]
+    drawn = ran("-m", "ticketlab", "figures", cwd=tmp_path, env=env)
+    assert drawn.split() == [str(Path("paper") / "imp-mine.png")]  # here, not among the installed files

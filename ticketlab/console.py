@@ -6,6 +6,9 @@ ticketlab runs [STORE]     what a store holds
 ticketlab show RUN         the study of a run, and its errors level by level
 ticketlab diff A B         what two runs have different, and their errors side by side
 ticketlab verify RUN       hold every file of a run against its checksum
+ticketlab --version
+
+bash completes names and flags after: source <(ticketlab --tyro-print-completion bash); zsh likewise.
 """
 
 from __future__ import annotations
@@ -13,35 +16,44 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pkgutil
 import runpy
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Union
 
 import pandas as pd
+import tyro
 
+from ticketlab.engine import store
 from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.run import Run, load_run, runs, verify
 from ticketlab.errors import Refused, nearest
+from ticketlab.printed import across, as_text, width
 from ticketlab.version import __version__
 
 HERE = Path(__file__).parent
+INSTALLED = (HERE / "analyses").is_dir()
+"""Whether this is a wheel's content, not a checkout."""
 STORED = {"runs": 1, "show": 1, "diff": 2, "verify": 1}
 """Commands on stores, with the number of folders that each takes at most."""
+TITLE = "Test error in percent, mean ± sd over n networks:"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 where a run is damaged; 2 with one line on stderr where the input was at fault."""
+    """Exit code: 0; 1 where a run is damaged; otherwise as `guarded`."""
     given = [*(sys.argv[1:] if argv is None else argv)]
     return guarded(lambda: _command(*given))
 
 
 def guarded(action: Callable[[], int]) -> int:
     """The exit code of an action: one line where the input was at fault or Ctrl-C stopped it, none for a closed pipe.
+
+    Args:
+        action: May raise a KeyboardInterrupt whose text says what is left.
 
     Returns:
         The action's code, 2 where it refused its input, 130 where Ctrl-C stopped it, 141 where nobody reads its output.
@@ -53,8 +65,8 @@ def guarded(action: Callable[[], int]) -> int:
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped: finished levels are stored, and the same command goes on from there.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"\nstopped: {stopped or 'the same command starts again.'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
@@ -63,88 +75,94 @@ def guarded(action: Callable[[], int]) -> int:
 
 def _command(name: str = "--help", *rest: str) -> int:
     known = questions()
-    if name in ("-h", "--help"):
-        print((__doc__ or "").strip() + "\n\nquestions:")
-        print("\n".join(_entry(question, about, max(map(len, known))) for question, about in known.items()))
-        return 0
-    if name == "--version":
-        print(__version__)
-        return 0
     if name in known or name == "figures":
         return _ran(name, rest)
-    if name not in STORED:
-        raise Refused(nearest("command", name, (*STORED, "figures", *known)))
-    least = 0 if name == "runs" else STORED[name]
-    if {"-h", "--help"} & {*rest} or not least <= len(rest) <= STORED[name]:
-        line = next(line for line in (__doc__ or "").splitlines() if line.startswith(f"ticketlab {name}"))
-        if {"-h", "--help"} & {*rest}:
-            print(line)
-            return 0
-        raise Refused(f"{name} must have {STORED[name]} folder{'s' * (STORED[name] > 1)}: got {len(rest)}. {line}")
-    if name == "verify":
+    if name == "--tyro-print-completion":
+        return _completion(rest)
+    if name == "verify" and len(rest) == 1 and not rest[0].startswith("-"):
         return _verified(rest[0])
-    answers: dict[str, Callable[..., str]] = {"runs": _stored, "show": shown, "diff": compared}
-    print(answers[name](*rest))
+    print(_answer(name, rest, known))
     return 0
 
 
-def _entry(name: str, about: str, width: int) -> str:
-    first = f"  {name:<{width}}  "
-    return textwrap.fill(about, _columns(), initial_indent=first, subsequent_indent=" " * len(first))
+def _answer(name: str, rest: Sequence[str], known: Mapping[str, str]) -> str:
+    if name in ("-h", "--help"):
+        longest = max(map(len, known))
+        listed = [_entry(question, about, longest) for question, about in known.items()]
+        return "\n".join([(__doc__ or "").strip(), "", "questions:", *listed])
+    if name == "--version":
+        return __version__
+    if name not in STORED:
+        raise Refused(nearest("command", name, (*STORED, "figures", *known)))
+    usage = next(line for line in (__doc__ or "").splitlines() if line.startswith(f"ticketlab {name}"))
+    if {"-h", "--help"} & {*rest}:
+        return usage
+    most = STORED[name]
+    if len(rest) > most or (len(rest) < most and name != "runs"):
+        raise Refused(f"{name} must have {most} folder{'s' * (most > 1)}: got {len(rest)}. {usage}")
+    answers: dict[str, Callable[..., str]] = {"runs": _stored, "show": shown, "diff": compared}
+    return answers[name](*rest)
 
 
-def _columns() -> int:
-    return max(60, shutil.get_terminal_size((100, 24)).columns)
+def _entry(name: str, about: str, longest: int) -> str:
+    first = f"  {name:<{longest}}  "
+    return textwrap.fill(about, width(), initial_indent=first, subsequent_indent=" " * len(first))
 
 
 def _ran(name: str, rest: Sequence[str]) -> int:
     module = "figures" if name == "figures" else f"analyses.{name}"
-    package = "" if on_path() else "ticketlab."
     sys.argv = [f"ticketlab {name}", *rest]
+    if not {"", os.getcwd()} & {*sys.path}:  # where models and tasks of one's own may lie, as with python -m
+        sys.path.append(os.getcwd())
     try:
-        runpy.run_module(package + module, run_name="__main__", alter_sys=True)
+        runpy.run_module(_inside() + module, run_name="__main__", alter_sys=True)
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     return 0
 
 
-def on_path() -> bool:
-    """Whether this is a checkout, whose ``analyses`` and ``figures`` then can be imported from anywhere.
+def _inside() -> str:
+    """What the names ``analyses`` and ``figures`` stand behind: nothing in a checkout, which then is on the path.
 
     Installed, they are ``ticketlab.analyses`` and ``ticketlab.figures``, and leave the names to the user.
     """
-    root = HERE.parent
-    checkout = (root / "pyproject.toml").exists() and (root / "analyses").is_dir()
-    if checkout and str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    return checkout
+    if INSTALLED:
+        return "ticketlab."
+    if str(HERE.parent) not in sys.path:
+        sys.path.insert(0, str(HERE.parent))
+    return ""
 
 
 def questions() -> dict[str, str]:
     """Each analysis with the first line of its docstring."""
-    folder = (HERE.parent if on_path() else HERE) / "analyses"
+    folder = (HERE if INSTALLED else HERE.parent) / "analyses"
     sources = {path.stem: path.read_text() for path in sorted(folder.glob("*.py"))}
     modules = {name: ast.parse(source) for name, source in sources.items() if f'main("{name}", ' in source}
     return {name: (ast.get_docstring(module) or "").partition("\n")[0] for name, module in modules.items()}
 
 
-def as_text(table: pd.DataFrame) -> str:
-    """A table without its index; columns that do not fit the terminal go on below."""
-    number = "{:.4g}".format
-    return table.to_string(index=False, line_width=_columns(), float_format=number, na_rep="")
+@dataclass(frozen=True)
+class _Folder:
+    """A command on stores."""
+
+    folder: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Stores or runs."""
+
+
+def _completion(shell: Sequence[str]) -> int:
+    """Print the script by which a shell completes names and flags."""
+    kinds: dict[str, Any] = {n: pkgutil.resolve_name(f"{_inside()}analyses.{n}:Config") for n in questions()}
+    kinds |= dict.fromkeys(STORED, _Folder)
+    commands: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
+    flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    tyro.cli(commands, prog="ticketlab", args=["--tyro-print-completion", *shell], config=flags)
+    return 0
 
 
 def errors(run: Run) -> pd.DataFrame:
-    """Test errors in percent, mean ± standard deviation over n replicas: a row per level, a column per treatment."""
-    table = run.metrics
-    cells = table.groupby(["level", "treatment"], sort=False)["test_error"].agg(["mean", "std", "count"])
-    text = cells.apply(lambda c: _spread(100 * c["mean"], 100 * c["std"], int(c["count"])), axis=1)
-    densities = (100 * table.groupby("level")["level_density"].first()).map("{:.3g}".format)
-    return pd.concat([densities.rename("kept %"), text.unstack(sort=False).fillna("")], axis=1).reset_index()
-
-
-def _spread(mean: float, sd: float, n: int) -> str:
-    return f"{mean:.2f} (n = 1)" if n == 1 else f"{mean:.2f} ± {sd:.2f} (n = {n})"
+    """Test errors in percent: one row per level, one column per treatment, mean ± standard deviation, and n."""
+    table = run.metrics.assign(density=run.metrics["level_density"])
+    return across(table, ["level", "density"], "treatment", "test_error")
 
 
 def shown(folder: str) -> str:
@@ -152,8 +170,8 @@ def shown(folder: str) -> str:
     run = load_run(folder)
     plain = _flat(ImpConfig())
     changed = [f"{name} {value}" for name, value in _flat(run.config).items() if value != plain[name]]
-    flags = textwrap.fill(", ".join(changed) or "as the defaults", _columns())
-    return "\n".join([repr(run), "", flags, "", "test error (%), mean ± sd", as_text(errors(run))])
+    flags = textwrap.fill(", ".join(changed) or "as the defaults", width())
+    return "\n".join([repr(run), "", flags, "", as_text(errors(run), TITLE)])
 
 
 def compared(a: str, b: str) -> str:
@@ -162,9 +180,13 @@ def compared(a: str, b: str) -> str:
     flags, others = _flat(one.config), _flat(other.config)
     rows = [(n, flags.get(n, ""), others.get(n, "")) for n in {**flags, **others} if flags.get(n) != others.get(n)]
     parts = [f"a: {one.folder}", f"b: {other.folder}", ""]
-    parts += [as_text(pd.DataFrame(rows, columns=["flag", "a", "b"]))] if rows else ["the same flags"]
-    both = errors(one).merge(errors(other), on=["level", "kept %"], how="outer", suffixes=(" a", " b")).fillna("")
-    return "\n".join([*parts, "", "test error (%), mean ± sd", as_text(both)])
+    parts += [as_text(pd.DataFrame(rows, columns=["flag", "a", "b"]).set_index("flag"))] if rows else ["the same flags"]
+    left, right = errors(one), errors(other)
+    both = left.join(right, how="outer", lsuffix=" a", rsuffix=" b").fillna("")
+    both.columns = [c if c.endswith((" a", " b")) else f"{c} {'a' if c in left else 'b'}" for c in both]
+    names = dict.fromkeys([*left.columns, *right.columns])
+    order = [f"{name} {run}" for name in names for run in "ab" if f"{name} {run}" in both]
+    return "\n".join([*parts, "", as_text(both[order], TITLE)])
 
 
 def _flat(config: ImpConfig) -> dict[str, str]:
@@ -187,6 +209,12 @@ def _stored(folder: str = "runs") -> str:
 
 
 def _verified(folder: str) -> int:
-    faults = verify(folder)
+    try:
+        faults = verify(folder)
+    except Refused as error:
+        if not store.is_run(Path(folder).expanduser()):
+            raise
+        print(error)
+        return 1
     print("\n".join(f"level {level}: {fault or 'whole'}" for level, fault in faults.items()) or "no level is stored")
     return int(not faults or any(faults.values()))

@@ -45,7 +45,7 @@ class ImpConfig:
 
     Scores are taken at the end of each level's training, in as many rounds per level as the criterion is defined with.
     snip, grasp and synflow are thereby not the methods of their papers, which prune at initialisation: those are in
-    analyses.pruning_criteria.
+    the analysis pruning_criteria.
     """
     prunable: tuple[str, ...] = ()
     """Names of parameters to prune, with wildcards; empty: linear, convolution, recurrent and attention weights."""

@@ -62,7 +62,7 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     n_levels = files.n_stored(path)
     config = from_json(stored | {"levels": max(0, n_levels - 1)})
     if n_levels == 0:
-        raise Refused(f"{path} must hold at least level 0: it has none. Resume the run with analyses.imp.")
+        raise Refused(f"{path} must hold at least level 0: it has none. Resume the run with ticketlab imp.")
     if beyond := files.n_beyond(path):
         warnings.warn(
             f"level {n_levels} of {path} is missing, and the {beyond} after it are not read. Resume the run.",
@@ -104,14 +104,18 @@ def _row(path: Path) -> dict[str, object]:
 
 
 def verify(folder: str | Path) -> dict[int, str | None]:
-    """Every stored level of a run with what is wrong with it, None where each file holds its checksum.
+    """Every stored level of a run, or missing one between others, with its fault; None where all checksums hold.
 
     Raises:
         Refused: Not a run directory, or a description that is not what was stored.
     """
     path = Path(folder).expanduser()
     files.read_config(path)
-    return {level: _fault(path, level) for level in range(files.n_stored(path))}
+    n_levels = files.n_stored(path)
+    faults = {level: _fault(path, level) for level in range(n_levels)}
+    if beyond := files.n_beyond(path):
+        faults[n_levels] = f"{path} lacks a whole level {n_levels}, and holds {beyond} after it. Resume the run."
+    return faults
 
 
 def _fault(path: Path, level: int) -> str | None:

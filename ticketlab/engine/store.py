@@ -129,7 +129,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise Refused(f"{folder} must be a run directory with a {CONFIG}: found none. Make it with analyses.imp.")
+        raise Refused(f"{folder} must be a run directory with a {CONFIG}: found none. Make it with ticketlab imp.")
     remedy = "Restore it, or run again into another store."
     try:
         stored = json.loads(path.read_text())
