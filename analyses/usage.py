@@ -42,7 +42,7 @@ def usage(name: str, default: Any) -> str:
         parts += ["", _listed("treatments", TREATMENTS), _listed("criteria", CRITERIA)]
         example = "--model lenet_300_100 --levels 4 --init-seeds 0 1 --steps 500"
     n_all = sum(1 for _ in _flags(default))
-    return "\n".join([*parts, "", f"example: {command} {example}", f"--help-all describes all {n_all} flags."])
+    return "\n".join([*parts, "", "example:", f"  {command} {example}", "", f"--help-all describes all {n_all} flags."])
 
 
 def _flags(config: Any) -> Iterator[str]:

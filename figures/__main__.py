@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,10 @@ def draw_all(config: Config) -> list[Path]:
     return written
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 with one line on stderr where there is nothing to draw."""
     matplotlib.use("Agg")
-    config = tyro.cli(Config, prog="python -m figures")
+    config = tyro.cli(Config, prog="python -m figures", args=argv)
     try:
         paths = draw_all(config)
     except ValueError as error:

@@ -116,20 +116,21 @@ def test_version_and_the_help_of_a_command():
 
 
 def test_bash_completes_names_and_flags(capsys, tmp_path):
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit) as done:
         console.main(["--tyro-print-completion", "bash"])
+    assert not done.value.code
     (tmp_path / "completion").write_text(capsys.readouterr().out)
     for words, expected in (("ticketlab mode", "mode_connectivity"), ("ticketlab imp --prune-f", "--prune-fraction")):
         cword = len(words.split()) - 1
         script = f"source completion; COMP_WORDS=({words}); COMP_CWORD={cword}; _tyro_ticketlab; echo ${{COMPREPLY[@]}}"
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.stdout.split() == [expected], done.stderr
+        shell = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert expected in shell.stdout.split() and "magnitude" not in shell.stdout, shell.stderr
 
 
 def test_a_model_of_ones_own_is_found_in_the_working_directory(tmp_path):
     """As the console script starts: without the working directory on the path, where ``python -m`` has it."""
     (tmp_path / "mine.py").write_text(
-        "import ticketlab as tl\ndef net(): return tl.models.build('mlp_4_4', (1, 8, 8), 10)"
+        "import ticketlab as tl\ndef net(): return tl.models.build('mlp_100_50', (1, 8, 8), 10)"
     )
     start = "import sys; sys.path.remove(''); from ticketlab.console import main; sys.exit(main())"
     flags = ["imp", "--model", "mine:net", "--levels", "0", "--steps", "4", "--eval-every", "2", "--init-seeds", "0"]
@@ -154,7 +155,9 @@ def test_the_help_of_an_analysis_is_short_grouped_and_names_treatments(capsys, m
     )
     assert {f"--{name}" for name in [*named.split(), "device", "store", "out", "run", "preset"]} <= {*printed.split()}
     assert "--nesterov" not in printed and "example:" in printed and "--help-all describes all 42 flags" in printed
-    assert console.main(["ntk_spectrum", "--help-all"]) == 0
+    with pytest.raises(SystemExit) as done:  # tyro's
+        console.main(["ntk_spectrum", "--help-all"])
+    assert not done.value.code
     assert "--nesterov" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ ticketlab diff A B         what two runs have different, and their errors side b
 ticketlab verify RUN       hold every file of a run against its checksum
 ticketlab --version
 
-bash completes names and flags after: source <(ticketlab --tyro-print-completion bash); zsh likewise.
+Completion of names and flags, in bash or zsh: source <(ticketlab --tyro-print-completion bash)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import ast
 import json
 import os
 import pkgutil
-import runpy
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -110,15 +109,12 @@ def _entry(name: str, about: str, longest: int) -> str:
 
 
 def _ran(name: str, rest: Sequence[str]) -> int:
-    module = "figures" if name == "figures" else f"analyses.{name}"
-    sys.argv = [f"ticketlab {name}", *rest]
     if not {"", os.getcwd()} & {*sys.path}:  # where models and tasks of one's own may lie, as with python -m
         sys.path.append(os.getcwd())
-    try:
-        runpy.run_module(_inside() + module, run_name="__main__", alter_sys=True)
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
-    return 0
+    if name == "figures":
+        return pkgutil.resolve_name(f"{_inside()}figures.__main__:main")(rest)
+    analysis: Any = pkgutil.resolve_name(f"{_inside()}analyses.{name}")
+    return analysis.main(name, analysis.Config, analysis.run, analysis.draw, analysis.summary, rest)
 
 
 def _inside() -> str:
@@ -182,8 +178,7 @@ def compared(a: str, b: str) -> str:
     parts = [f"a: {one.folder}", f"b: {other.folder}", ""]
     parts += [as_text(pd.DataFrame(rows, columns=["flag", "a", "b"]).set_index("flag"))] if rows else ["the same flags"]
     left, right = errors(one), errors(other)
-    both = left.join(right, how="outer", lsuffix=" a", rsuffix=" b").fillna("")
-    both.columns = [c if c.endswith((" a", " b")) else f"{c} {'a' if c in left else 'b'}" for c in both]
+    both = pd.concat([left.add_suffix(" a"), right.add_suffix(" b")], axis=1).fillna("")
     names = dict.fromkeys([*left.columns, *right.columns])
     order = [f"{name} {run}" for name in names for run in "ab" if f"{name} {run}" in both]
     return "\n".join([*parts, "", as_text(both[order], TITLE)])
