@@ -51,11 +51,17 @@ def test_the_blocks_of_extending_run_in_one_namespace(tmp_path, monkeypatch):
     assert pd.read_csv("curves_1.csv")["step"].max() == 50
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """One folder for all notebooks, most of which read one run."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the Jupyter client's own
-def test_notebooks_run_from_top_to_bottom(path, tmp_path):
+def test_notebooks_run_from_top_to_bottom(path, place):
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(place)}}).execute()
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
     assert outputs and not any(out.output_type == "error" for out in outputs)
 

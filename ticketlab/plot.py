@@ -13,12 +13,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ticketlab.connectivity import Path
-from ticketlab.console import on_path
+from ticketlab.console import inside
 from ticketlab.engine.level import Level
 from ticketlab.engine.run import Run
 from ticketlab.ntk import Spectrum
 
-on_path()  # in a checkout figures lie beside the package
+inside()  # puts a checkout on the path, where figures lie beside the package
 
 from figures.imp import draw as draw_imp  # noqa: E402
 from figures.style import label_of, look_of, paper  # noqa: E402
