@@ -47,7 +47,7 @@ def test_it_answers_from_any_folder_beside_a_users_own_names(installed, tmp_path
     for name in ("analyses", "figures"):  # what a user may have in the folder they work in
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} is the user's')")
     env = {**os.environ, "PYTHONPATH": str(installed), "MPLBACKEND": "Agg"}
-    flags = ["--steps", "8", "--levels", "1", "--init-seeds", "0", "1", "--eval-every", "4"]
+    flags = ["--steps", "8", "--levels", "1", "--init-seeds", "0", "--eval-every", "4", "--treatments", "ticket"]
     commands = [[], ["mode_connectivity", "--help"], ["imp", *flags]]
     script = "import ticketlab; from ticketlab.console import main; print(ticketlab.__file__)"
     out = ran("-c", f"{script}; print([main(argv) for argv in {commands}])", cwd=tmp_path, env=env)
