@@ -179,10 +179,10 @@ def _grid(table: pd.DataFrame, column: str) -> Float[np.ndarray, "level treatmen
 
 def summary(tables: Tables) -> pd.DataFrame:
     """Rank correlations with the final accuracy [95 % interval], between networks of a level or seeds alone."""
-    table = tables["correlations"].set_index(["within", "measure"])
+    table = tables["correlations"]
     parts = []
     for within in ("level", "level and treatment"):
-        rows = table.loc[[within]]
+        rows = table[table["within"] == within].set_index(["within", "measure"])
         rho = [f"{r:.2f} [{low:.2f}, {high:.2f}]" for r, low, high in rows[["rho", "low", "high"]].to_numpy()]
         columns = {"rho": rho, "p_unadjusted": rows["p_value"], f"p_holm_of_{len(rows)}": rows["p_holm"]}
         parts.append(pd.DataFrame(columns, rows.index))

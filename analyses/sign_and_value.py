@@ -83,9 +83,9 @@ def summary(tables: Tables) -> pd.DataFrame:
         p_values = last[[f"error_above_{other}_{name}" for name in ("p_value", "p_holm", "n_family")]]
         rows = each.join(p_values.set_axis(["p_unadjusted", "p_holm", "n_family"], axis=1)).drop(index=other)
         points = [spread(errors[start] - errors[other], "_points", len(errors)) for start in rows.index]
+        rows["p_holm"] = [f"{p:.3g} of {n}" for p, n in zip(rows["p_holm"], rows["n_family"], strict=True)]
         parts.append(rows.assign(above_points=points, above=other).set_index("above", append=True))
-    shown = ["density", "test_error_%", "above_points", "n", "p_unadjusted", "p_holm", "n_family"]
-    return pd.concat(parts)[shown]
+    return pd.concat(parts)[["density", "test_error_%", "above_points", "n", "p_unadjusted", "p_holm"]]
 
 
 if __name__ == "__main__":

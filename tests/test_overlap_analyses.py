@@ -46,7 +46,7 @@ def test_mask_overlap_holds_tickets_against_chance(tmp_path):
     assert tables["pixels"].query("level == 2 and init_seed == 0")["live"].sum() == int(kept)
     survivors = tables["survival"].query("level_a == 1 and level_b == 2 and layer == 'all'")["survival"]
     np.testing.assert_allclose(survivors, 0.8, atol=1e-3)
-    short = mask_overlap.summary(tables).loc[(2, "all")]
+    short = mask_overlap.summary(tables).sort_index().loc[(2, "all")]
     whole = whole[whole["level"] == 2].set_index("given")
     ratio = whole["intersection"] / whole["null_mean"]
     for given in ("layer", "input"):  # one pair: no spread

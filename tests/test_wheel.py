@@ -47,17 +47,14 @@ def test_it_answers_from_any_folder_beside_a_users_own_names(installed, tmp_path
     for name in ("analyses", "figures"):  # what a user may have in the folder they work in
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} is the user's')")
     env = {**os.environ, "PYTHONPATH": str(installed), "MPLBACKEND": "Agg"}
-    where = ran("-c", "import ticketlab; print(ticketlab.__file__)", cwd=tmp_path, env=env)
-    assert where.startswith(str(installed))
-    assert "mode_connectivity" in ran("-m", "ticketlab", cwd=tmp_path, env=env)
-    flags = ["--steps", "8", "--levels", "1", "--init-seeds", "0", "1", "--eval-every", "4"]
-    assert "ticketlab mode_connectivity [flags]" in ran(
-        "-m", "ticketlab", "mode_connectivity", "--help", cwd=tmp_path, env=env
-    )
-    out = ran("-m", "ticketlab", "imp", *flags, cwd=tmp_path, env=env)
-    assert "Test error in percent" in out
-    assert len(list((tmp_path / "results" / "imp").glob("*/imp.png"))) == 1
+    flags = ["--steps", "8", "--levels", "1", "--init-seeds", "0", "--eval-every", "4", "--treatments", "ticket"]
+    commands = [[], ["mode_connectivity", "--help"], ["imp", *flags]]
+    script = "import ticketlab; from ticketlab.console import main; print(ticketlab.__file__)"
+    out = ran("-c", f"{script}; print([main(argv) for argv in {commands}])", cwd=tmp_path, env=env)
+    assert out.startswith(str(installed)) and out.endswith("[0, 0, 0]\n")
+    assert "ticketlab mode_connectivity [flags]" in out and "Test error in percent" in out
     (folder,) = (tmp_path / "results" / "imp").iterdir()
+    assert (folder / "imp.png").exists()
     (tmp_path / "data").mkdir()
     folder.rename(tmp_path / "data" / "imp-mine")
     drawn = ran("-m", "ticketlab", "figures", cwd=tmp_path, env=env)

@@ -174,11 +174,17 @@ def compared(a: str, b: str) -> str:
     """Flags that differ between two runs, and their test errors in percent side by side."""
     one, other = load_run(a), load_run(b)
     flags, others = _flat(one.config), _flat(other.config)
-    rows = [(n, flags.get(n, ""), others.get(n, "")) for n in {**flags, **others} if flags.get(n) != others.get(n)]
-    parts = [f"a: {one.folder}", f"b: {other.folder}", ""]
-    parts += [as_text(pd.DataFrame(rows, columns=["flag", "a", "b"]).set_index("flag"))] if rows else ["the same flags"]
+    changed = [name for name in {**flags, **others} if flags.get(name) != others.get(name)]
+    parts = [f"a: {one.folder}", f"b: {other.folder}", ""] + ([] if changed else ["the same flags"])
+    for name in changed:
+        sides = (f"a: {flags.get(name, '')}", f"b: {others.get(name, '')}")
+        parts += [
+            name,
+            *(textwrap.fill(side, width(), initial_indent="  ", subsequent_indent="     ") for side in sides),
+        ]
     left, right = errors(one), errors(other)
     both = pd.concat([left.add_suffix(" a"), right.add_suffix(" b")], axis=1).fillna("")
+    both = both.sort_index(ascending=[True, False])
     names = dict.fromkeys([*left.columns, *right.columns])
     order = [f"{name} {run}" for name in names for run in "ab" if f"{name} {run}" in both]
     return "\n".join([*parts, "", as_text(both[order], TITLE)])
@@ -199,8 +205,8 @@ def _written(value: Any) -> str:
 
 def _stored(folder: str = "runs") -> str:
     table = runs(folder)
-    front = ["levels", "seeds", "treatments", "megabytes", "changed", "run"]  # a run's name begins with task and model
-    return as_text(table[front]) if len(table) else f"no runs in {folder}"
+    front = ["levels", "seeds", "treatments", "megabytes", "changed"]  # a run's name begins with task and model
+    return as_text(table.set_index("run")[front]) if len(table) else f"no runs in {folder}"
 
 
 def _verified(folder: str) -> int:
