@@ -190,6 +190,19 @@ def test_python_m_figures_draws_the_studies_of_a_folder(tmp_path):
     assert written == tmp_path / "out" / "width_sweep-mine.png" and written.stat().st_size > 1000
 
 
+def test_a_run_of_ones_own_is_drawn_beside_its_tables(tmp_path):
+    folder = shutil.copytree(HERE / "data" / "width_sweep-mnist", tmp_path / "width_sweep" / "digits-1")
+    for names in ((), ("width_sweep",)):
+        (written,) = draw_all(Config(names=names, run=folder))
+        assert written == folder / "width_sweep.png" and written.exists()
+    with pytest.raises(ValueError, match="must begin with the name of a figure"):
+        draw_all(Config(names=("pies",), run=folder))
+    with pytest.raises(ValueError, match="must hold the CSV tables"):
+        draw_all(Config(names=("imp",), run=tmp_path))
+    with pytest.raises(ValueError, match="pies must be a study in"):
+        draw_all(Config(names=("pies",)))
+
+
 def test_python_m_figures_refuses_what_it_does_not_know(tmp_path):
     (tmp_path / "pies-mnist").mkdir()
     with pytest.raises(ValueError, match="must begin with the name of a figure"):
