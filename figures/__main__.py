@@ -38,7 +38,7 @@ class Config:
     pdf: bool = False
     """PDFs beside the PNGs."""
     titles: bool = True
-    """Titles over figures, where no caption stands in for them."""
+    """Titles over figures; otherwise captions beside them, as text files."""
 
 
 def draw_all(config: Config) -> list[Path]:
@@ -73,7 +73,8 @@ def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
         raise ValueError(f"{folder} must hold the CSV tables of an analysis: it has none.")
     written: list[Path] = []
     for suffix, draw in drawn(pkgutil.resolve_name(f"{__package__}.{figure}:draw")).items():
-        written += save(draw(tables), Path(f"{stem}{suffix}"), pdf=config.pdf, titles=config.titles)
+        without = None if config.titles else draw
+        written += save(draw(tables), Path(f"{stem}{suffix}"), pdf=config.pdf, draw=without)
     return written
 
 

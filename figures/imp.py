@@ -26,7 +26,7 @@ from figures.style import (
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Two panels from ``levels`` (one row a level and replica): test error and early-stop step.
+    """Two panels from ``levels`` (one row per level and replica): test error and early-stop step.
 
     Lines are means over replicas, dots are the replicas, the band is the dense networks' mean +- one standard
     deviation.

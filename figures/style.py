@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,18 +99,22 @@ def paper() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, stem: Path, *, pdf: bool = True, titles: bool = True) -> list[Path]:
+def save(figure: Figure, stem: Path, *, pdf: bool = True, draw: Draw | None = None) -> list[Path]:
     """Write STEM.pdf and STEM.png without dates or versions, so that equal figures are equal files.
 
     Args:
         figure: A figure, closed afterwards.
         stem: Path without suffix.
         pdf: Whether to write a PDF beside the PNG.
-        titles: Whether to keep the figure's own title; panels keep theirs, which are needed to read them.
+        draw: Of a figure that is to lose its title to a caption, STEM.txt: what drew it, whose docstring says what
+            the panels are. Panels keep theirs, which are needed to read them.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [Path(f"{stem}.pdf")] * pdf + [Path(f"{stem}.png")]
-    if not titles:
+    if draw is not None:
+        words = " ".join((inspect.getdoc(draw) or "").replace("``", "").split())
+        title = figure.get_suptitle().replace("\n", "; ")
+        Path(f"{stem}.txt").write_text(f"{title}. {words}\n")
         figure.suptitle("")
     with paper():
         if pdf:

@@ -18,7 +18,7 @@ OFFSETS = {"ticket": -0.22, "layerwise_shuffle": 0.06, "random_mask": 0.32}
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """The transfer matrix from ``networks``: a panel a density and target, sources side by side in each."""
+    """The transfer matrix from ``networks``: a panel per density and target, sources side by side in each."""
     networks = tables["networks"]
     targets, levels = list(networks["target"].unique()), sorted(networks.loc[networks["level"] > 0, "level"].unique())
     names = _names(networks)

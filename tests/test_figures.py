@@ -195,6 +195,9 @@ def test_a_run_of_ones_own_is_drawn_beside_its_tables(tmp_path):
     for names in ((), ("width_sweep",)):
         (written,) = draw_all(Config(names=names, run=folder))
         assert written == folder / "width_sweep.png" and written.exists()
+    draw_all(Config(run=folder, titles=False))
+    caption = (folder / "width_sweep.txt").read_text()
+    assert caption.startswith("NTK scaling, MNIST") and "Three log-log panels from widths and slopes" in caption
     with pytest.raises(ValueError, match="must begin with the name of a figure"):
         draw_all(Config(names=("pies",), run=folder))
     with pytest.raises(ValueError, match="must hold the CSV tables"):
