@@ -6,10 +6,13 @@ A study is a folder ``figures/data/FIGURE-NAME`` of CSV tables, as an analysis w
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import matplotlib
@@ -58,11 +61,9 @@ def draw_all(config: Config) -> list[Path]:
         known = ", ".join(study.name for study in studies)
         raise ValueError(f"{', '.join(sorted(unknown))} must be a study in {config.data}: there are {known}.")
     chosen = [study for study in studies if study.name in config.names or not config.names]
-    return [
-        path
-        for study in chosen
-        for path in _drawn(study.name.partition("-")[0], study, config.out / study.name, config)
-    ]
+    with ProcessPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool:  # a study per core
+        figures, stems = [study.name.partition("-")[0] for study in chosen], [config.out / s.name for s in chosen]
+        return [path for paths in pool.map(_drawn, figures, chosen, stems, repeat(config)) for path in paths]
 
 
 def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
