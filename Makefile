@@ -21,7 +21,7 @@ lint: .venv/ready
 figures: .venv/ready
 	$(BIN)/python -m figures
 
-# docs/tables.md, and the reference of every public function in build/docs.
+# docs/tables.md, the reference of every public function in build/docs, and a check of all links.
 docs: .venv/ready
 	$(BIN)/python docs/build.py
 
@@ -39,7 +39,7 @@ bench-peers: .venv-peers/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,models]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,models,docs]'
 	touch $@
 
 clean:

@@ -41,7 +41,7 @@ class Places:
     out: Path = Path("results")
     """Folder for tables and figures: OUT/ANALYSIS/RUN."""
     device: str | None = None
-    """Such as cpu or cuda:1; None: a CUDA device if there is one."""
+    """Device to compute on, such as cpu or cuda:1; None: a CUDA device if there is one."""
 
 
 @dataclass(frozen=True)

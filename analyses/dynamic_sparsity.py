@@ -53,13 +53,13 @@ class Config(OfRun):
     at_levels: tuple[int, ...] | None = None
     """Levels whose density is compared; None: every second one of the sparser half."""
     n_seeds: int | None = None
-    """Use the first n init seeds of the run; None: all."""
+    """Number of init seeds of the run to use, the first ones; None: all."""
     spread: Spread = "erdos_renyi_kernel"
-    """How live weights are spread over layers, by all methods but IMP."""
+    """Spread of live weights over layers, of all methods but IMP."""
     update_every: int = 100
     """Steps between two updates of a mask."""
     extend: Extend = "steps"
-    """Train each also as long as IMP in all: in steps, in macs, or not at all."""
+    """Longer training of each, as long as IMP in all: in steps, in macs, or none."""
     extend_at: tuple[int, ...] | None = None
     """Levels at which training is extended; None: all that are compared."""
 

@@ -57,13 +57,13 @@ class Config(Places):
     """Error barriers between children of theta_k, and accuracies, against k: dense networks and subnetworks."""
 
     rewind_steps: tuple[int, ...] = (0, 10, 50, 150)
-    """The grid over k."""
+    """Steps k of the grid, at which dense networks and subnetworks have children."""
     dense_steps: tuple[int, ...] = ()
     """Further steps k, at which dense networks alone have children: a finer grid at little cost."""
     at_levels: tuple[int, ...] | None = None
     """Levels whose subnetworks have children, from 1; None: the last."""
     n_alphas: int = 31
-    """Points on each line, both ends included; the largest value on a grid is a lower estimate."""
+    """Points per line, both ends included; the largest value on a grid is a lower estimate."""
     train_examples: int = 5000
     """Training examples that lines are evaluated on, and statistics of batch norm estimated from."""
     test_examples: int | None = None

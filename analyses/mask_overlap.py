@@ -45,9 +45,9 @@ class Config(OfRun):
     at_levels: tuple[int, ...] | None = None
     """Levels to measure, from 1; None: every second one and the last."""
     draws: int = 19
-    """Random masks of each kind that every aligned overlap is held against."""
+    """Random masks per kind of null that an aligned overlap is compared with."""
     restarts: int = 2
-    """Starts of every matching of hidden units."""
+    """Starts per matching of hidden units."""
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,11 @@ class Config(OfRun):
     """Loss and error on the lines theta_k to theta_T and between siblings, against density and against k."""
 
     n_alphas: int = 31
-    """Points on each line, both ends included."""
+    """Points per line, both ends included."""
     train_examples: int | None = 10_000
     """Training examples that the lines are evaluated on; None: all."""
     align: bool = False
-    """Also measure the lines between init seeds, before and after matching hidden units."""
+    """Lines between init seeds too, before and after matching hidden units."""
     align_levels: tuple[int, ...] | None = None
     """Levels that --align measures, from 0; None: all."""
 

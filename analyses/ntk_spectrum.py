@@ -58,7 +58,7 @@ class Config(OfRun):
     """Spectra of the restricted NTK against density, for every treatment of a run."""
 
     at_levels: tuple[int, ...] | None = None
-    """Levels to measure; None: every second one and the last. Level 0 always is."""
+    """Levels to measure beside level 0; None: every second one and the last."""
     n_spectrum: int = 100
     """Training examples of the full kernel, whose side is n * classes."""
     n_regression: int = 1000
@@ -80,7 +80,7 @@ def run(config: Config) -> Tables:
 
     ``drift``: one row per dense pair of steps.
 
-    ``contrasts``, where there are controls: one a level, measure and control.
+    ``contrasts``, where there are controls: one row per level, measure and control.
     """
     study, model, task, levels = open_run(config)
     task = task.to(dtype=torch.float64)  # in which small eigenvalues can be told from rounding

@@ -62,11 +62,11 @@ class Config(OfRun):
     """Accuracy of the masks of every criterion at equal density, and what it costs to find them."""
 
     methods: tuple[str, ...] = METHODS
-    """What to compare with the run's tickets, each criterion[@stage][*rounds][/scope]."""
+    """Methods to compare with the run's tickets, each criterion[@stage][*rounds][/scope]."""
     at_levels: tuple[int, ...] | None = None
     """Levels whose densities are compared; None: every second one, the last where there is none."""
     replicas: int | None = None
-    """Use the first so many of the run's init seeds; None: all."""
+    """Number of init seeds of the run to use, the first ones; None: all."""
     early_step: int = 100
     """Step of the dense training at which @early takes its scores."""
 

@@ -34,13 +34,13 @@ class Config(OfRun):
     """Layers in the phase diagram, Jacobians and layer statistics against density, for every treatment of a run."""
 
     at_levels: tuple[int, ...] | None = None
-    """Levels to measure; None: all. Level 0 always is."""
+    """Levels to measure beside level 0; None: all."""
     n_inputs: int = 200
     """Training examples at which signals are followed."""
 
 
 def run(config: Config) -> Tables:
-    """``networks``: one row per network. ``layers``: one a network and layer. ``densities``: pooled singular values."""
+    """``networks``: one row per network. ``layers``: one per network and layer. ``densities``: singular values."""
     study, model, task, levels = open_run(config)
     data = task.limit(min(config.n_inputs, len(task.train))).to(dtype=torch.float64).train
     relu = signal.applied(model, data.x.to(next(model.parameters()).dtype)) == RELU

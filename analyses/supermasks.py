@@ -48,21 +48,21 @@ class Config(OfRun):
         *("large_final_same_sign", "large_final", "large_final_different_sign"),
         *("magnitude_increase_same_sign", "large_init", "random"),
     )
-    """Of the untrained masks, names in engine.criteria."""
+    """Criteria of the untrained masks, names in engine.criteria."""
     values: tuple[str, ...] = ("init", "random_sign", "signed_constant", "random_constant")
-    """What kept weights are in the untrained masks."""
+    """Values of kept weights under untrained masks."""
     densities: tuple[float, ...] = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02)
-    """Of every layer but the output, which keeps more: 0.9 where they keep 0.8."""
+    """Densities of every layer but the output layer, which keeps more: 0.9 where the others keep 0.8."""
     learned_values: tuple[str, ...] = ("init", "signed_constant")
-    """What the weights under learned masks are."""
+    """Values of the weights under learned masks."""
     learned_densities: tuple[float, ...] = (0.5, 0.2, 0.05)
-    """What edge-popup keeps of each layer."""
+    """Densities of each layer under edge-popup."""
     learned_seeds: int = 3
-    """How many of the run's initialisations, the first ones, masks are learned on."""
+    """Number of init seeds of the run that masks are learned for, the first ones."""
     learned_steps: int = 1500
-    """Steps of mask learning; none are learned when 0."""
+    """Steps of mask learning; 0: no mask is learned."""
     draws: int = 10
-    """Masks drawn from each network of Bernoulli logits."""
+    """Masks drawn per network of Bernoulli logits."""
 
     def __post_init__(self) -> None:
         named = [("criterion", name, tuple(CRITERIA)) for name in self.criteria]

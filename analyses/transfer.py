@@ -54,9 +54,9 @@ class Config(Places):
     """Tickets carried from source settings to target settings, beside shuffled masks and dense networks."""
 
     sources: tuple[str, ...] = ("digits:0-4", "digits:5-9")
-    """Where tickets are found: TASK[:FIRST-LAST][@OPTIMIZER,RATE[,MOMENTUM]], such as mnist or mnist:0-4@sgd,0.05."""
+    """Settings of the tickets: TASK[:FIRST-LAST][@OPTIMIZER,RATE[,MOMENTUM]], such as mnist or mnist:0-4@sgd,0.05."""
     targets: tuple[str, ...] | None = None
-    """Where they are trained; None: the sources."""
+    """Settings that they are trained in; None: the sources."""
     at_levels: tuple[int, ...] | None = None
     """Levels whose tickets are carried; None: the middle one and the last."""
     theta_k: int = 100
@@ -64,9 +64,9 @@ class Config(Places):
     resize: tuple[int, int] | None = None
     """Height and width that all images are brought to."""
     grey: bool = False
-    """Turn colour images to grey."""
+    """Grey images in place of colour ones."""
     runs: tuple[Path, ...] = ()
-    """Take the tickets of settings from these run directories; others are made or resumed."""
+    """Run directories to take tickets from; those of other settings are made or resumed."""
     store: Path = Path("runs")
     """Folder of run directories."""
     study: StudyFlags = field(default_factory=lambda: STUDY)

@@ -81,7 +81,7 @@ class Config(Places):
     at_levels: tuple[int, ...] | None = None
     """Levels measured beyond errors and densities, and carried between tasks; None: the middle one and the last."""
     n_alphas: int = 11
-    """Points on each line, both ends included."""
+    """Points per line, both ends included."""
     n_shown: int = 1000
     """Training and test examples that lines are evaluated on, at most."""
     n_kernel: int = 10

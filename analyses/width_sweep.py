@@ -46,7 +46,7 @@ class Config(Places):
     steps: int = 1000
     """Gradient descent steps at half the largest stable rate of the widest kernel."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Networks at each width."""
+    """Seeds of the weights; one network per width and seed."""
 
     def __post_init__(self) -> None:
         if min(self.widths) < 1 or len(set(self.widths)) < 3:

@@ -25,36 +25,56 @@ NAMES = sorted({path.stem for path in HERE.glob("*.py")} - {"style", "__main__",
 
 @dataclass(frozen=True)
 class Config:
-    """Draw every study in a folder of tables."""
+    """Draw every study in a folder of tables, or those named, or the tables of a run of one's own."""
 
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Studies to draw, such as imp-mnist, none for all; beside --run the name of its figure, such as imp."""
+    run: Path | None = None
+    """Folder of tables that an analysis wrote, results/NAME/RUN; pictures go there."""
     data: Path = HOME / "data"
     """Folder of studies."""
     out: Path = HOME / "paper"
-    """Folder for pictures."""
+    """Folder for pictures of studies."""
     pdf: bool = False
     """PDFs beside the PNGs."""
     titles: bool = True
-    """Titles over figures, where no caption stands in for them."""
+    """Titles over figures; otherwise captions beside them, as text files."""
 
 
 def draw_all(config: Config) -> list[Path]:
-    """Draw each study whose folder begins with the name of a figure.
+    """Draw each study whose folder begins with the name of a figure, or the tables of a run.
 
     Raises:
         ValueError: No such folder, or one of no known figure.
     """
+    if config.run is not None:
+        name = config.names[0] if config.names else config.run.resolve().parent.name
+        return _drawn(name, config.run, config.run / name, config)
     studies = sorted(path for path in config.data.glob("*") if path.is_dir())
     if not studies:
         raise ValueError(f"{config.data} must hold folders FIGURE-NAME of CSV tables: it has none.")
+    unknown = set(config.names) - {study.name for study in studies}
+    if unknown:
+        known = ", ".join(study.name for study in studies)
+        raise ValueError(f"{', '.join(sorted(unknown))} must be a study in {config.data}: there are {known}.")
+    chosen = [study for study in studies if study.name in config.names or not config.names]
+    return [
+        path
+        for study in chosen
+        for path in _drawn(study.name.partition("-")[0], study, config.out / study.name, config)
+    ]
+
+
+def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
+    if figure not in NAMES:
+        raise ValueError(f"{folder} must begin with the name of a figure: known are {', '.join(NAMES)}.")
+    tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
+    if not tables:
+        raise ValueError(f"{folder} must hold the CSV tables of an analysis: it has none.")
     written: list[Path] = []
-    for study in studies:
-        figure = study.name.partition("-")[0]
-        if figure not in NAMES:
-            raise ValueError(f"{study} must begin with the name of a figure: known are {', '.join(NAMES)}.")
-        tables = {path.stem: pd.read_csv(path) for path in sorted(study.glob("*.csv"))}
-        for suffix, draw in drawn(pkgutil.resolve_name(f"{__package__}.{figure}:draw")).items():
-            stem = config.out / f"{study.name}{suffix}"
-            written += save(draw(tables), stem, pdf=config.pdf, titles=config.titles)
+    for suffix, draw in drawn(pkgutil.resolve_name(f"{__package__}.{figure}:draw")).items():
+        without = None if config.titles else draw
+        written += save(draw(tables), Path(f"{stem}{suffix}"), pdf=config.pdf, draw=without)
     return written
 
 

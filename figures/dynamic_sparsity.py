@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from figures.style import TWO_COLUMNS, density_axis, mean_and_replicas, name_task, paper
+from figures.style import TWO_COLUMNS, density_axis, letter, mean_and_replicas, name_task, paper
 
 LOOKS: dict[str, dict[str, object]] = {
     "imp": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -35,6 +35,9 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             _against_density(place, networks, end)
         _against_cost(axes[0, -1], networks, lengths)
         axes[0, 0].set_ylabel("test error (%)")
+        for place in axes[0]:
+            place.tick_params(labelleft=True)
+        letter(axes[0])
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         n, every = networks["init_seed"].nunique(), networks["update_every"].iloc[0]

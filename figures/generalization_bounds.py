@@ -15,6 +15,7 @@ from figures.style import (
     density_axis,
     label_of,
     letter,
+    log_axis,
     look_of,
     mean_and_replicas,
     name_task,
@@ -84,7 +85,7 @@ def _formula(axes: Axes, table: pd.DataFrame) -> None:
         look = {"color": color, "marker": marker, "linestyle": line}
         mean_and_replicas(axes, rows["level_density"], 100 * rows["value"], label=label, **look)
     _finish(axes, table, "tickets: formula and certificates")
-    axes.set_yscale("log")
+    log_axis(axes)
     axes.set_ylabel("bound on the test error (%)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize=6)
 

@@ -11,9 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from figures.style import (
+    ABOVE,
     TWO_COLUMNS,
     against_density,
+    below,
     density_axis,
+    letter,
+    log_axis,
     look_of,
     name_task,
     paper,
@@ -22,9 +26,11 @@ from figures.style import (
 
 PANELS = {
     "norm_per_live_weight": "gradient norm\nper live weight (nats)",
-    "cosine_with_dense": "cosine with the\ndense gradient",
     "cosine_with_displacement": "cosine of $-g$ with\n$\\theta_T - \\theta$",
     "signal_to_noise": "signal to noise\n$\\|E g\\|^2$ / tr Cov $g$",
+}
+FURTHER = {
+    "cosine_with_dense": "cosine with the\ndense gradient",
     "realised_nats": "loss decrease (nats;\nopen: $\\eta \\|g\\|^2$)",
     "gradient_share": "share of $\\|g\\|^2$ in\nthe top NTK modes",
 }
@@ -41,37 +47,50 @@ MEASURES = {
     "residual_share": "residual in NTK modes",
     "gradient_share": "gradient in NTK modes",
 }
-SCOPES = {
-    "level": {"color": "#0072B2", "marker": "o"},
-    "level and treatment": {"color": "#D55E00", "marker": "s", "markerfacecolor": "white"},
+# Measures and scopes are black and grey: colours are those of treatments.
+SCOPES: dict[str, dict[str, object]] = {
+    "level": {"color": "black", "marker": "o", "label": "within a level"},
+    "level and treatment": {
+        **{"color": "0.5", "marker": "s", "markerfacecolor": "white"},
+        "label": "within a level and treatment",
+    },
 }
 FOLLOWED = {
-    "cosine_with_dense": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "cosine_with_displacement": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
-    "signal_to_noise": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
-    "realised_nats": {"color": "#CC79A7", "linestyle": ":", "marker": "v"},
+    "cosine_with_dense": {"color": "0.65", "linestyle": "-", "marker": "o"},
+    "cosine_with_displacement": {"color": "black", "linestyle": "-", "marker": "s"},
+    "signal_to_noise": {"color": "0.4", "linestyle": "--", "marker": "^"},
+    "realised_nats": {"color": "black", "linestyle": ":", "marker": "v"},
 }
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Six measures against density, then their rank correlation with the final accuracy, pooled and by level."""
+    """Four panels: three measures against density, and how each of all measures ranks with the final accuracy."""
     networks, correlations = tables["networks"], tables["correlations"]
     with paper():
-        figure, axes = plt.subplot_mosaic(
-            [[*list(PANELS)[:3]], [*list(PANELS)[3:]], ["pooled", "by level", "by level"]],
-            figsize=(TWO_COLUMNS, 6.6),
-            gridspec_kw={"height_ratios": (1, 1, 1.25)},
-        )
-        for column, label in PANELS.items():
-            against_density(axes[column], networks, column, label)
-        axes["norm_per_live_weight"].set_yscale("log")
-        _predicted(axes["realised_nats"], networks)
+        figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.2))
+        for place, (column, label) in zip(axes.flat, PANELS.items(), strict=False):
+            against_density(place, networks, column, label)
+        log_axis(axes[0, 0])
+        _pooled(axes[1, 1], correlations)
+        letter(axes.flat)
+        below(figure, axes[0, 0])
+        figure.suptitle(_title(networks), fontsize=8)
+    return figure
+
+
+def supplement(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Four panels: three more measures against density, and the correlations level by level."""
+    networks, correlations = tables["networks"], tables["correlations"]
+    with paper():
+        figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.2))
+        for place, (column, label) in zip(axes.flat, FURTHER.items(), strict=False):
+            against_density(place, networks, column, label)
+        _predicted(axes[0, 1], networks)
         if (networks["realised_nats"] > 0).all():
-            axes["realised_nats"].set_yscale("log")
-        handles = axes["norm_per_live_weight"].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]))
-        _pooled(axes["pooled"], correlations)
-        _by_level(axes["by level"], networks, correlations)
+            log_axis(axes[0, 1])
+        _by_level(axes[1, 1], networks, correlations)
+        letter(axes.flat)
+        below(figure, axes[0, 0])
         figure.suptitle(_title(networks), fontsize=8)
     return figure
 
@@ -110,7 +129,7 @@ def _pooled(axes: Axes, correlations: pd.DataFrame) -> None:
     axes.set_yticks(place, list(MEASURES.values()))
     axes.set_xlim(-1, 1)
     axes.set_xlabel("rank correlation with test accuracy\n(95 % over seeds)")
-    axes.set_title("ranked within a level; open:\nwithin a level and treatment", fontsize=7)
+    axes.legend(title="networks ranked", title_fontsize=7, **ABOVE, ncols=2)
 
 
 def _by_level(axes: Axes, networks: pd.DataFrame, correlations: pd.DataFrame) -> None:
@@ -129,5 +148,5 @@ def _by_level(axes: Axes, networks: pd.DataFrame, correlations: pd.DataFrame) ->
     axes.set_ylabel("rank correlation with test accuracy")
     n = int(single["n"].max()) if len(single) else 0
     family = int(single["n_family"].max()) if len(single) else 0
-    axes.set_title(f"among the {n} networks of each level; filled: p < 0.05 by Holm, of {family}", fontsize=7)
-    axes.legend(loc="best", ncol=2)
+    note = f"{n} networks per level; filled: p < 0.05 by Holm, of {family}"
+    axes.legend(title=note, title_fontsize=7, **ABOVE, ncols=2)

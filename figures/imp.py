@@ -26,7 +26,7 @@ from figures.style import (
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Two panels from ``levels`` (one row a level and replica): test error and early-stop step.
+    """Two panels from ``levels`` (one row per level and replica): test error and early-stop step.
 
     Lines are means over replicas, dots are the replicas, the band is the dense networks' mean +- one standard
     deviation.
@@ -35,18 +35,27 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     with paper():
         figure, (left, right) = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 3.1))
         _panel(left, table, "test_error", 100, "test error at the end (%)")
-        _panel(right, table, "early_stop_step", 1, "step of least validation loss")
+        steps = int((table["first_step"] + table["steps"]).max())
+        _early_stop(right, table, steps)
         log_axis(left)
         n = table["init_seed"].nunique()
         left.legend(title=f"mean of n = {n}, dots: replicas", title_fontsize=7, ncols=2, **ABOVE)
-        steps = int((table["first_step"] + table["steps"]).max())
-        right.axhline(steps, color="0.3", lw=0.8)
-        right.annotate("last step of training", (1, steps), (0, 2), right.get_yaxis_transform(),
-                       textcoords="offset points", ha="right", fontsize=6)  # fmt: skip
-        right.set_ylim(0, 1.05 * steps)
         letter((left, right))
         figure.suptitle(f"{name_task(table)}: {steps} steps, rewound to step {table['first_step'].max()}", fontsize=8)
     return figure
+
+
+def _early_stop(axes: Axes, table: pd.DataFrame, steps: int) -> None:
+    if (table["early_stop_step"] == steps).all():
+        words = f"the validation loss of every network\nis least at the last step, {steps}"
+        axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
+    _panel(axes, table, "early_stop_step", 1, "step of least validation loss")
+    axes.axhline(steps, color="0.3", lw=0.8)
+    axes.annotate("last step of training", (1, steps), (0, 2), axes.get_yaxis_transform(), textcoords="offset points",
+                  ha="right", fontsize=6)  # fmt: skip
+    axes.set_ylim(0, 1.05 * steps)
 
 
 def _panel(axes: Axes, table: pd.DataFrame, column: str, scale: float, ylabel: str) -> None:

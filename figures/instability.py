@@ -9,7 +9,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import TWO_COLUMNS, density_axis, label_of, look_of, mean_and_replicas, name_task, paper
+from figures.style import (
+    TWO_COLUMNS,
+    below,
+    density_axis,
+    label_of,
+    letter,
+    look_of,
+    mean_and_replicas,
+    name_task,
+    paper,
+)
 
 STABLE = 2.0  # points of error
 DENSE: dict[str, object] = {"color": "#000000", "marker": "D", "linestyle": (0, (5, 1, 1, 1))}
@@ -28,16 +38,15 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     shown = children[children["level"].isin([0, level])]
     with paper():
         figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.0))
-        _against_k(axes[0, 0], shown, 100 * shown["test_barrier_error"], "error barrier between children (points)")
+        _against_k(axes[0, 0], shown, 100 * shown["test_barrier_error"], "barrier of children (points)")
         _level(axes[0, 0], STABLE, "stable below 2")
         axes[0, 0].set_ylim(top=max(1.25 * STABLE, axes[0, 0].get_ylim()[1]))
         error = 50 * (shown["test_error_a"] + shown["test_error_b"])
         _against_k(axes[0, 1], shown, error, "test error of the children (%)")
-        axes[0, 1].get_legend().remove()
         _claims(axes[1, 0], tables["claims"])
         _against_density(axes[1, 1], networks)
-        for letter, panel in zip("abcd", axes.flat, strict=True):
-            panel.set_title(letter, loc="left", fontweight="bold")
+        letter(axes.flat)
+        below(figure, axes[0, 0])
         density = 100 * shown.loc[shown["level"] == level, "density"].iloc[0]
         n = children["init_seed"].nunique()
         figure.suptitle(
@@ -57,7 +66,6 @@ def _against_k(axes: Axes, children: pd.DataFrame, values: pd.Series, label: str
     axes.set_xlabel("rewind step k")
     axes.set_ylabel(label)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.legend()
 
 
 def _level(axes: Axes, y: float, what: str) -> None:
@@ -94,7 +102,7 @@ def _against_density(axes: Axes, networks: pd.DataFrame) -> None:
         for treatment in names:
             chosen = rows[(rows["treatment"] == treatment) | (rows["level"] == 0)]
             look = {**look_of(treatment), "fillstyle": fill}
-            label = f"ticket, k = {k}" if treatment == "ticket" else label_of(treatment)
+            label = f"ticket, k = {k}" if treatment == "ticket" else "_"
             mean_and_replicas(axes, chosen["level_density"], 100 * chosen["test_error"], label=label, **look)
     density_axis(axes, networks.loc[networks["rewind_step"].isin(steps), "level_density"].to_numpy())
     axes.set_ylabel("test error (%)")

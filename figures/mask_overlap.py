@@ -1,4 +1,4 @@
-"""What tickets share beyond chance, where their live weights are, and how long they live."""
+"""What tickets share beyond chance, and where their live weights are."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from figures.style import LOOKS, TWO_COLUMNS, density_axis, layer_label, mean_and_replicas, name_task, paper
+from figures.style import TWO_COLUMNS, density_axis, layer_label, letter, mean_and_replicas, name_task, paper
 
-SHADES = list(LOOKS.values())  # one look a layer; the sixth repeats the first
+SHADES: tuple[dict[str, object], ...] = (
+    {"color": "#440154", "marker": "o", "linestyle": "-"},
+    {"color": "#31688e", "marker": "s", "linestyle": "--"},
+    {"color": "#35b779", "marker": "^", "linestyle": "-."},
+    {"color": "#8fa31e", "marker": "D", "linestyle": ":"},
+    {"color": "#b8860b", "marker": "v", "linestyle": (0, (5, 1, 1, 1))},
+)
+"""Looks of layers, from the input on; treatments have other colours."""
 WHOLE = "all"
-SHOWN = 5  # layers in a panel
-PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
+SHOWN = len(SHADES)  # layers in a panel
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Six panels: Jaccard of every two tickets, overlap over chance (free and aligned), pixels, survival, units."""
+    """Four panels: overlap over chance, free and aligned; live weights of each pixel; dead units."""
     pairs, aligned = tables["overlap"], tables["aligned"]
     with paper():
-        figure, axes = plt.subplots(2, 3, figsize=(TWO_COLUMNS, 4.5))
-        _matrix(figure, axes[0, 0], pairs)
-        _over_chance(axes[0, 1], aligned, pairs)
-        _over_aligned_chance(axes[0, 2], aligned)
+        figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.4))
+        _over_chance(axes[0, 0], aligned, pairs)
+        _over_aligned_chance(axes[0, 1], aligned)
         _pixels(figure, axes[1, 0], tables.get("pixels"))
-        _survival(axes[1, 1], tables["survival"])
-        _units(axes[1, 2], tables["units"])
+        _units(axes[1, 1], tables["units"])
+        letter(axes.flat)
         seeds = pd.unique(pairs[["init_seed_a", "init_seed_b"]].to_numpy().ravel())
         n = len(seeds) * (len(seeds) - 1) // 2
-        about = f"{len(seeds)} init seeds, {n} pairs a level; dots are pairs or tickets, lines their means"
+        about = f"{len(seeds)} init seeds, {n} pairs per level; dots are pairs or tickets, lines their means"
         figure.suptitle(f"Overlap of tickets, {name_task(pairs)}: {about}", fontsize=8)
     return figure
 
@@ -41,27 +45,6 @@ def _layers(table: pd.DataFrame, column: str = "layer") -> list[str]:
     """Those that a legend has room for, the first and the last among them; the table has them all."""
     names = [name for name in table[column].unique() if name != WHOLE]
     return [names[i] for i in np.unique(np.linspace(0, len(names) - 1, SHOWN).round().astype(int))] if names else []
-
-
-def _matrix(figure: Figure, axes: Axes, pairs: pd.DataFrame) -> None:
-    """Jaccard of every two tickets, levels in blocks and seeds within; the diagonal is left white."""
-    whole = pairs[pairs["layer"] == WHOLE]
-    sides = [list(zip(whole[f"level_{s}"], whole[f"init_seed_{s}"], strict=True)) for s in "ab"]
-    names = sorted({*sides[0], *sides[1]})
-    place = {name: i for i, name in enumerate(names)}
-    image = np.full((len(names), len(names)), np.nan)
-    for a, b, value in zip(*sides, whole["jaccard"], strict=True):
-        image[place[a], place[b]] = image[place[b], place[a]] = value
-    shown = axes.imshow(image, cmap="viridis", vmin=0)
-    figure.colorbar(shown, ax=axes, shrink=0.8)
-    levels = sorted({level for level, _ in names})
-    block = len(names) / len(levels)
-    axes.set_xticks((np.arange(len(levels)) + 0.5) * block - 0.5, [str(level) for level in levels])
-    axes.set_yticks((np.arange(len(levels)) + 0.5) * block - 0.5, [str(level) for level in levels])
-    axes.grid(False)
-    axes.set_xlabel("level (seeds within)")
-    axes.set_ylabel("level (seeds within)")
-    axes.set_title("Jaccard of the whole masks")
 
 
 def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None:
@@ -119,22 +102,6 @@ def _pixels(figure: Figure, axes: Axes, pixels: pd.DataFrame | None) -> None:
     axes.set_ylabel("pixel row")
     density, n = 100 * last["density"].iloc[0], last["init_seed"].nunique()
     axes.set_title(f"live weights of a pixel (%)\nat {density:.2g} % of the weights, mean of n = {n}", fontsize=7)
-
-
-def _survival(axes: Axes, survival: pd.DataFrame) -> None:
-    """Share of the first measured level's weights that live on."""
-    rows = survival[survival["level_a"] == survival["level_a"].min()]
-    for layer, look in zip(_layers(rows), SHADES, strict=False):
-        own = rows[rows["layer"] == layer]
-        mean_and_replicas(axes, own["density_b"], 100 * own["survival"], label=layer_label(layer), **look)
-    density_axis(axes, rows["density_b"].to_numpy())
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(PLAIN)
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("still alive (%)")
-    axes.set_title(f"survivors of level {rows['level_a'].iloc[0]}")
-    axes.legend()
 
 
 def _units(axes: Axes, units: pd.DataFrame) -> None:

@@ -7,67 +7,106 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.style import TWO_COLUMNS, density_axis, look_of, mean_and_replicas, name_task, paper
+from figures.style import TWO_COLUMNS, density_axis, letter, mean_and_replicas, name_task, paper
 
 START_END, SIBLINGS = "theta_k to theta_T", "siblings"
 INDEPENDENT, MATCHED = "independent", "independent, matched"
+NONE = 1e-4
+"""Barriers below it are said to be none, and not drawn on a scale of their rounding."""
+SPLITS: dict[str, dict[str, object]] = {
+    "test": {"color": "black", "marker": "o", "linestyle": "-"},
+    "train": {"color": "0.55", "marker": "s", "linestyle": "--"},
+}
 SHADES = 5  # densities shown as curves; more cannot be told apart
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Six panels from ``paths`` and ``barriers``: one row a question, curves, then height against density and k.
+    """Four panels from ``paths`` and ``barriers``: siblings, and init seeds where lines between them were measured.
 
-    A third row where lines between init seeds were measured: before and after matching, then both barriers.
+    a: barriers between siblings against density; b: of dense networks against k; c: lines between init seeds, as
+    trained and matched; d: their barriers. Without init seeds c and d are of the line from theta_k to theta_T.
     """
     paths, barriers = tables["paths"], tables["barriers"]
-    with_pairs = bool((barriers["question"] == MATCHED).any())
+    dense = barriers[barriers["level"] == 0]
     with paper():
-        figure, axes = plt.subplots(2 + with_pairs, 3, figsize=(TWO_COLUMNS, 4.3 + 2.1 * with_pairs))
-        if with_pairs:
-            _matching(axes[2], paths, barriers)
-        _curves(axes[0, 0], paths, START_END, "train", "loss_nats", "training loss (nats)")
-        _curves(axes[1, 0], paths, SIBLINGS, "test", "error", "test error (%)")
-        _heights(axes[0, 1], _at_levels(barriers), START_END, "loss_nats", "barrier, loss (nats)")
-        _heights(axes[1, 1], _at_levels(barriers), SIBLINGS, "error", "barrier, error (points)")
-        dense = barriers[barriers["level"] == 0]
-        _heights(axes[0, 2], dense, START_END, "loss_nats", "barrier, loss (nats)", against="rewind_step")
-        _heights(axes[1, 2], dense, SIBLINGS, "error", "barrier, error (points)", against="rewind_step")
-        axes[0, 0].set_title(r"$\theta_k$ ($\alpha=0$) to $\theta_T$ ($\alpha=1$)")
-        axes[1, 0].set_title("two children of $\\theta_k$")
-        axes[0, 1].set_title(f"tickets, k = {_rewind_step(barriers)}")
-        axes[0, 2].set_title("dense networks, against k")
-        n, alphas = barriers["init_seed"].nunique(), paths["alpha"].nunique()
-        counts = f"{barriers['n_train'].iloc[0]} train, {barriers['n_test'].iloc[0]} test examples"
-        figure.suptitle(f"{name_task(barriers)}: n = {n} replicas, {alphas} alphas, {counts}", fontsize=8)
+        figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.2))
+        _heights(axes[0, 0], _at_levels(barriers), SIBLINGS, "error", "barrier, error (points)")
+        axes[0, 0].set_title(f"two children of $\\theta_k$, k = {_rewind_step(barriers)}")
+        _heights(axes[0, 1], dense, SIBLINGS, "error", "barrier, error (points)", against="rewind_step")
+        axes[0, 1].set_title("two children of $\\theta_k$, dense networks")
+        if (barriers["question"] == MATCHED).any():
+            _matching(axes[1], paths, barriers)
+        else:
+            _start_to_end(axes[1], paths, barriers)
+        letter(axes.flat)
+        figure.suptitle(_title(paths, barriers), fontsize=8)
     return figure
 
 
+def supplement(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Four panels: the line from theta_k to theta_T, its barriers against density and k, and lines of siblings."""
+    paths, barriers = tables["paths"], tables["barriers"]
+    dense = barriers[barriers["level"] == 0]
+    with paper():
+        figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.2))
+        _start_to_end(axes[0], paths, barriers)
+        _curves(axes[1, 0], paths, SIBLINGS, "test", "error", "test error (%)")
+        axes[1, 0].set_title("two children of $\\theta_k$")
+        _heights(axes[1, 1], dense, START_END, "loss_nats", "barrier, loss (nats)", against="rewind_step")
+        axes[1, 1].set_title(r"$\theta_k$ to $\theta_T$, dense networks")
+        letter(axes.flat)
+        figure.suptitle(_title(paths, barriers), fontsize=8)
+    return figure
+
+
+def _title(paths: pd.DataFrame, barriers: pd.DataFrame) -> str:
+    n, alphas = barriers["init_seed"].nunique(), paths["alpha"].nunique()
+    counts = f"{barriers['n_train'].iloc[0]} train, {barriers['n_test'].iloc[0]} test examples"
+    return f"{name_task(barriers)}: n = {n} replicas, {alphas} alphas, {counts}"
+
+
+def _start_to_end(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> None:
+    _curves(row[0], paths, START_END, "train", "loss_nats", "training loss (nats)")
+    row[0].set_title(r"$\theta_k$ ($\alpha=0$) to $\theta_T$ ($\alpha=1$)")
+    _heights(row[1], _at_levels(barriers), START_END, "loss_nats", "barrier, loss (nats)")
+    row[1].set_title(rf"$\theta_k$ to $\theta_T$, k = {_rewind_step(barriers)}")
+
+
 def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> None:
-    """Networks of two init seeds: the line between them, before and after hidden units are matched."""
+    """Networks of two init seeds: the line between them as trained and (dashed) with hidden units matched."""
     _curves(row[0], paths, INDEPENDENT, "test", "error", "test error (%)")
-    _curves(row[1], paths, MATCHED, "test", "error", "test error (%)")
-    row[0].get_legend().remove()  # the curves fill the panel, and the next one names them
-    row[1].set_ylim(top=1.9 * row[1].get_ylim()[1])
-    row[0].set_title("two init seeds, as trained")
-    row[1].set_title("two init seeds, hidden units matched")
-    for question, look in ((INDEPENDENT, look_of("reinit")), (MATCHED, look_of("ticket"))):
+    _curves(row[0], paths, MATCHED, "test", "error", "test error (%)", linestyle="--")
+    row[0].set_ylim(top=1.35 * row[0].get_ylim()[1])
+    row[0].legend(*_first(row[0]), title="weights kept; dashed: units matched", title_fontsize=7, ncols=3,
+                  loc="upper center", columnspacing=1)  # fmt: skip
+    row[0].set_title("two init seeds")
+    for question, look in ((INDEPENDENT, SPLITS["test"]), (MATCHED, {**SPLITS["train"], "linestyle": ":"})):
         rows = barriers[(barriers["question"] == question) & (barriers["split"] == "test")]
         rows = rows[(rows["metric"] == "error") & (rows["baseline"] == "mean")]
         label = "as trained" if question == INDEPENDENT else "matched"
-        mean_and_replicas(row[2], rows["density"], 100 * rows["barrier"], label=label, **look)
-    density_axis(row[2], rows["density"].to_numpy())
-    row[2].set_ylabel("barrier, error (points)")
-    row[2].set_yscale("symlog", linthresh=0.1)  # matching lowers a barrier by orders of magnitude, perhaps to none
-    row[2].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    row[2].set_ylim(-0.02, 3000)  # never below the mean of its ends; room for the legend
-    row[2].set_yticks([0, 0.1, 1, 10, 100])
+        mean_and_replicas(row[1], rows["density"], 100 * rows["barrier"], label=label, **look)
+    density_axis(row[1], rows["density"].to_numpy())
+    row[1].set_ylabel("barrier, error (points)")
+    row[1].set_yscale("symlog", linthresh=0.1)  # matching lowers a barrier by orders of magnitude, perhaps to none
+    row[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    row[1].set_ylim(-0.02, 3000)  # never below the mean of its ends; room for the legend
+    row[1].set_yticks([0, 0.1, 1, 10, 100])
     n = rows["pairing"].nunique()
-    row[2].set_title(f"test error, {n} pair{'s' if n > 1 else ''} of seeds")
-    row[2].legend(title="baseline: mean", title_fontsize=7, loc="upper center", ncols=2, columnspacing=1)
+    row[1].set_title(f"two init seeds, test error, {n} pair{'s' if n > 1 else ''}")
+    row[1].legend(title="baseline: mean", title_fontsize=7, loc="upper center", ncols=2, columnspacing=1)
+
+
+def _first(axes: Axes) -> tuple[list[Artist], list[str]]:
+    """Handles and labels of a legend, each label once."""
+    firsts: dict[str, Artist] = {}
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        firsts.setdefault(label, handle)
+    return list(firsts.values()), list(firsts)
 
 
 def _rewind_step(table: pd.DataFrame) -> int:
@@ -79,7 +118,9 @@ def _at_levels(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["rewind_step"] == _rewind_step(table)]
 
 
-def _curves(axes: Axes, paths: pd.DataFrame, question: str, split: str, metric: str, ylabel: str) -> None:
+def _curves(
+    axes: Axes, paths: pd.DataFrame, question: str, split: str, metric: str, ylabel: str, linestyle: str = "-"
+) -> None:
     rows = _at_levels(paths)
     rows = rows[(rows["question"] == question) & (rows["split"] == split)]
     known = np.sort(rows["level"].unique())
@@ -88,7 +129,7 @@ def _curves(axes: Axes, paths: pd.DataFrame, question: str, split: str, metric: 
         chosen = rows[rows["level"] == level]
         scale = 100 if metric == "error" else 1
         curve = scale * chosen.groupby("alpha")[metric].mean()
-        axes.plot(curve.index, curve, color=shade, label=f"{100 * chosen['density'].iloc[0]:.3g} %")
+        axes.plot(curve.index, curve, linestyle, color=shade, label=f"{100 * chosen['density'].iloc[0]:.3g} %")
     axes.set_xlabel(r"$\alpha$")
     axes.set_ylabel(ylabel)
     axes.set_ylim(bottom=0)
@@ -98,25 +139,33 @@ def _curves(axes: Axes, paths: pd.DataFrame, question: str, split: str, metric: 
 def _heights(
     axes: Axes, barriers: pd.DataFrame, question: str, metric: str, ylabel: str, against: str = "density"
 ) -> None:
-    rows = barriers[(barriers["question"] == question) & (barriers["metric"] == metric)]
     scale = 100 if metric == "error" else 1
     baseline = "mean" if question == SIBLINGS else "linear"
+    rows = barriers[(barriers["question"] == question) & (barriers["metric"] == metric)]
+    rows = rows[rows["baseline"] == baseline]
+    if rows["barrier"].abs().max() < NONE:
+        where = "density" if against == "density" else "k"
+        words = f"no barrier at any {where}:\nall below {scale * NONE:g} {'points' if metric == 'error' else 'nats'}"
+        axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
+        axes.set_axis_off()
+        return
     steps = {k: position for position, k in enumerate(sorted(rows["rewind_step"].unique()))}  # spaced evenly
-    for split, look in (("test", look_of("ticket")), ("train", look_of("reinit"))):
-        chosen = rows[(rows["split"] == split) & (rows["baseline"] == baseline)]
+    for split, look in SPLITS.items():
+        chosen = rows[rows["split"] == split]
         x = chosen["density"] if against == "density" else chosen["rewind_step"].map(steps.get)
         mean_and_replicas(axes, x, scale * chosen["barrier"], label=split, **look)
     if question == SIBLINGS:
         axes.axhline(2, color="0.4", lw=0.8, ls=":")
         axes.annotate(
-            "stable below 2", (0.02, 2), xycoords=("axes fraction", "data"), va="bottom", fontsize=6.5, color="0.3"
-        )
+            "stable below 2", (0.98, 2), xycoords=("axes fraction", "data"), va="bottom", ha="right", fontsize=6.5,
+            color="0.3",
+        )  # fmt: skip
     if against == "density":
         density_axis(axes, rows["density"].to_numpy())
     else:
         axes.set_xticks(list(steps.values()), [str(k) for k in steps])
         axes.set_xlabel("k (steps)")
     axes.set_ylabel(ylabel)
-    top = max(0.05, 1.1 * axes.get_ylim()[1])  # a barrier of zero is drawn as one, not on a scale of noise
+    top = 1.35 * axes.get_ylim()[1]  # room for the legend
     axes.set_ylim(-0.03 * top, top)
-    axes.legend(title=f"baseline: {baseline}", title_fontsize=7)
+    axes.legend(title=f"baseline: {baseline}", title_fontsize=7, loc="upper center", ncols=2)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from figures.style import TWO_COLUMNS, density_axis, label_of, look_of, mean_and_replicas, name_task, paper
+from figures.style import TWO_COLUMNS, density_axis, label_of, letter, look_of, mean_and_replicas, name_task, paper
 
 KEPT = ("ticket", "reinit_keep_sign", "reshuffle_keep_sign", "signed_constant")
 LOST = ("reinit", "reshuffle", "random_sign", "random_constant")
@@ -33,8 +33,9 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         _signs(axes[0], table)
         _pruned(axes[1], table)
         _sparsest(axes[2], table)
+        letter(axes)
         n, steps = table["init_seed"].nunique(), int((table["first_step"] + table["steps"]).max())
-        figure.suptitle(f"{name_task(table)}: n = {n} a start, means and replicas, {steps} steps", fontsize=8)
+        figure.suptitle(f"{name_task(table)}: n = {n} per start, means and replicas, {steps} steps", fontsize=8)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,6 +80,8 @@ FAMILIES = {
     "vgg": "VGG",
     "vit": "ViT",
     "bert": "BERT",
+    "encoder": "encoder",
+    "decoder": "decoder",
     "gpt2": "GPT-2",
     "llama": "Llama",
 }
@@ -96,18 +99,22 @@ def paper() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, stem: Path, *, pdf: bool = True, titles: bool = True) -> list[Path]:
+def save(figure: Figure, stem: Path, *, pdf: bool = True, draw: Draw | None = None) -> list[Path]:
     """Write STEM.pdf and STEM.png without dates or versions, so that equal figures are equal files.
 
     Args:
         figure: A figure, closed afterwards.
         stem: Path without suffix.
         pdf: Whether to write a PDF beside the PNG.
-        titles: Whether to keep the figure's own title; panels keep theirs, which are needed to read them.
+        draw: Of a figure that is to lose its title to a caption, STEM.txt: what drew it, whose docstring says what
+            the panels are. Panels keep theirs, which are needed to read them.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [Path(f"{stem}.pdf")] * pdf + [Path(f"{stem}.png")]
-    if not titles:
+    if draw is not None:
+        words = " ".join((inspect.getdoc(draw) or "").replace("``", "").split())
+        title = figure.get_suptitle().replace("\n", "; ")
+        Path(f"{stem}.txt").write_text(f"{title}. {words}\n")
         figure.suptitle("")
     with paper():
         if pdf:
@@ -136,13 +143,15 @@ def name_model(model: str) -> str:
         return model.replace("_", " ") if ":" not in model else model
     sizes = [f"{SIZES[part[0]]} {part[1:]}" for part in parts if part[0] in SIZES and part[1:].isdigit()]
     name = "-".join([FAMILIES[family], *(part for part in parts if part.isdigit())])
-    words = [part for part in parts if part in ("mini", "tiny", "base", "padded", "bn")]
+    words = [part for part in parts if part in ("padded", "bn") or (part in ("mini", "tiny", "base") and not sizes)]
     return " ".join([name, *words]) + (f" ({', '.join(sizes)})" if sizes else "")
 
 
 def letter(axes: Iterable[Axes]) -> None:
     """Name panels a, b, c in reading order."""
     for name, place in zip("abcdefghi", axes, strict=False):
+        if not place.get_title():
+            place.set_title(" ")  # room for the letter, or it would stand in the figure's title
         place.annotate(name, (0, 1), (-22, 5), "axes fraction", textcoords="offset points", weight="bold",
                        annotation_clip=False).set_in_layout(False)  # fmt: skip
 

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import TASKS, TWO_COLUMNS, look_of, paper
+from figures.style import TASKS, TWO_COLUMNS, letter, look_of, name_model, paper
 
 CARRIED = {"mask": "mask", "theta0": r"$\theta_0$", "theta_k": r"$\theta_{k}$"}
 SHOWN = {"ticket": "carried ticket", "layerwise_shuffle": "shuffled in layers", "random_mask": "random mask"}
@@ -18,7 +18,7 @@ OFFSETS = {"ticket": -0.22, "layerwise_shuffle": 0.06, "random_mask": 0.32}
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """The transfer matrix from ``networks``: a panel a density and target, sources side by side in each."""
+    """The transfer matrix from ``networks``: a panel per density and target, sources side by side in each."""
     networks = tables["networks"]
     targets, levels = list(networks["target"].unique()), sorted(networks.loc[networks["level"] > 0, "level"].unique())
     names = _names(networks)
@@ -36,6 +36,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             place.set_ylabel("test error (%)")
         for place in axes.flat[len(panels) :]:
             place.set_axis_off()
+        letter(axes.flat[: len(panels)])
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.suptitle(_heading(networks), fontsize=8)
@@ -117,7 +118,7 @@ def _heading(networks: pd.DataFrame) -> str:
     k = networks.loc[networks["carried"] == "theta_k", "first_step"]
     late = rf", with $\theta_k$ (k = {int(k.iloc[0])})" if len(k) else ""
     return (
-        f"Tickets of {networks['model'].iloc[0]} carried as the mask alone (to another seed's initialisation), with "
-        rf"$\theta_0${late}"
+        f"Tickets of {name_model(networks['model'].iloc[0])} carried as the mask alone (to another seed's "
+        rf"initialisation), with $\theta_0${late}"
         "\nDots: networks; bars: their means"
     )

@@ -10,7 +10,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import TASKS, TWO_COLUMNS, density_axis, label_of, look_of, mean_and_replicas, name_task, paper
+from figures.style import (
+    TASKS,
+    TWO_COLUMNS,
+    density_axis,
+    label_of,
+    letter,
+    look_of,
+    mean_and_replicas,
+    name_task,
+    paper,
+)
 
 PROJECTIONS = {
     "query": ("#0072B2", "o"),
@@ -49,11 +59,10 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             _transfer(axes[1, 1], tables["transfer"])
         else:
             _barriers(axes[1, 1], tables["barriers"])
-        for letter, panel in zip("abcd", axes.flat, strict=True):
-            panel.set_title(letter, loc="left", fontweight="bold")
+        letter(axes.flat)
         n, source = networks["init_seed"].nunique(), networks["source"].iloc[0]
-        learned = "" if source == "none" else f", pretrained on {TASKS.get(source, source)}"
-        figure.suptitle(f"{name_task(networks)}{learned}: n = {n} seeds", fontsize=8)
+        learned = "" if source == "none" else f"\npretrained on {TASKS.get(source, source)}"
+        figure.suptitle(f"{name_task(networks)}: n = {n} seeds{learned}", fontsize=8)
     return figure
 
 
@@ -71,7 +80,9 @@ def _errors(axes: Axes, networks: pd.DataFrame) -> None:
             mean_and_replicas(axes, chosen["level_density"], 100 * chosen["test_error"], label=label, **look)
     density_axis(axes, networks["level_density"].to_numpy())
     axes.set_ylabel("test error (%)")
-    axes.legend()
+    low, high = axes.get_ylim()
+    axes.set_ylim(top=high + 0.6 * (high - low))  # room for the legend
+    axes.legend(loc="upper center", ncols=2)
 
 
 def _projections(axes: Axes, tables: Mapping[str, pd.DataFrame], arm: str) -> None:
@@ -155,6 +166,7 @@ def _transfer(axes: Axes, transfer: pd.DataFrame) -> None:
 
 def _barriers(axes: Axes, barriers: pd.DataFrame) -> None:
     looks = {"siblings": ("#56B4E9", "x"), "init seeds": ("#D55E00", "s"), "init seeds, matched": ("#0072B2", "o")}
+    words = {"siblings": "two batch orders", "init seeds": "two init seeds", "init seeds, matched": "the same, matched"}
     for question, (color, marker) in looks.items():
         arm = "random" if "random" in set(barriers["arm"]) else "pretrained"
         rows = barriers[(barriers["question"] == question) & (barriers["arm"] == arm)]
@@ -163,10 +175,11 @@ def _barriers(axes: Axes, barriers: pd.DataFrame) -> None:
                 axes,
                 rows["level_density"],
                 100 * rows["test_barrier_error"],
-                label=question,
+                label=words[question],
                 color=color,
                 marker=marker,
             )
     density_axis(axes, np.asarray(barriers["level_density"]))
-    axes.set_ylabel("error barrier (points)")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("error barrier of tickets (points)")
     axes.legend()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -169,12 +168,21 @@ def test_a_closed_pipe_is_silent():
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     flags = ["--steps", "200000", "--store", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     command = [sys.executable, "-m", "ticketlab", "imp", *flags]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "runs").glob("*/config.json")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    heard = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background it is ignored, and inherited so
+    try:
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "runs").glob("*/config.json")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130, err
     (line,) = [line for line in err.splitlines() if line.startswith("stopped:")]
     assert line.endswith(f"is stored in {tmp_path / 'runs'}; the same command goes on from there.")

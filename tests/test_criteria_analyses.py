@@ -15,7 +15,7 @@ from analyses import pruning_criteria
 from analyses.command import main
 from analyses.pruning_criteria import parse
 from benchmarks import zoo
-from figures.pruning_criteria import PANELS, draw
+from figures.pruning_criteria import PANELS, draw, supplement
 from figures.style import save
 from ticketlab.engine.training import Start
 
@@ -184,7 +184,9 @@ def test_the_figure_shows_every_replica_and_says_n(tmp_path):
     figure = draw({"networks": fixture_table()})
     assert "n = 2" in figure.get_suptitle() and "early: step 5" in figure.get_suptitle()
     titles = [axes.get_title() for axes in figure.axes]
-    assert set(PANELS) < set(titles) and "at 4 % of the weights" in titles
+    assert titles == list(PANELS) and len({axes.get_ylim() for axes in figure.axes}) == 1
+    costs = supplement({"networks": fixture_table()})
+    assert "at 4 % of the weights" in [axes.get_title() for axes in costs.axes]
     before = figure.axes[titles.index(PANELS[0])]
     shown = [y for line in before.lines if line.get_linestyle() == "None" for y in line.get_ydata()]
     assert {4.0, 6.0, 8.0} <= {round(y, 9) for y in shown}

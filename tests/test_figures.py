@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,8 @@ import pandas as pd
 import pytest
 
 from figures import imp, mode_connectivity, ntk_spectrum, width_sweep
-from figures.__main__ import Config, draw_all
-from figures.style import LABELS, LOOKS, look_of, save, treatments
+from figures.__main__ import HERE, Config, draw_all
+from figures.style import LABELS, LOOKS, drawn, look_of, paper, save, treatments
 from ticketlab.engine.treatments import TREATMENTS
 
 ABOUT = {"task": "digits", "model": "mlp_100_50"}
@@ -115,12 +117,20 @@ def test_imp_shows_every_replica_and_says_n():
 
 
 def test_mode_connectivity_says_n_alphas_and_examples():
-    figure = mode_connectivity.draw(connectivity_tables())
+    figure, more = mode_connectivity.draw(connectivity_tables()), mode_connectivity.supplement(connectivity_tables())
     found = texts(figure)
     for text in ("n = 2", "5 alphas", "100 train", "50 test", "stable below 2", "baseline: mean", "baseline: linear"):
         assert text in found
-    heights = figure.axes[4].lines
+    heights = figure.axes[0].lines
     assert any(np.allclose(line.get_ydata(), 0.5) for line in heights)  # means of 0 and 1 points
+    assert len(figure.axes) == len(more.axes) == 4
+
+
+def test_no_barrier_is_said_in_words():
+    tables = connectivity_tables()
+    tables["barriers"]["barrier"] = 1e-7
+    panel = mode_connectivity.draw(tables).axes[0]
+    assert panel.texts[0].get_text() == "no barrier at any density:\nall below 0.01 points" and not panel.lines
 
 
 @pytest.mark.parametrize(
@@ -152,9 +162,48 @@ def test_a_new_treatment_is_drawn_without_being_named_here():
     assert "of my own" in texts(imp.draw({"levels": table}))
 
 
-def test_all_committed_studies_are_drawn(tmp_path):
-    written = draw_all(Config(out=tmp_path))
-    assert written and all(path.stat().st_size > 1000 for path in written)
+@pytest.mark.parametrize("study", sorted(path.name for path in (HERE / "data").iterdir()))
+def test_a_committed_study_keeps_the_rules_of_figures(study):
+    """Main figures have at most four panels; panels have letters, axes at least two labels, legends hide no text."""
+    tables = {path.stem: pd.read_csv(path) for path in sorted((HERE / "data" / study).glob("*.csv"))}
+    module = importlib.import_module(f"figures.{study.partition('-')[0]}")
+    for suffix, draw in drawn(module.draw).items():
+        figure = draw(tables)
+        with paper():
+            figure.draw_without_rendering()
+        panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+        assert len(panels) <= (6 if suffix else 4)
+        lettered = [{text.get_text() for text in axes.texts} & set("abcdef") for axes in panels]
+        assert [*"abcdef"][: len(panels)] == [one for letters in lettered for one in letters]
+        for axes in panels:
+            for axis in (axes.xaxis, axes.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                labels = [
+                    t for t, at in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=False) if low <= at <= high
+                ]
+                assert not axes.axison or sum(bool(label.get_text()) for label in labels) >= 2, (suffix, axis)
+
+
+def test_python_m_figures_draws_the_studies_of_a_folder(tmp_path):
+    shutil.copytree(HERE / "data" / "width_sweep-mnist", tmp_path / "data" / "width_sweep-mine")
+    (written,) = draw_all(Config(data=tmp_path / "data", out=tmp_path / "out"))
+    assert written == tmp_path / "out" / "width_sweep-mine.png" and written.stat().st_size > 1000
+
+
+def test_a_run_of_ones_own_is_drawn_beside_its_tables(tmp_path):
+    folder = shutil.copytree(HERE / "data" / "width_sweep-mnist", tmp_path / "width_sweep" / "digits-1")
+    for names in ((), ("width_sweep",)):
+        (written,) = draw_all(Config(names=names, run=folder))
+        assert written == folder / "width_sweep.png" and written.exists()
+    draw_all(Config(run=folder, titles=False))
+    caption = (folder / "width_sweep.txt").read_text()
+    assert caption.startswith("NTK scaling, MNIST") and "Three log-log panels from widths and slopes" in caption
+    with pytest.raises(ValueError, match="must begin with the name of a figure"):
+        draw_all(Config(names=("pies",), run=folder))
+    with pytest.raises(ValueError, match="must hold the CSV tables"):
+        draw_all(Config(names=("imp",), run=tmp_path))
+    with pytest.raises(ValueError, match="pies must be a study in"):
+        draw_all(Config(names=("pies",)))
 
 
 def test_python_m_figures_refuses_what_it_does_not_know(tmp_path):

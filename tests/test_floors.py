@@ -42,6 +42,7 @@ FLOORS = {
     },
     "ticketlab.printed": 4,  # tables for a terminal
     "ticketlab.console": 4,
+    "ticketlab.plot": 4,
     "ticketlab.__main__": 4,
     "figures": 3,
     "analyses": 4,

@@ -16,8 +16,8 @@ from analyses import gradient_alignment
 from analyses.command import main
 from analyses.gradient_alignment import MEASURES, dense_twin
 from analyses.intervals import holm, rank_interval
+from figures.gradient_alignment import FURTHER, PANELS, draw, supplement
 from figures.gradient_alignment import MEASURES as SHOWN
-from figures.gradient_alignment import PANELS, draw
 from figures.style import save
 
 TINY = tl.ImpConfig(
@@ -110,10 +110,11 @@ def tables():
 
 def test_the_figure_says_what_it_shows(tmp_path):
     shown = tables()
-    figure = draw(shown)
+    figure, more = draw(shown), supplement(shown)
     found = [figure.get_suptitle(), *(text.get_text() for legend in figure.legends for text in legend.get_texts())]
-    found += [part for axes in figure.axes for part in (axes.get_xlabel(), axes.get_ylabel(), axes.get_title())]
-    found += [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    for axes in figure.axes + more.axes:
+        found += [axes.get_xlabel(), axes.get_ylabel(), *(label.get_text() for label in axes.get_yticklabels())]
+        found += [axes.get_legend().get_title().get_text()] if axes.get_legend() else []
     whole = " | ".join(found)
     for text in (
         "n = 2 replicas",
@@ -124,7 +125,7 @@ def test_the_figure_says_what_it_shows(tmp_path):
         "p < 0.05 by Holm",
     ):
         assert text in whole
-    assert all(label in whole for label in (*PANELS.values(), *SHOWN.values()))
+    assert all(label in whole for label in (*PANELS.values(), *FURTHER.values(), *SHOWN.values()))
     assert list(SHOWN) == list(MEASURES)
     first = [path.read_bytes() for path in save(figure, tmp_path / "first")]
     second = [path.read_bytes() for path in save(draw(shown), tmp_path / "second")]

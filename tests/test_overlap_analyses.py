@@ -85,22 +85,22 @@ def test_aligned_lines_are_added_and_nothing_else_changes(tmp_path):
     assert mean["independent, matched"] < 0.7 * mean["independent"]
     assert {"independent_%", "matched_%"} <= set(mode_connectivity.summary(both))
     assert "independent_%" not in mode_connectivity.summary(plain)
-    _the_third_row_shows(connectivity_figure.draw(both).axes, paths, both["barriers"].dropna(subset="pairing"))
-    assert len(connectivity_figure.draw(plain).axes) == 6
+    _the_second_row_shows(connectivity_figure.draw(both).axes, paths, both["barriers"].dropna(subset="pairing"))
+    assert len(connectivity_figure.draw(plain).axes) == 4
 
 
-def _the_third_row_shows(axes, paths, barriers):
+def _the_second_row_shows(axes, paths, barriers):
     """The mean error along the line before and after matching, one curve a level, then both barriers."""
     errors = paths[paths["split"] == "test"].groupby(["question", "level", "alpha"])["error"].mean()
-    for panel, question in ((axes[6], "independent"), (axes[7], "independent, matched")):
-        for line, level in zip(panel.lines, (0, 1), strict=True):
-            np.testing.assert_allclose(line.get_ydata(), 100 * errors[question, level])
+    shown = [(question, level) for question in ("independent", "independent, matched") for level in (0, 1)]
+    for line, (question, level) in zip(axes[2].lines, shown, strict=True):
+        np.testing.assert_allclose(line.get_ydata(), 100 * errors[question, level])
     heights = barriers.query("split == 'test' and metric == 'error' and baseline == 'mean'")
     means = 100 * heights.groupby(["question", "density"])["barrier"].mean()
-    drawn = {line.get_label(): line.get_ydata() for line in axes[8].lines}
+    drawn = {line.get_label(): line.get_ydata() for line in axes[3].lines}
     np.testing.assert_allclose(drawn["as trained"], means["independent"])
     np.testing.assert_allclose(drawn["matched"], means["independent, matched"])
-    assert axes[8].get_title() == "test error, 1 pair of seeds"
+    assert axes[3].get_title() == "two init seeds, test error, 1 pair"
 
 
 def test_align_takes_the_levels_it_is_given_and_refuses_others_and_a_single_seed(tmp_path):
@@ -156,11 +156,11 @@ def overlap_tables():
 def test_the_overlap_figure_says_n_and_draws_without_pixels_too():
     tables = overlap_tables()
     figure = overlap_figure.draw(tables)
-    assert "3 init seeds, 3 pairs a level" in figure.get_suptitle()
+    assert "3 init seeds, 3 pairs per level" in figure.get_suptitle()
     titles = [axes.get_title() for axes in figure.axes]
     assert any("19 draws" in title for title in titles) and any("mean of n = 3" in title for title in titles)
-    for panel, ratios in ((1, (30 / 20, 30 / 28)), (2, (60 / 40, 60 / 48))):  # shared over expected, by null
+    for panel, ratios in ((0, (30 / 20, 30 / 28)), (1, (60 / 40, 60 / 48))):  # shared over expected, by null
         for ratio in ratios:
             assert any(np.allclose(line.get_ydata(), ratio) for line in figure.axes[panel].lines)
     bare = overlap_figure.draw({name: table for name, table in tables.items() if name != "pixels"})
-    assert bare.axes[3].get_title() == "first layer: no pixel map"
+    assert bare.axes[2].get_title() == "first layer: no pixel map"

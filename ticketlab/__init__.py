@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 from ticketlab import (
     attention,
     bounds,
@@ -25,7 +28,7 @@ from ticketlab import (
 )
 from ticketlab.data import Split, Task
 from ticketlab.data import load as load_task
-from ticketlab.engine import criteria, dynamic, presets, supermask
+from ticketlab.engine import criteria, dynamic, exchange, presets, supermask
 from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.level import Level
 from ticketlab.engine.presets import preset
@@ -68,6 +71,7 @@ __all__ = [
     "curvature",
     "dynamic",
     "evaluate",
+    "exchange",
     "functional",
     "gradients",
     "graph",
@@ -82,6 +86,7 @@ __all__ = [
     "ntk",
     "overlap",
     "permutation",
+    "plot",
     "preset",
     "presets",
     "run_folder",
@@ -95,3 +100,10 @@ __all__ = [
     "verify_shards",
     "write_shards",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``plot`` when it is asked for: matplotlib takes longer to import than all else."""
+    if name == "plot":
+        return import_module("ticketlab.plot")
+    raise AttributeError(f"module 'ticketlab' has no attribute {name!r}")

@@ -112,12 +112,12 @@ def _ran(name: str, rest: Sequence[str]) -> int:
     if not {"", os.getcwd()} & {*sys.path}:  # where models and tasks of one's own may lie, as with python -m
         sys.path.append(os.getcwd())
     if name == "figures":
-        return pkgutil.resolve_name(f"{_inside()}figures.__main__:main")(rest)
-    analysis: Any = pkgutil.resolve_name(f"{_inside()}analyses.{name}")
+        return pkgutil.resolve_name(f"{inside()}figures.__main__:main")(rest)
+    analysis: Any = pkgutil.resolve_name(f"{inside()}analyses.{name}")
     return analysis.main(name, analysis.Config, analysis.run, analysis.draw, analysis.summary, rest)
 
 
-def _inside() -> str:
+def inside() -> str:
     """What the names ``analyses`` and ``figures`` stand behind: nothing in a checkout, which then is on the path.
 
     Installed, they are ``ticketlab.analyses`` and ``ticketlab.figures``, and leave the names to the user.
@@ -147,7 +147,7 @@ class _Folder:
 
 def _completion(shell: Sequence[str]) -> int:
     """Print the script by which a shell completes names and flags."""
-    kinds: dict[str, Any] = {n: pkgutil.resolve_name(f"{_inside()}analyses.{n}:Config") for n in questions()}
+    kinds: dict[str, Any] = {n: pkgutil.resolve_name(f"{inside()}analyses.{n}:Config") for n in questions()}
     kinds |= dict.fromkeys(STORED, _Folder)
     commands: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007
     flags = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)

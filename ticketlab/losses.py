@@ -4,8 +4,6 @@ A `Task` names its loss, ``LOSSES[task.loss]``; everything else asks that `Loss`
 are used, so that all of it works under ``torch.func`` transforms: call ``loss.check`` once before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,7 +49,7 @@ class Loss:
     check: Callable[[Tensor, int, Sequence[int]], None] = field(repr=False)
     """(targets, n, shape of the outputs of one example): raises `Refused` where they do not fit."""
 
-    def smoothed(self, label_smoothing: float) -> Loss:
+    def smoothed(self, label_smoothing: float) -> "Loss":
         """The loss against labels mixed with the uniform distribution, as a recipe may train on; errors stay.
 
         Raises:
@@ -67,19 +65,19 @@ class Loss:
         each = partial(cross_entropy, label_smoothing=label_smoothing)
         return replace(self, each=each, mean=partial(mean_cross_entropy, label_smoothing=label_smoothing))
 
-    def residual(self, outputs: Float[Tensor, "*replica n ..."], targets: Tensor) -> Float[Tensor, "*replica n ..."]:
+    def residual(self, outputs: Float[Tensor, "*replica_n_out"], targets: Tensor) -> Float[Tensor, "*replica_n_out"]:
         """Gradient of each example's loss in its own outputs: softmax minus one-hot for cross-entropy."""
         return torch.func.grad(lambda z: self.each(z, targets).loss.sum())(outputs)
 
     def bend(
-        self, outputs: Float[Tensor, "*replica n ..."], targets: Tensor, along: Float[Tensor, "*replica n ..."]
-    ) -> Float[Tensor, "*replica n ..."]:
+        self, outputs: Float[Tensor, "*replica_n_out"], targets: Tensor, along: Float[Tensor, "*replica_n_out"]
+    ) -> Float[Tensor, "*replica_n_out"]:
         """Product of the Hessian of each example's loss in its own outputs with a vector of that example."""
         return torch.func.grad(lambda z: (self.residual(z, targets) * along).sum())(outputs)
 
 
 def cross_entropy(
-    outputs: Float[Tensor, "*replica n *token classes"], targets: Int[Tensor, "n *token"], label_smoothing: float = 0.0
+    outputs: Float[Tensor, "*replica_n_token classes"], targets: Int[Tensor, "n *token"], label_smoothing: float = 0.0
 ) -> PerExample:
     r"""Cross-entropy in nats, and error: a row of NaN counts as wrong.
 
@@ -111,7 +109,7 @@ def mean_cross_entropy(
     return cross_entropy(outputs, targets, label_smoothing).loss.mean()
 
 
-def squared_error(outputs: Float[Tensor, "*replica n *out"], targets: Float[Tensor, "n *out"]) -> PerExample:
+def squared_error(outputs: Float[Tensor, "*replica_n_out"], targets: Float[Tensor, "n *out"]) -> PerExample:
     r"""Squared error, the mean over an example's outputs: :math:`|f - y|^2 / O`. Its error is NaN."""
     squares = (outputs - targets).square()
     axes = tuple(range(1 - targets.ndim, 0))  # those behind n

@@ -240,6 +240,7 @@ def _groups(masks: Mapping[str, Tensor], rates: float | Mapping[str, float], wha
 
 
 def n_alive(masks: Mapping[str, Tensor], names: Sequence[str]) -> int:
+    """Kept weights of the named layers together."""
     return sum(int(masks[name].count_nonzero()) for name in names)
 
 

@@ -112,7 +112,7 @@ class Network:
             return self.model(x.clone() if self.writes_input else x)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, execution: Execution = "auto") -> Float[Tensor, "*replica n *out"]:
+    def __call__(self, x: Tensor, execution: Execution = "auto") -> Float[Tensor, "*replica_n_out"]:
         """Outputs without a graph, one network after another or by ``vmap`` where that gives the same."""
         if self._by_vmap(x, execution):
             return self._mapped(x)
@@ -245,7 +245,7 @@ def apply(
     masks: Mapping[str, Tensor] | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     execution: Execution = "auto",
-) -> Float[Tensor, "*replica n *out"]:
+) -> Float[Tensor, "*replica_n_out"]:
     """f(x; m * theta) in evaluation mode, for one network or a stack; arguments as in `network`."""
     return network(model, state, x, masks=masks, buffers=buffers, finite=False)(x, execution)
 

@@ -3,8 +3,6 @@
 A *stacked* dict holds R networks of one architecture on a leading replica axis.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,21 +21,25 @@ class State(NamedTuple):
     """All that training changes in a network, or in a stack of them."""
 
     params: Params
+    """By name; a stack has the replica axis in front of each."""
     buffers: Buffers
+    """By name, likewise."""
 
-    def clone(self) -> State:
+    def clone(self) -> "State":
+        """Detached copies of all tensors."""
         params, buffers = ({n: t.detach().clone() for n, t in part.items()} for part in self)
         return State(params, buffers)
 
-    def select(self, index: int | Sequence[int]) -> State:
+    def select(self, index: int | Sequence[int]) -> "State":
+        """One network of a stack, without the replica axis, for a number; the stack of several for a sequence."""
         return State(select(self.params, index), select(self.buffers, index))
 
-    def repeat(self, times: int) -> State:
+    def repeat(self, times: int) -> "State":
         """A stack after itself, ``times`` times over."""
         params, buffers = ({n: torch.cat([t] * times) for n, t in part.items()} for part in self)
         return State(params, buffers)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> State:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "State":
         """On a device; floating tensors in ``dtype``, complex ones in its complex twin, counters as they are."""
         params, buffers = ({n: moved(t, device, dtype) for n, t in part.items()} for part in self)
         return State(params, buffers)

@@ -23,6 +23,7 @@ from ticketlab.bounds.coding import decode, encode
 from ticketlab.bounds.description import Description, description_length, subset_nats
 from ticketlab.bounds.kl import binary_kl, kl_inverse
 from ticketlab.bounds.losses import BoundedLoss, bounded_cross_entropy
+from ticketlab.bounds.pick_to_learn import pick_to_learn
 from ticketlab.bounds.quantise import quantise
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "pac_bayes_catoni",
     "pac_bayes_kl",
     "pac_bayes_mcallester",
+    "pick_to_learn",
     "quantise",
     "subset_nats",
 ]

@@ -121,6 +121,7 @@ class Decoder:
             self._offset, self._width, self._read = self._offset << 8 | following, self._width << 8, self._read + 1
 
     def uniform(self, alphabet: int) -> int:
+        """One of 0..alphabet - 1."""
         value = self._target(alphabet)
         self._remove(value, 1, alphabet)
         return value

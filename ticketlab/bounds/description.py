@@ -41,10 +41,12 @@ class Description:
 
     @property
     def nats(self) -> float:
+        """Length of the whole description in nats."""
         return self.mask_nats + self.value_nats + self.choice_nats
 
     @property
     def bits(self) -> float:
+        """Length of the whole description in bits."""
         return self.nats / math.log(2)
 
 

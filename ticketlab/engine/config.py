@@ -35,42 +35,42 @@ class ImpConfig:
     prune_fraction: float = 0.2
     """Share of the live weights that each level prunes."""
     scope: Scope = "global"
-    """One threshold for the network, or each layer its own rate."""
+    """Reach of the threshold: global, one for the network; layer, each layer at its own rate."""
     conv_fraction: float | None = None
     """Rate of convolutions under layer scope; None: the same."""
     output_fraction: float | None = None
     """Rate of the output layer under layer scope; None: half."""
     criterion: str = "magnitude"
-    """What a weight is kept for: magnitude, random, obd_gauss_newton, snip, movement, ... (engine.criteria).
+    """Score that weights are kept by: magnitude, random, obd_gauss_newton, snip, movement, ... (engine.criteria).
 
-    Scores are taken at the end of each level's training, in as many rounds a level as the criterion is defined with.
-    snip, grasp and synflow are thereby not the methods of their papers, which prune at initialisation: those are in the
-    analysis pruning_criteria.
+    Scores are taken at the end of each level's training, in as many rounds per level as the criterion is defined with.
+    snip, grasp and synflow are thereby not the methods of their papers, which prune at initialisation: those are in
+    the analysis pruning_criteria.
     """
     prunable: tuple[str, ...] = ()
-    """Names of what to prune, with wildcards; empty: linear, convolution, recurrent and attention weights."""
+    """Names of parameters to prune, with wildcards; empty: linear, convolution, recurrent and attention weights."""
     score_examples: int = 1000
-    """Training examples that a criterion of gradients sees; all where there are fewer."""
+    """Training examples that criteria of gradients see; all where there are fewer."""
     treatments: tuple[str, ...] = ("ticket", "reinit")
-    """Trained side by side at every level: ticket, reinit, random_mask, sibling, ... (engine.treatments)."""
+    """Networks trained side by side at every level: ticket, reinit, random_mask, sibling, ... (engine.treatments)."""
     init_seeds: tuple[int, ...] = (0, 1, 2)
-    """One network for each, in every treatment."""
+    """Seeds of the initial weights; one network per seed and treatment."""
     order_seeds: tuple[int, ...] | None = None
-    """Batch orders, one for each init seed; None: the same numbers (the streams are apart)."""
+    """Seeds of the batch orders, one per init seed; None: the same numbers (the streams are apart)."""
     rewind_step: int = 0
-    """k: the tickets start from the weights of this step."""
+    """Step k whose weights the tickets start from."""
     retraining: str = "rewind"
-    """How a ticket goes on to the next level: rewind, lr_rewind or fine_tune."""
+    """Way of a ticket to the next level: rewind, lr_rewind or fine_tune."""
     snapshot_steps: tuple[int, ...] = ()
     """Further steps at which the dense networks are stored."""
     recipe: Recipe = field(default_factory=Recipe)
-    """How each network is trained."""
+    """Training of each network."""
     validation_size: int | None = None
     """Training examples held out for early stopping; None: the task's default."""
     split_seed: int = 0
-    """Of the split between training and validation."""
+    """Seed of the split between training and validation."""
     dtype: Dtype = "float32"
-    """Of weights and inputs."""
+    """Number format of weights and inputs."""
 
     def __post_init__(self) -> None:
         check_fields(self)

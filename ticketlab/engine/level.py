@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ticketlab.errors import Refused
 from ticketlab.seeds import Factory, initialise
@@ -53,10 +54,12 @@ class Level:
 
     @property
     def theta_start(self) -> Params:
+        """Parameters of ``start``."""
         return self.start.params
 
     @property
     def theta_end(self) -> Params:
+        """Parameters of ``end``."""
         return self.end.params
 
     def subset(self, **conditions: Any) -> Level:
@@ -139,3 +142,31 @@ class Level:
             curves=curves.assign(replica=curves["replica"].map(numbers)).reset_index(drop=True),
             stacked=keep_axis,
         )
+
+
+def joined(levels: Sequence[Level]) -> Level:
+    """One level of several with equal names and densities: their replicas one behind another, numbered anew."""
+    offsets = np.cumsum([0, *(len(level.metrics) for level in levels)])[:-1]
+    metrics, curves = (
+        pd.concat([t.assign(replica=t["replica"] + o) for t, o in zip(tables, offsets, strict=True)], ignore_index=True)
+        for tables in ([level.metrics for level in levels], [level.curves for level in levels])
+    )
+    steps = set.intersection(*(set(level.snapshots) for level in levels))
+    return replace(
+        levels[0],
+        masks=_behind([level.masks for level in levels]),
+        start=_states([level.start for level in levels]),
+        end=_states([level.end for level in levels]),
+        snapshots={step: _states([level.snapshots[step] for level in levels]) for step in sorted(steps)},
+        metrics=metrics,
+        curves=curves,
+        wall_seconds=sum(level.wall_seconds for level in levels),
+    )
+
+
+def _behind(stacks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([stack[name] for stack in stacks]) for name in stacks[0]}
+
+
+def _states(states: Sequence[State]) -> State:
+    return State(_behind([state.params for state in states]), _behind([state.buffers for state in states]))

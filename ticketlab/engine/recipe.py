@@ -31,11 +31,11 @@ class Recipe:
     """How one network is trained. The defaults are Frankle & Carbin's for LeNet-300-100, shortened."""
 
     steps: int = 5000
-    """T, the optimizer steps of a full training."""
+    """Optimizer steps of a full training, T."""
     batch_size: int = 60
-    """Examples a step."""
+    """Examples per step."""
     optimizer: OptimizerChoice = "adam"
-    """From torch.optim; in Python also a function of your own, list of parameters -> torch.optim.Optimizer.
+    """Optimizer of torch.optim; in Python also a function of your own, list of parameters -> torch.optim.Optimizer.
 
     An optimizer of your own gets the rate of the schedule in all its groups, has a weight decay of its own, and must be
     a function of its parameters and their gradients. Pruned weights are put back after each of its steps.
@@ -43,16 +43,17 @@ class Recipe:
     learning_rate: float = 1.2e-3
     """Peak learning rate."""
     momentum: float = 0.9
-    """Of SGD alone."""
+    """Momentum of sgd; other optimizers have none."""
     nesterov: bool = False
-    """Of SGD alone."""
+    """Nesterov's form of the momentum, for sgd."""
     weight_decay: float = 0.0
-    """L2 for sgd and adam, decoupled for adamw."""
+    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
     schedule: ScheduleChoice = "constant"
-    """How the learning rate moves; in Python also a function of your own, step -> rate.
+    """Course of the learning rate by name; in Python also a function of your own, step -> rate.
 
-    Not at all, by `decay` at the milestones, along half a cosine or a line to 0 at T; up over the warm-up and down a
-    line to 0; or up and down as in PyTorch's OneCycleLR. Formulas: ``Recipe.learning_rate_at``.
+    constant stays at the peak; step falls by the factor `decay` at every milestone; cosine and linear fall to 0 at T,
+    along half a cosine or a line; triangular rises over the warm-up and falls along a line to 0; one_cycle is PyTorch's
+    OneCycleLR. Formulas: ``Recipe.learning_rate_at``.
     """
     milestones: tuple[int, ...] = ()
     """Steps at which the step schedule multiplies the rate by `decay`."""
@@ -63,16 +64,16 @@ class Recipe:
     eval_every: int = 100
     """Steps between two looks at the validation set, the resolution of the early-stop step."""
     decay_all: bool = True
-    """Weight decay on every parameter; otherwise not on norms and biases, as in BERT, ViT and many a residual net."""
+    """Weight decay of every parameter; otherwise norms and biases have none, as in BERT, ViT and many residual nets."""
     label_smoothing: float = 0.0
     """Share of the uniform distribution in the labels that are trained on; evaluation is of the plain loss."""
     clip_norm: float | None = None
     """Largest norm of a network's whole gradient, pruned weights left out; a longer one is scaled down to it."""
     precision: Precisions = "float32"
-    """Of a training step's products: float32 (that of the weights' dtype, without TF32), tf32, or bfloat16.
+    """Precision of a training step's products: float32 (the weights' own dtype, without TF32), tf32 or bfloat16.
 
     bfloat16 is torch.autocast of the forward pass: weights, gradients, optimizer state and the loss stay float32. tf32
-    is of CUDA devices. Evaluation, as every measure, is in true float32, however a network was trained.
+    exists on CUDA devices. Evaluation, as every measure, is in true float32, however a network was trained.
     """
 
     def __post_init__(self) -> None:

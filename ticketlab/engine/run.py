@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from ticketlab.engine import store as files
 from ticketlab.engine.config import ImpConfig, from_json
-from ticketlab.engine.level import Level
+from ticketlab.engine.level import Level, joined
 from ticketlab.errors import Refused
 
 
@@ -26,6 +26,8 @@ class Run:
     n_levels: int
     device: torch.device | str = "cpu"
     """Where the tensors of a level are put."""
+    further: tuple[Path, ...] = ()
+    """Run directories of the same study with other seeds, whose replicas stand behind."""
 
     def __len__(self) -> int:
         return self.n_levels
@@ -33,13 +35,15 @@ class Run:
     def __getitem__(self, level: int) -> Level:
         if not 0 <= level < self.n_levels:
             raise IndexError(f"{self.folder} has levels 0 to {self.n_levels - 1}: got {level}.")
-        return files.read_level(self.folder, level, self.device)
+        first, *others = (files.read_level(folder, level, self.device) for folder in (self.folder, *self.further))
+        return joined([first, *others]) if others else first
 
     def __iter__(self) -> Iterator[Level]:
         return (self[level] for level in range(self.n_levels))
 
     def __repr__(self) -> str:
-        return f"Run of {self.config.model} on {self.config.task}, {self.n_levels} levels in {self.folder}"
+        more = f" and {len(self.further)} more" * bool(self.further)
+        return f"Run of {self.config.model} on {self.config.task}, {self.n_levels} levels in {self.folder}{more}"
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -48,15 +52,22 @@ class Run:
         return pd.concat(tables, ignore_index=True)
 
 
-def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
-    """Open a run directory for reading.
+def load_run(folder: str | Path | Sequence[str | Path], device: torch.device | str = "cpu") -> Run:
+    """Open a run directory for reading, or several of one study with different seeds as one.
+
+    Args:
+        folder: One, or several: their replicas stand one behind another, as many levels as all of them have.
+        device: Where the tensors of a level are put.
 
     Raises:
-        Refused: Not a run directory, or no level in it is whole; a device that is not there.
+        Refused: Not a run directory, or no level in it is whole; a device that is not there; several that differ in
+            more than their seeds, or share one.
 
     Warns:
         RuntimeWarning: A level is missing between others: the run is read up to it.
     """
+    if not isinstance(folder, str | Path):
+        return _together([load_run(one, device) for one in folder])
     path, place = Path(folder).expanduser(), files.place(device)
     stored = files.read_config(path)["config"]
     n_levels = files.n_stored(path)
@@ -70,6 +81,29 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
             stacklevel=2,
         )
     return Run(path, config, n_levels, place)
+
+
+def _together(runs: Sequence[Run]) -> Run:
+    """Blocks of seeds of one study."""
+    if not runs:
+        raise Refused("load_run needs a run directory: got an empty list.")
+    first = runs[0]
+    for other in runs[1:]:
+        same = [_without_seeds(run.config) for run in (first, other)]
+        differ = [f.name for f in fields(same[0]) if getattr(same[0], f.name) != getattr(same[1], f.name)]
+        data, theirs = (files.read_config(run.folder)["fingerprint"]["task"] for run in (first, other))
+        if differ or data != theirs:
+            what = ", ".join(differ) or "their data"
+            raise Refused(f"runs must differ in seeds alone: {first.folder} and {other.folder} differ in {what}.")
+    seeds = tuple(seed for run in runs for seed in run.config.init_seeds)
+    orders = tuple(seed for run in runs for seed in run.config.order_seeds or run.config.init_seeds)
+    levels = min(len(run) for run in runs)
+    config = replace(first.config, levels=levels - 1, init_seeds=seeds, order_seeds=None if orders == seeds else orders)
+    return replace(first, config=config, n_levels=levels, further=tuple(run.folder for run in runs[1:]))
+
+
+def _without_seeds(config: ImpConfig) -> ImpConfig:
+    return replace(config, levels=0, init_seeds=(0,), order_seeds=None)
 
 
 def runs(store: str | Path = "runs") -> pd.DataFrame:

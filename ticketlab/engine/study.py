@@ -133,6 +133,7 @@ class Study:
 
     @property
     def environment(self) -> dict[str, str]:
+        """Versions and the device, as ``config.json`` keeps them."""
         return runs.environment(self.task.device)
 
     @cached_property
@@ -185,6 +186,7 @@ class Study:
 
     @cached_property
     def identity(self) -> str:
+        """Hash of all that would change a bit of the study; the end of its folder's name."""
         return runs.identity(self.description)
 
     def rewound(self, step: int, dense: Level) -> Study:

@@ -57,7 +57,7 @@ def units(groups: Groups, masks: Masks) -> pd.DataFrame:
 _COLUMNS = ("fan_in", "fan_out", "dense_fan_in", "dense_fan_out")
 
 
-def input_map(mask: Bool[Tensor, "*replica unit input"], input_shape: Sequence[int]) -> Int[Tensor, "*replica *shape"]:
+def input_map(mask: Bool[Tensor, "*replica unit input"], input_shape: Sequence[int]) -> Int[Tensor, "*replica_shape"]:
     """Live weights of the first layer summed over its units, for every input (pixel).
 
     Args:

@@ -89,6 +89,7 @@ class Supermask(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Outputs under the masks of the scores: drawn in training with ``bernoulli``, deterministic otherwise."""
         drawn = self.training and self.method == "bernoulli"
         masks = self._drawn() if drawn else {n: self.kept(s) for n, s in zip(self.names, self.scores, strict=True)}
         frozen = dict(zip(self.names, self.frozen, strict=True))
