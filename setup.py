@@ -19,8 +19,8 @@ class Inside(build_py):
 
     def build_module(self, module, module_file, package):
         outfile, copied = super().build_module(module, module_file, package)
-        text = Path(outfile).read_text()
-        Path(outfile).write_text(COMMAND.sub("ticketlab ", IMPORT.sub(r"\1ticketlab.", text)))
+        text = Path(outfile).read_text(encoding="utf-8")
+        Path(outfile).write_text(COMMAND.sub("ticketlab ", IMPORT.sub(r"\1ticketlab.", text)), encoding="utf-8")
         return outfile, copied
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from analyses.presets import described
-from ticketlab.console import questions
+import sys
 
-if __name__ == "__main__":
+from analyses.presets import described
+from ticketlab.console import guarded, questions
+
+
+def main() -> int:
     found = questions()
     print("python -m analyses.NAME [--help]:\n")
     print("\n".join(f"{name:<{max(map(len, found))}}  {what}" for name, what in found.items()))
     print(f"\n--preset NAME [--small]:\n\n{described()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

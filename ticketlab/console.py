@@ -8,7 +8,7 @@ ticketlab diff A B         what two runs have different, and their errors side b
 ticketlab verify RUN       hold every file of a run against its checksum
 ticketlab --version
 
-Completion of names and flags, in bash or zsh: source <(ticketlab --tyro-print-completion bash)
+Completion of names and flags in bash: source <(ticketlab --tyro-print-completion bash)
 """
 
 from __future__ import annotations
