@@ -69,6 +69,8 @@ TASKS = {
     "examples.cifar_small:task": "CIFAR-10 at 16 x 16",
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
+    "examples.text_small:topics": "packages of the standard library",
+    "examples.text_small:next_bytes": "its next bytes",
     "stdlib_lm": "next bytes of the standard library",
     "stdlib_topics": "packages of the standard library",
 }
