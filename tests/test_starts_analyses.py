@@ -54,8 +54,8 @@ def test_sign_and_value_tables_every_start_and_its_gaps(study, tmp_path, capsys)
     assert (own["error_above_ticket"] == 0).all() and (own["error_above_ticket_sd"] == 0).all()
     printed = capsys.readouterr().out
     assert "above_points" in printed and "p_unadjusted" in printed
-    row = next(line for line in printed.splitlines() if line.startswith("reinit ") and " ticket " in line)
-    assert int(row.split()[-1]) == gaps["error_above_ticket_p_value"].count()
+    rows = [line for line in printed.splitlines() if line.startswith("reinit ") and " ticket " in line]
+    assert any(line.endswith(f" of {gaps['error_above_ticket_p_value'].count()}") for line in rows)  # wide tables go on
 
 
 def test_a_difference_counts_the_pairs_in_which_neither_diverged():
