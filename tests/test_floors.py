@@ -30,7 +30,7 @@ GROUND = (
         "models",
     ),
     *("idx", "text", "datasets", "arrays", "batches", "mapped", "data", "tokens", "functional", "raw", "version"),
-    *("imports", "lanczos"),
+    *("imports", "lanczos", "shown"),
     *("shards", "shard_writer", "image_folder", "to_shards"),
 )
 FLOORS = {

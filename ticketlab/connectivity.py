@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ticketlab import shown
 from ticketlab.data import Task
 from ticketlab.errors import Refused
 from ticketlab.losses import LOSSES
@@ -38,6 +39,17 @@ class Path:
     alphas: Float[np.ndarray, " alpha"]
     curves: dict[tuple[SplitName, Metric], Float[np.ndarray, "alpha *replica"]]
     """Keyed by (split, metric): loss in nats, error in [0, 1]."""
+
+    def __repr__(self) -> str:
+        heights = ", ".join(f"{name} {height}" for name, height in self._heights().items())
+        return f"Path: {len(self.alphas)} alphas; {heights}"
+
+    def _repr_html_(self) -> str:
+        return shown.table(f"Path: {len(self.alphas)} alphas", self._heights())
+
+    def _heights(self) -> dict[str, str]:
+        keys = [(split, metric) for metric in _METRICS for split in dict.fromkeys(split for split, _ in self.curves)]
+        return {f"{split} {metric} barrier": shown.text(self.barrier(metric, split)) for split, metric in keys}
 
     @property
     def table(self) -> pd.DataFrame:

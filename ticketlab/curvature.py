@@ -25,6 +25,7 @@ from ticketlab.losses import Loss
 from ticketlab.network import Network, network, output_shape
 from ticketlab.probing import close
 from ticketlab.seeds import stream
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Params, State, check_finite, stack
 
 MatrixName = Literal["hessian", "gauss_newton"]
@@ -49,6 +50,8 @@ class Eigenvalues:
     vectors: Params | None = field(default=None, repr=False)
     """Of each trainable parameter, [*replica, k, *shape], zero at pruned weights; together of norm 1, signs at will."""
 
+    __repr__, _repr_html_ = as_line, as_table
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -61,6 +64,8 @@ class Trace:
     """Examples that the loss is a mean of."""
     n_live: Int[Tensor, "*replica"]
     """Side of the matrix."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def top_eigenvalues(

@@ -28,6 +28,7 @@ from ticketlab.imports import imported, is_own
 from ticketlab.losses import FLOATING, LOSSES, Loss, LossName
 from ticketlab.mapped import Mapped, rows
 from ticketlab.seeds import stream
+from ticketlab.shown import as_table
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+:-]{0,99}")
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -137,6 +138,8 @@ class Task:
     def __repr__(self) -> str:
         sizes = " + ".join(str(len(split)) for split in self.splits())
         return f"Task({self.name!r}: {sizes} examples {self.input_shape}, {self.n_classes} outputs, {self.device})"
+
+    _repr_html_ = as_table
 
     def splits(self) -> tuple[Split, Split, Split]:
         """Training, validation and test examples."""

@@ -31,6 +31,7 @@ from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.precision import float32_arithmetic
 from ticketlab.probing import attempt, check_examples, close, few, probe, watching_generators
 from ticketlab.seeds import kept_generators
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Buffers, Masks, Params, State, check_finite, check_module, select
 
 Execution = Literal["auto", "loop", "vmap"]
@@ -54,6 +55,8 @@ class Network:
     """Whether the forward pass may write into its input, which then gets a copy."""
     writes_params: bool = True
     """Whether it may write into parameters."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     @property
     def dtype(self) -> torch.dtype:

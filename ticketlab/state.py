@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ticketlab.errors import Refused
+from ticketlab.shown import as_line, as_table
 
 Params = dict[str, Tensor]
 Buffers = dict[str, Tensor]
@@ -24,6 +25,12 @@ class State(NamedTuple):
     """By name; a stack has the replica axis in front of each."""
     buffers: Buffers
     """By name, likewise."""
+
+    def __repr__(self) -> str:
+        return as_line(self)
+
+    def _repr_html_(self) -> str:
+        return as_table(self)
 
     def clone(self) -> "State":
         """Detached copies of all tensors."""

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from ticketlab.bounds.binomial import upper_inverse
 from ticketlab.bounds.kl import Value, kl_inverse, nats, numbers, plain, probability, scalar, together
 from ticketlab.errors import Refused
+from ticketlab.shown import as_line, as_table
 
 _SAMPLE = "n i.i.d. examples; loss in [0, 1]"
 _CODE = f"{_SAMPLE}; a prefix-free code fixed before the sample, in which the description has this length"
@@ -42,6 +43,8 @@ class Bound:
     covers: str
     """The hypotheses that it speaks of."""
     assumptions: str
+
+    __repr__, _repr_html_ = as_line, as_table
 
     def __float__(self) -> float:
         return float(self.value)

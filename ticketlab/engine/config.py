@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from ticketlab import shown
 from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.recipe import OWN, Elsewhere, Recipe, own_name
 from ticketlab.engine.treatments import RETRAINING, TREATMENTS
@@ -72,6 +73,9 @@ class ImpConfig:
     dtype: Dtype = "float32"
     """Number format of weights and inputs."""
 
+    def _repr_html_(self) -> str:
+        return shown.table("ImpConfig", in_words(self))
+
     def __post_init__(self) -> None:
         check_fields(self)
         recipe = self.recipe
@@ -133,6 +137,22 @@ def described(config: ImpConfig) -> dict[str, Any]:
     told = {n: v for n, v in _told(config, LATER_FIELDS).items() if n != "levels"}
     recipe = _told(config.recipe, LATER_RECIPE_FIELDS)
     return told | {"recipe": {n: OWN + own_name(v) if callable(v) else v for n, v in recipe.items()}}
+
+
+def in_words(config: ImpConfig) -> dict[str, str]:
+    """A study in a few lines: what is trained, how, and how it is pruned."""
+    recipe = config.recipe
+    optimizer, schedule = (own_name(v) if callable(v) else v for v in (recipe.optimizer, recipe.schedule))
+    return {
+        "trained": f"{config.model} on {config.task}, {config.dtype}",
+        "recipe": f"{recipe.steps} steps of {optimizer} at {recipe.learning_rate:g} ({schedule}), "
+        f"batches of {recipe.batch_size}",
+        "pruned": f"{config.levels} times {100 * config.prune_fraction:g} % of the live weights, {config.scope}, "
+        f"by {config.criterion}",
+        "retrained": f"{config.retraining}, k = {config.rewind_step}",
+        "treatments": ", ".join(config.treatments),
+        "init seeds": ", ".join(map(str, config.init_seeds)),
+    }
 
 
 def _told(config: ImpConfig | Recipe, later: tuple[str, ...]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ticketlab.batches import crop_flip_draws, crop_flipped
 from ticketlab.data import Task, batch_indices
 from ticketlab.engine.recipe import Recipe
+from ticketlab.shown import as_line, as_table
 
 AHEAD = 100  # steps whose indices, draws and rates lie on the device at a time
 NEAR = 0.1  # of the change that two steps make; a recording that leaves something out differs by about 1
@@ -37,6 +38,8 @@ class Feed:
     """Of the augmentation, [step, 3, batch, 1]; [step, 0] without one."""
     rate: Tensor
     """Learning rates, [step]."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     @classmethod
     def of(cls, task: Task, recipe: Recipe, order_seed: int, rate: float | None, steps: range) -> Feed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ticketlab import shown
 from ticketlab.errors import Refused
 from ticketlab.seeds import Factory, initialise
 from ticketlab.state import Masks, Params, State, select
@@ -48,9 +50,16 @@ class Level:
     def __repr__(self) -> str:
         n, treatments = len(self.metrics), ", ".join(dict.fromkeys(self.metrics.get("treatment", [])))
         error = self.metrics["test_error"].mean() if "test_error" in self.metrics else float("nan")
-        return (
-            f"Level {self.level}: density {self.density:.4g}, {n} networks ({treatments}), mean test error {error:.4f}"
-        )
+        networks = f"{n} network{'s' * (n != 1)} ({treatments})"
+        return f"Level {self.level}: density {self.density:.4g}, {networks}, mean test error {error:.4f}"
+
+    def _repr_html_(self) -> str:
+        """The line, and the networks of each treatment: how many, their density and test error."""
+        if not {"treatment", "density", "test_error"} <= set(self.metrics):
+            return shown.table(repr(self), {})
+        groups = self.metrics.groupby("treatment", sort=False)
+        rows = groups.agg(networks=("density", "size"), density=("density", "mean"), test_error=("test_error", "mean"))
+        return f"<div><b>{escape(repr(self))}</b>{rows.to_html(float_format='{:.4g}'.format)}</div>"
 
     @property
     def theta_start(self) -> Params:

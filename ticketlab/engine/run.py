@@ -11,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from ticketlab import shown
 from ticketlab.engine import store as files
-from ticketlab.engine.config import ImpConfig, from_json
+from ticketlab.engine.config import ImpConfig, from_json, in_words
 from ticketlab.engine.level import Level, joined
 from ticketlab.errors import Refused
 
@@ -44,6 +45,9 @@ class Run:
     def __repr__(self) -> str:
         more = f" and {len(self.further)} more" * bool(self.further)
         return f"Run of {self.config.model} on {self.config.task}, {self.n_levels} levels in {self.folder}{more}"
+
+    def _repr_html_(self) -> str:
+        return shown.table(repr(self), in_words(self.config))
 
     @property
     def metrics(self) -> pd.DataFrame:

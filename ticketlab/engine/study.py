@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticketlab import data, graph, models
+from ticketlab import data, graph, models, shown
 from ticketlab import masks as mask_ops
 from ticketlab.data import Task
 from ticketlab.engine import cost
 from ticketlab.engine import store as runs
-from ticketlab.engine.config import ImpConfig, described
+from ticketlab.engine.config import ImpConfig, described, in_words
 from ticketlab.engine.criteria import CRITERIA, Criterion, Evidence, as_criterion, refuse_too_large
 from ticketlab.engine.dynamic.spread import spread_over
 from ticketlab.engine.identity import (
@@ -125,6 +125,16 @@ class Study:
         self.model = self.initialised(config.init_seeds[0])
         self.names = mask_ops.prunable(self.model, config.prunable or None)
         self._check()
+
+    def __repr__(self) -> str:
+        config, n = self.config, len(self.config.init_seeds)
+        return (
+            f"Study of {config.model} on {config.task}: {config.levels} levels, {n} init seeds, "
+            f"{len(self.treatments)} treatments ({', '.join(self.treatments)})"
+        )
+
+    def _repr_html_(self) -> str:
+        return shown.table(repr(self), in_words(self.config))
 
     @property
     def order_seeds(self) -> tuple[int, ...]:

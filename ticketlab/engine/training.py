@@ -44,6 +44,7 @@ from ticketlab.network import Execution, network, resolve
 from ticketlab.precision import float32_arithmetic
 from ticketlab.probing import close, watching_generators
 from ticketlab.seeds import seed_generators
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Masks, State, select, stack, stack_states
 
 
@@ -63,6 +64,8 @@ class Start:
     """Constant rate in place of the recipe's schedule."""
     dynamics: Dynamics | None = None
     """How the mask moves in training (RigL, SET, gradual pruning); None: it stays."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     @property
     def begun(self) -> State:
@@ -89,6 +92,8 @@ class Outcome:
     wall_seconds: float
     masks: Masks
     """As given, or where dynamics have moved them; of a diverged replica, at its last finite evaluation."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 Advance = Callable[[range, Sequence[int]], None]

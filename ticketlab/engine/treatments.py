@@ -20,6 +20,7 @@ from ticketlab.engine.training import Start
 from ticketlab.errors import Refused, check_type
 from ticketlab.probing import watching_generators
 from ticketlab.seeds import Factory, derived_seed, initialise
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Masks, Params, State, state
 
 
@@ -44,6 +45,8 @@ class Origin:
     """Of the recipe's schedule."""
     retraining: str = "rewind"
     """How the ticket goes on from level to level, a name in ``RETRAINING``."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     def draw(self, purpose: str) -> int:
         """A seed of its own for each purpose, init seed and level."""

@@ -15,6 +15,7 @@ from torch import nn
 from ticketlab.data import Split, Task
 from ticketlab.losses import LOSSES
 from ticketlab.network import Execution, Network
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Masks, State
 
 Row = dict[str, Any]
@@ -42,6 +43,8 @@ class Watch:
     execution: Execution
     on_eval: OnEval | None = None
     rows: list[Row] = field(default_factory=list)
+
+    __repr__, _repr_html_ = as_line, as_table
 
     def __post_init__(self) -> None:
         replicas = len(next(iter(self.live.params.values())))

@@ -13,6 +13,7 @@ from ticketlab.errors import Refused
 from ticketlab.gradients.point import checked, flat, over_replicas, slope
 from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.network import Network, network
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import State
 
 
@@ -30,6 +31,8 @@ class Alignment:
     """Of g with the live coordinates of the gradient at theta; NaN where no dense parameters are given."""
     cosine_with_displacement: Float[Tensor, "*replica"]
     """Of -g with theta_T - m * theta on live coordinates; NaN where no end is given."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def alignment(

@@ -13,6 +13,7 @@ from ticketlab.errors import Refused
 from ticketlab.gradients.point import checked, flat, over_replicas, slope
 from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.network import Network
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import State
 
 
@@ -32,6 +33,8 @@ class BatchStatistics:
     """b noise / signal, in examples: the batch size at which the two are equal (McCandlish et al. 2018)."""
     pairwise_cosine: Float[Tensor, "*replica"]
     """Mean cosine of the gradients of two batches."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def batch_statistics(

@@ -12,6 +12,7 @@ from ticketlab import ntk
 from ticketlab.errors import Refused
 from ticketlab.gradients.point import checked
 from ticketlab.losses import CROSS_ENTROPY, Loss
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import State
 
 
@@ -26,6 +27,8 @@ class NtkOverlap:
     """lambda_i (v_i . r)^2 / r' Theta_m r: how much of the squared gradient norm each makes up."""
     squared_norm: Float[Tensor, "*replica"]
     """r' Theta_m r / n^2, the squared norm of the ticket's gradient."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def ntk_overlap(

@@ -14,6 +14,7 @@ from ticketlab.errors import Refused
 from ticketlab.gradients.point import checked, flat, live_part, over_replicas, slope
 from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.network import Network
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import State
 
 
@@ -29,6 +30,8 @@ class Step:
     """Predicted with curvature: eta ||g||^2 - eta^2 g'Hg / 2."""
     realised_nats: Float[Tensor, "*replica"]
     """Loss before less loss after; negative where the step overshoots."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def one_step(

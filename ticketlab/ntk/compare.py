@@ -12,6 +12,7 @@ from torch import Tensor
 from ticketlab.errors import Refused
 from ticketlab.ntk.axes import by_output
 from ticketlab.ntk.spectrum import Spectrum
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import check_finite
 
 
@@ -28,6 +29,8 @@ class Preservation:
     subspace_overlap: Float[Tensor, "*replica"]
     """||V_a' V_b||^2 / r over the leading eigenvectors held: 1 = one subspace, r / d = two random ones."""
 
+    __repr__, _repr_html_ = as_line, as_table
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -37,6 +40,8 @@ class Drift:
     """||K_end - K_start|| / ||K_start||, Frobenius norms."""
     distance: Float[Tensor, "*replica"]
     """1 - cosine of the two, free of scale: the kernel distance of Fort et al. 2020 (arXiv:2010.15110)."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def preservation(a: Spectrum, b: Spectrum) -> Preservation:

@@ -18,6 +18,7 @@ from ticketlab.ntk.gather import columns_of_jacobian
 from ticketlab.ntk.layers import Features, Layer, find_layers, retried
 from ticketlab.ntk.plan import largest_block
 from ticketlab.ntk.problem import Coordinates, Problem, problems
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import State, check_finite
 
 
@@ -26,6 +27,8 @@ class LiveJacobian:
     """J, with Theta_m = J J'. Columns: parameters in the model's order, live entries in the order of their index."""
 
     values: Float[Tensor, "*replica n out k"]
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class KernelOperator:
     x: Tensor
     n_outputs: int
     block_size: int
+
+    __repr__, _repr_html_ = as_line, as_table
 
     @property
     def size(self) -> int:

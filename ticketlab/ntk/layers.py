@@ -24,6 +24,7 @@ from torch import Tensor
 from ticketlab.errors import Refused
 from ticketlab.ntk.problem import Problem
 from ticketlab.ntk.uses import Use, is_plain, n_groups, n_positions, record
+from ticketlab.shown import as_line, as_table
 
 T = TypeVar("T")
 
@@ -40,6 +41,8 @@ class Layer:
     """T, summed over the uses of the weight; 1 for a linear layer used once."""
     live: Bool[Tensor, "unit column"]
     """The inputs of a unit's own group, then the bias if there is one."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     @property
     def units(self) -> int:
@@ -65,6 +68,8 @@ class Features:
     inputs: Float[Tensor, "column n position"]
     """The inputs of group 0, 1, ..., then a row of ones for the bias and a row of zeros to pad with."""
     deltas: Float[Tensor, "unit out n position"]
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 class Unlike(Exception):

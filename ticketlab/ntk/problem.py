@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ticketlab.errors import Refused
 from ticketlab.network import Network, network
 from ticketlab.probing import attempt
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import State
 
 Coordinates = Literal["live", "all"] | Mapping[str, Tensor]
@@ -29,6 +30,8 @@ class Problem:
     """The coordinates: a bool tensor in the shape of each parameter that has any."""
     sum_logits: bool
     """Differentiate the sum of the outputs, as if it were the one output."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     @property
     def dtype(self) -> torch.dtype:

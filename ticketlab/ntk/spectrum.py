@@ -14,6 +14,7 @@ from ticketlab.lanczos import largest
 from ticketlab.ntk.axes import square_matrix
 from ticketlab.ntk.jacobian import KernelOperator, LiveJacobian
 from ticketlab.seeds import stream
+from ticketlab.shown import as_line, as_table
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Spectrum:
     r""":math:`(\sum \lambda)^2 / \sum \lambda^2`."""
     condition_number: Float[Tensor, "*replica"]
     """Largest over smallest eigenvalue; infinite where the smallest is lost in rounding."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def spectrum(source: Tensor | LiveJacobian | KernelOperator, *, top: int = 10) -> Spectrum:

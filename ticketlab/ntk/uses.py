@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ticketlab.ntk.problem import Problem
+from ticketlab.shown import as_line, as_table
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Use:
     output: GradientEdge
     convolution: dict[str, Any] | None
     kernel: tuple[int, ...]
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 class _Recorder(TorchFunctionMode):

@@ -18,6 +18,7 @@ from ticketlab.network import network
 from ticketlab.permutation.groups import groups as groups_of
 from ticketlab.permutation.permute import Groups, Permutations, assert_same_function, is_stacked, permute
 from ticketlab.seeds import stream
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Buffers, Masks, Params, State, check_finite
 
 
@@ -31,6 +32,8 @@ class Matching:
     objectives: tuple[float, ...]
     """One a start: from the identity, layer by layer from the input, then from random permutations."""
 
+    __repr__, _repr_html_ = as_line, as_table
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -41,6 +44,8 @@ class Alignment:
     buffers: Buffers = field(repr=False)
     masks: Masks | None = field(repr=False)
     matching: Matching
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 @dataclass(frozen=True)

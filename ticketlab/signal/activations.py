@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ticketlab.errors import Refused, nearest
 from ticketlab.network import network
 from ticketlab.seeds import kept_generators
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import state
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -50,6 +51,8 @@ class Elementwise:
     """Where phi' jumps."""
     reach: float
     """The mesh is fine enough for |u| up to this: infinite unless phi goes on to vary beyond 64, as sin does."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     def __call__(self, u: Tensor) -> Tensor:
         with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ticketlab.derivatives import pullback
 from ticketlab.errors import Refused
 from ticketlab.probing import close
+from ticketlab.shown import as_line, as_table
 from ticketlab.signal.section import At, Section, hooked, sections, weights_of_outputs
 from ticketlab.state import State, check_finite
 
@@ -35,6 +36,8 @@ class Isometry:
     """sqrt(1 - (mean s)^2 / mean s^2), in [0, 1]: to the nearest multiple of an isometry, relative to the norm.
 
     NaN where J = 0."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def jacobian_singular_values(

@@ -15,6 +15,7 @@ from ticketlab.errors import Refused
 from ticketlab.lanczos import largest
 from ticketlab.probing import close
 from ticketlab.seeds import stream
+from ticketlab.shown import as_line, as_table
 from ticketlab.signal.jacobian import ACTIVE, rows, transposed, widest
 from ticketlab.signal.section import At, Section, sections, weights_of_outputs
 from ticketlab.state import State, check_finite
@@ -32,6 +33,8 @@ class Moments:
     """tr((J J')^k) / out for k = 1, 2, ..."""
     standard_errors: Float[Tensor, "*replica n order"]
     """Of ``values``, from the spread over probes."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     @property
     def mean(self) -> Float[Tensor, "*replica order"]:

@@ -21,6 +21,7 @@ from ticketlab.errors import Refused, nearest
 from ticketlab.network import Network, network
 from ticketlab.probing import close
 from ticketlab.seeds import stream
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import State, check_finite
 
 
@@ -42,6 +43,8 @@ class Section:
     target: str | None
     channels_last: bool = False
     """Whether images enter in the layout in which convolutions run a quarter faster."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     def at(self, x: Tensor) -> At:
         if self.source is None:

@@ -17,6 +17,7 @@ from ticketlab.errors import Refused
 from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.network import Network, network, output_shape
 from ticketlab.seeds import stream
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Masks, Params, State
 
 Scores = dict[str, Tensor]
@@ -51,6 +52,8 @@ class Evidence:
     """Where weights compete: in the whole network or in each layer. Criteria that rank need to know."""
     loss: Loss = CROSS_ENTROPY
     """Loss of the task."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     def __post_init__(self) -> None:
         for when in (self.start, self.end):

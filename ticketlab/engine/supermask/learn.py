@@ -20,6 +20,7 @@ from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.network import apply, evaluate, n_replicas
 from ticketlab.probing import close
 from ticketlab.seeds import stream
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Masks, Params, State
 
 RECIPES: dict[Method, Recipe] = {
@@ -47,6 +48,8 @@ class Learned:
     curves: pd.DataFrame = field(repr=False)
     """replica, step, loss_nats, error on the validation set."""
     wall_seconds: float
+
+    __repr__, _repr_html_ = as_line, as_table
 
     @property
     def params(self) -> Params:
