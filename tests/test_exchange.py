@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import ticketlab as tl
+from tests.cases import blobs
 from ticketlab.errors import Refused
 
 CONFIG = tl.ImpConfig(
@@ -56,10 +57,19 @@ def test_masks_of_a_module_that_torch_has_pruned():
     assert name == "0.weight" and int(found[name].sum()) == 7
     prune.remove(module[0], "weight")
     zeros = tl.exchange.from_zeros(module)
-    assert zeros.keys() == {"0.weight"} and torch.equal(zeros["0.weight"], found["0.weight"])
+    assert torch.equal(zeros["0.weight"], found["0.weight"]) and bool(zeros["2.weight"].all())
+    assert float(tl.masks.density(zeros)) == 13 / 18  # of all that is prunable, dense layers too
     for function in (tl.exchange.from_prune, tl.exchange.from_zeros):
         with pytest.raises(Refused, match="module must"):
             function(net())
+
+
+def test_zeros_of_an_embedding_are_no_mask():
+    module = tl.initialise(lambda: nn.Sequential(nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 8)), 0)
+    module[1].weight.data[:, 0] = 0
+    masks = tl.exchange.from_zeros(module)
+    assert masks.keys() == {"1.weight"} and float(tl.masks.density(masks)) == 0.75
+    assert tl.exchange.from_zeros(module, ["0.*"])["0.weight"].sum(1).tolist() == [0, 4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint8, bool])
@@ -67,14 +77,17 @@ def test_masks_of_other_frameworks(dtype):
     array = (np.arange(12).reshape(3, 4) % 3 == 0).astype(dtype)
     for name in ("0.weight", "0.weight_mask", "0.weight.mask"):
         masks = tl.exchange.from_arrays(net(), {name: array})
-        assert masks["0.weight"].dtype == torch.bool and masks["0.weight"].tolist() == (array == 1).tolist()
+        assert masks.keys() == {"0.weight"} and masks["0.weight"].dtype == torch.bool
+        assert masks["0.weight"].tolist() == (array == 1).tolist()
 
 
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
         ({"0.weight": np.full((3, 4), 0.5)}, "zeros and ones"),
-        ({"0.weight": np.ones((4, 3))}, r"\(4, 3\) is \(3, 4\)"),
+        ({"0.weight": np.ones((4, 3))}, r"\(4, 3\) is \(3, 4\). Transpose it"),
+        ({"0.weight": np.ones((2, 3, 4))}, r"\(2, 3, 4\) is \(3, 4\).$"),
+        ({}, "at least"),
         ({"first": np.ones((3, 4))}, "is not there: 0.weight"),
     ],
 )
@@ -94,6 +107,71 @@ def test_a_folder_holds_the_ticket_and_says_what_it_is(one, tmp_path):
     assert numbers["density"] == pytest.approx(0.64, abs=1e-3) and numbers["init_seed"] == 1
     card = (folder / "README.md").read_text()
     assert "mlp_100_50 on digits" in card and f"{100 * numbers['test_error']:.2f} %" in card
+    assert "Pruned weights are zero" in card
+
+
+def test_a_folder_of_a_stored_study_says_how_it_was_made(store, tmp_path):
+    (path,) = store[0].iterdir()
+    run = tl.load_run(path)
+    level = run[2].select(treatment="ticket", init_seed=0)
+    with pytest.raises(Refused, match="architecture"):
+        tl.exchange.save_folder(level, tmp_path / "hub", about=run.config)
+    assert not (tmp_path / "hub").exists()
+    model, _ = tl.model_and_task(run.config, device="cpu")
+    folder = tl.exchange.save_folder(level, tmp_path / "hub", about=run.config, model=lambda: model)
+    card = (folder / "README.md").read_text()
+    for words in ("mlp_100_50 on digits", "64 %, level 2, ticket", "20 steps of adam at 0.0012", "rewind, k = 0"):
+        assert words in card
+    assert json.loads((folder / "config.json").read_text())["study"]["recipe"]["steps"] == 20
+
+
+def test_a_folder_keeps_the_dtype_tied_weights_and_weights_that_pruning_froze(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return self.norm(self.second(self.first(x).tanh()))
+
+    task = blobs(n_classes=6)
+    recipe = tl.Recipe(steps=4, eval_every=2, batch_size=30)
+    config = tl.ImpConfig(
+        levels=1, init_seeds=(0,), treatments=("ticket", "frozen_init"), recipe=recipe, dtype="float64"
+    )
+    level = list(tl.imp(config, model=Tied, task=task, store=None, device="cpu", progress=False))[-1]
+    for treatment, words in (("ticket", "are zero"), ("frozen_init", "keep their values")):
+        one = level.select(treatment=treatment)
+        folder = tl.exchange.save_folder(one, tmp_path / treatment, about=config)
+        module, _ = tl.exchange.load_folder(folder, Tied)
+        assert torch.equal(module(task.test.x), one.module(0)(task.test.x))
+        assert words in (folder / "README.md").read_text()
+    (folder / "masks.safetensors").write_bytes(b"not whole")
+    with pytest.raises(Refused, match="must hold model"):
+        tl.exchange.load_folder(folder, Tied)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's own export
+def test_onnx_gives_the_same_outputs_for_any_batch(one, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="onnx and onnxscript are not installed")
+    pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed")
+    from onnx.reference import ReferenceEvaluator  # noqa: PLC0415
+
+    file = tl.exchange.to_onnx(one.module(0), X, tmp_path / "ticket.onnx")
+    net = onnx.load(file)
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in net.graph.initializer}
+    assert np.array_equal(weights["fc1.weight"] != 0, one.masks["fc1.weight"].numpy())
+    for x in (X, X[:1]):
+        (y,) = ReferenceEvaluator(net).run(None, {net.graph.input[0].name: x.numpy()})
+        np.testing.assert_allclose(y, one.module(0)(x).detach().numpy(), atol=1e-5)
+
+
+def test_onnx_names_the_packages_that_it_lacks(one, tmp_path, monkeypatch):
+    monkeypatch.setattr("ticketlab.engine.exchange.find_spec", lambda name: None)
+    with pytest.raises(Refused, match="pip install onnx onnxscript"):
+        tl.exchange.to_onnx(one.module(0), X, tmp_path / "ticket.onnx")
 
 
 def test_folders_refuse_a_stack_and_what_is_not_theirs(store, one, tmp_path):
