@@ -194,6 +194,10 @@ def test_pictures_of_a_run_a_line_and_spectra(store, one):
     figure = tl.plot.imp(run)
     assert "MLP-100-50 on digits" in figure.get_suptitle() and len(figure.axes) == 2
     assert "own network on own data" in tl.plot.imp(levels).get_suptitle()
+    (axes,) = tl.plot.masks(run).axes
+    last = 100 * float(levels[-1].subset(treatment="ticket").masks["fc1.weight"].double().mean())
+    (line,) = (line for line in axes.lines if line.get_label() == "fc1")
+    assert line.get_ydata()[0] == pytest.approx(last) and line.get_ydata()[-1] == 100
     model, task = tl.model_and_task(CONFIG, device="cpu")
     both = levels[-1].subset(treatment="ticket")
     line = tl.connectivity.linear_path(model, both.start, both.end, task, masks=both.masks, n_alphas=3)

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ticketlab.connectivity import Path
 from ticketlab.console import inside
@@ -21,9 +22,19 @@ from ticketlab.ntk import Spectrum
 inside()  # puts a checkout on the path, where figures lie beside the package
 
 from figures.imp import draw as draw_imp  # noqa: E402
-from figures.style import label_of, look_of, paper  # noqa: E402
+from figures.style import (  # noqa: E402
+    LOOKS,
+    density_axis,
+    label_of,
+    layer_label,
+    log_axis,
+    look_of,
+    mean_and_replicas,
+    paper,
+)
 
 ONE_COLUMN = (3.4, 2.8)  # inches
+LAYERS = 6  # in one panel
 
 
 def imp(run: Run | Iterable[Level], *, task: str = "own data", model: str = "own network") -> Figure:
@@ -40,6 +51,32 @@ def imp(run: Run | Iterable[Level], *, task: str = "own data", model: str = "own
     else:
         table = pd.concat([level.metrics.assign(level=level.level) for level in run], ignore_index=True)
     return draw_imp({"levels": table.assign(task=task, model=model)})
+
+
+def masks(run: Run | Iterable[Level]) -> Figure:
+    """What tickets keep of each layer against what they keep of the network: lines are means over seeds, dots tickets.
+
+    Args:
+        run: A stored run, or levels from ``tl.imp``; of many layers six are drawn, the first and the last among them.
+    """
+    rows = []
+    for level in run:
+        for name, mask in level.subset(treatment="ticket").masks.items():
+            shares = 100 * mask.flatten(1).double().mean(1).cpu().numpy()
+            rows.append(pd.DataFrame({"layer": name, "density": level.density, "kept": shares}))
+    table = pd.concat(rows, ignore_index=True)
+    names = table["layer"].unique()
+    shown = names[np.unique(np.linspace(0, len(names) - 1, LAYERS).round().astype(int))]
+    with paper():
+        figure, axes = plt.subplots(figsize=ONE_COLUMN)
+        for name, look in zip(shown, LOOKS.values(), strict=False):
+            one = table[(table["layer"] == name) & (table["kept"] > 0)]
+            mean_and_replicas(axes, one["density"], one["kept"], label=layer_label(name), **look)
+        density_axis(axes, table["density"].to_numpy())
+        log_axis(axes)
+        axes.set_ylabel("weights kept of a layer (%)")
+        axes.legend()
+    return figure
 
 
 def path(line: Path) -> Figure:
@@ -78,9 +115,14 @@ def spectrum(spectra: Spectrum | Mapping[str, Spectrum]) -> Figure:
                 mean = np.exp(np.log(np.where(share > 0, share, np.nan)).mean(0))
             look = {k: v for k, v in look_of(name).items() if k != "marker"} if name else {"color": "black"}
             axes.loglog(np.arange(1, len(mean) + 1), mean, label=label_of(name), **look)  # type: ignore[arg-type]
+        axes.set_ylim(bottom=max(1e-12, axes.get_ylim()[0]))
+        log_axis(axes)
+        most = max(one.eigenvalues.shape[-1] for one in named.values())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 else (1,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("rank")
         axes.set_ylabel("eigenvalue / trace")
-        axes.set_ylim(bottom=max(1e-12, axes.get_ylim()[0]))
         if "" not in named:
             axes.legend()
     return figure
