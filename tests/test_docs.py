@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_notebooks_print_and_draw_what_they_keep(path, place):
 def test_notebooks_are_small_and_have_words_before_each_cell(path):
     kinds = [cell.cell_type for cell in nbformat.read(path, as_version=4).cells]
     assert path.stat().st_size < 150_000 and 6 <= len(kinds) <= 15
-    assert kinds[0] == "markdown" and ("code", "code") not in zip(kinds, kinds[1:], strict=False)
+    assert kinds[0] == "markdown" and ("code", "code") not in itertools.pairwise(kinds)
 
 
 def test_words_and_shapes_of_outputs_are_compared_without_their_numbers():
