@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -155,13 +156,20 @@ def _transfer(axes: Axes, transfer: pd.DataFrame) -> None:
         means = 100 * rows.groupby("target", sort=False)["test_error"].mean()
         at = [targets.index(target) + offset for target in means.index]
         axes.plot(at, means, linestyle="none", marker=marker, color=color, label=label)
-    names = [TASKS.get(t.partition(":")[0], t.partition(":")[0]) + t[len(t.partition(":")[0]) :] for t in targets]
-    axes.set_xticks(range(len(targets)), [f"trained on\n{name}" for name in names])
+    names = [textwrap.fill(f"trained on {_task(target)}", 20) for target in targets]
+    axes.set_xticks(range(len(targets)), names)
     axes.set_xlim(-0.6, len(targets) - 0.4)
     low, high = 100 * last["test_error"].min(), 100 * last["test_error"].max()
     axes.set_ylim(max(0, low - 0.1 * (high - low) - 1), high + 0.55 * (high - low) + 1)
     axes.set_ylabel(f"test error at {100 * last['density'].mean():.2g} % (%)")
     axes.legend(loc="upper left", ncols=2, title="mask on the pretrained weights", title_fontsize=7)
+
+
+def _task(word: str) -> str:
+    """A task in words, its name with a digest or with classes behind it, such as ``digits:0-4``."""
+    known = TASKS.get(word) or TASKS.get(word.partition(".")[0])
+    name, colon, classes = word.partition(":")
+    return known or f"{TASKS.get(name, name)}{colon}{classes}"
 
 
 def _barriers(axes: Axes, barriers: pd.DataFrame) -> None:
