@@ -5,7 +5,7 @@ PYTHON := python3
 endif
 BIN := .venv/bin
 
-.PHONY: demo test lint figures docs notebooks bench-peers clean
+.PHONY: demo test lint figures docs bench-peers clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -24,10 +24,6 @@ figures: .venv/ready
 # docs/tables.md, the reference of every public function in build/docs, and a check of all links.
 docs: .venv/ready
 	$(BIN)/python docs/build.py
-
-# Every notebook run from top to bottom, with what it prints and draws.
-notebooks: .venv/ready
-	$(BIN)/python docs/notebooks.py
 
 # What benchmarks.ntk runs beside ours: python -m benchmarks.ntk --peer-python .venv-peers/bin/python
 bench-peers: .venv-peers/ready

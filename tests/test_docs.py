@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
 import ticketlab as tl
-from docs import build, notebooks
+from docs import build
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,27 +57,13 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("notebooks")
 
 
-@pytest.mark.parametrize("path", notebooks.PATHS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of the Jupyter client's own
-def test_notebooks_print_and_draw_what_they_keep(path, place):
-    kept = notebooks.printed(nbformat.read(path, as_version=4))
-    assert any(kept) and notebooks.printed(notebooks.executed(path, place)) == kept, "run make notebooks"
-
-
-@pytest.mark.parametrize("path", notebooks.PATHS, ids=lambda p: p.stem)
-def test_notebooks_are_small_and_have_words_before_each_cell(path):
-    kinds = [cell.cell_type for cell in nbformat.read(path, as_version=4).cells]
-    assert path.stat().st_size < 150_000 and 6 <= len(kinds) <= 15
-    assert kinds[0] == "markdown" and ("code", "code") not in itertools.pairwise(kinds)
-
-
-def test_words_and_shapes_of_outputs_are_compared_without_their_numbers():
-    stream = nbformat.v4.new_output("stream", text="error 0.25 of\n")
-    more = nbformat.v4.new_output("stream", text="[0.  0.125 nan]\n")
-    picture = nbformat.v4.new_output("display_data", data={"image/png": "iVBOR", "text/plain": "<Figure size 10x2>"})
-    cell = nbformat.v4.new_code_cell("f()", outputs=[stream, more, picture])
-    (found,) = notebooks.printed(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("words"), cell]))
-    assert found == {"text": "error # of [# # #]", "image/png": "", "text/plain": "<Figure size #x#>"}
+def test_notebooks_run_from_top_to_bottom(path, place):
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(place)}}).execute()
+    outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+    assert outputs and not any(out.output_type == "error" for out in outputs)
 
 
 @pytest.mark.parametrize("path", build.pages(), ids=lambda p: p.name)
