@@ -48,8 +48,8 @@ class Places:
 class OfRun(Places):
     """The flags of an analysis that measures a run."""
 
-    run: Path | None = None
-    """Run directory to measure; None: make or resume the run that the flags of the study describe."""
+    run: tuple[Path, ...] = ()
+    """Run directory to measure, or several of one study with other seeds; none: make or resume that of the flags."""
     store: Path = Path("runs")
     """Folder of run directories."""
     study: StudyFlags = field(default_factory=lambda: DIGITS)
@@ -82,7 +82,7 @@ def main(
     """
 
     def answer() -> int:
-        config = _parsed(name, config_type, sys.argv[1:] if argv is None else argv)
+        config = config_of(name, config_type, sys.argv[1:] if argv is None else argv)
         if config is None:
             return 0
         folder = result_folder(name, config)
@@ -98,7 +98,7 @@ def main(
     return guarded(answer)
 
 
-def _parsed(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
+def config_of(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
     """The config that the flags describe; None where they ask for the short help, which is printed."""
     default, rest = presets.taken_off(config_type, argv)
     if {"-h", "--help"} & {*rest}:
@@ -118,7 +118,7 @@ def _parsed(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
 def _left(config: Places) -> str:
     """What an analysis that was stopped leaves behind."""
     store = getattr(config, "store", None)
-    if store is None or getattr(config, "run", None) is not None:
+    if store is None or getattr(config, "run", False):
         return "nothing new is stored; the same command starts again."
     return f"every finished level is stored in {store}; the same command goes on from there."
 
@@ -168,8 +168,9 @@ def result_folder(name: str, config: Places) -> Path:
 
 
 def _of_run(config: OfRun) -> str:
-    if config.run is not None:
-        return config.run.resolve().name
+    if config.run:
+        first, *others = (path.resolve().name for path in config.run)
+        return "-".join([first, *([_digest({"runs": others})] if others else [])])
     names = f"{config.study.task}-{config.study.model}".replace(":", ".")
     return f"{names}-{_digest(asdict(config.study))}"
 
@@ -194,7 +195,7 @@ def open_run(config: OfRun) -> Opened:
     Raises:
         Refused: Flags of a study, or a store, beside ``--run``, where they would do nothing; a run that is none.
     """
-    if config.run is None:
+    if not config.run:
         study = tl.Study(config.study, device=config.device)
         print(f"run: {study.folder(config.store)}", flush=True)
         return Opened(study.config, study.model, study.task, followed(study.levels(config.store)))

@@ -170,7 +170,7 @@ class _Finder:
 def run(config: Config) -> Tables:
     """``networks``: one row per method, level and replica; methods ``dense`` and ``imp`` are those of the run."""
     methods = [parse(name) for name in config.methods]
-    if config.run is None and any(m.stage == "early" for m in methods):
+    if not config.run and any(m.stage == "early" for m in methods):
         steps = tuple(sorted({*config.study.snapshot_steps, config.early_step}))
         config = replace(config, study=replace(config.study, snapshot_steps=steps))
     study, model, task, levels = open_run(config)

@@ -2,6 +2,7 @@
 
 ticketlab NAME [--help]    answer a question, such as ticketlab imp
 ticketlab figures          draw tables again
+ticketlab sweep PLAN       studies in blocks of seeds, on a cluster or here
 ticketlab runs [STORE]     what a store holds
 ticketlab show RUN         the study of a run, and its errors level by level
 ticketlab diff A B         what two runs have different, and their errors side by side
@@ -74,7 +75,7 @@ def guarded(action: Callable[[], int]) -> int:
 
 def _command(name: str = "--help", *rest: str) -> int:
     known = questions()
-    if name in known or name == "figures":
+    if name in known or name in ("figures", "sweep"):
         return _ran(name, rest)
     if name == "--tyro-print-completion":
         return _completion(rest)
@@ -92,7 +93,7 @@ def _answer(name: str, rest: Sequence[str], known: Mapping[str, str]) -> str:
     if name == "--version":
         return __version__
     if name not in STORED:
-        raise Refused(nearest("command", name, (*STORED, "figures", *known)))
+        raise Refused(nearest("command", name, (*STORED, "figures", "sweep", *known)))
     usage = next(line for line in (__doc__ or "").splitlines() if line.startswith(f"ticketlab {name}"))
     if {"-h", "--help"} & {*rest}:
         return usage
@@ -113,8 +114,15 @@ def _ran(name: str, rest: Sequence[str]) -> int:
         sys.path.append(os.getcwd())
     if name == "figures":
         return pkgutil.resolve_name(f"{inside()}figures.__main__:main")(rest)
-    analysis: Any = pkgutil.resolve_name(f"{inside()}analyses.{name}")
-    return analysis.main(name, analysis.Config, analysis.run, analysis.draw, analysis.summary, rest)
+    if name == "sweep":
+        return analysis(name).main(rest)
+    its = analysis(name)
+    return its.main(name, its.Config, its.run, its.draw, its.summary, rest)
+
+
+def analysis(name: str) -> Any:
+    """The module of an analysis."""
+    return pkgutil.resolve_name(f"{inside()}analyses.{name}")
 
 
 def inside() -> str:
