@@ -20,6 +20,8 @@ import pandas as pd
 import tyro
 
 from figures.style import drawn, save
+from ticketlab.console import guarded
+from ticketlab.errors import Refused
 
 HERE = Path(__file__).parent
 HOME = HERE if (HERE / "data").is_dir() else Path()  # the working directory, where no studies come with the figures
@@ -32,8 +34,8 @@ class Config:
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Studies to draw, such as imp-mnist, none for all; beside --run the name of its figure, such as imp."""
-    run: Path | None = None
-    """Folder of tables that an analysis wrote, results/NAME/RUN; pictures go there."""
+    run: tuple[Path, ...] = ()
+    """Folders of tables that an analysis wrote, results/NAME/RUN; pictures go there."""
     data: Path = HOME / "data"
     """Folder of studies."""
     out: Path = HOME / "paper"
@@ -48,18 +50,18 @@ def draw_all(config: Config) -> list[Path]:
     """Draw each study whose folder begins with the name of a figure, or the tables of a run.
 
     Raises:
-        ValueError: No such folder, or one of no known figure.
+        Refused: No such folder, or one of no known figure.
     """
-    if config.run is not None:
-        name = config.names[0] if config.names else config.run.resolve().parent.name
-        return _drawn(name, config.run, config.run / name, config)
+    if config.run:
+        runs = {run: config.names[0] if config.names else run.resolve().parent.name for run in config.run}
+        return [path for run, name in runs.items() for path in _drawn(name, run, run / name, config)]
     studies = sorted(path for path in config.data.glob("*") if path.is_dir())
     if not studies:
-        raise ValueError(f"{config.data} must hold folders FIGURE-NAME of CSV tables: it has none.")
+        raise Refused(f"{config.data} must hold folders FIGURE-NAME of CSV tables: it has none.")
     unknown = set(config.names) - {study.name for study in studies}
     if unknown:
         known = ", ".join(study.name for study in studies)
-        raise ValueError(f"{', '.join(sorted(unknown))} must be a study in {config.data}: there are {known}.")
+        raise Refused(f"{', '.join(sorted(unknown))} must be a study in {config.data}: there are {known}.")
     chosen = [study for study in studies if study.name in config.names or not config.names]
     with ProcessPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool:  # a study per core
         figures, stems = [study.name.partition("-")[0] for study in chosen], [config.out / s.name for s in chosen]
@@ -68,10 +70,10 @@ def draw_all(config: Config) -> list[Path]:
 
 def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
     if figure not in NAMES:
-        raise ValueError(f"{folder} must begin with the name of a figure: known are {', '.join(NAMES)}.")
+        raise Refused(f"{figure} must be the name of a figure to draw {folder}: known are {', '.join(NAMES)}.")
     tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
     if not tables:
-        raise ValueError(f"{folder} must hold the CSV tables of an analysis: it has none.")
+        raise Refused(f"{folder} must hold the CSV tables of an analysis: it has none.")
     written: list[Path] = []
     for suffix, draw in drawn(pkgutil.resolve_name(f"{__package__}.{figure}:draw")).items():
         without = None if config.titles else draw
@@ -82,14 +84,12 @@ def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line on stderr where there is nothing to draw."""
     matplotlib.use("Agg")
-    config = tyro.cli(Config, prog="python -m figures", args=argv)
-    try:
-        paths = draw_all(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, paths)))
-    return 0
+
+    def answer() -> int:
+        print("\n".join(map(str, draw_all(tyro.cli(Config, prog="python -m figures", args=argv)))))
+        return 0
+
+    return guarded(answer)
 
 
 if __name__ == "__main__":

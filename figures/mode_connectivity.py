@@ -7,17 +7,17 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.style import TWO_COLUMNS, density_axis, letter, mean_and_replicas, name_task, paper
+from figures.style import TWO_COLUMNS, density_axis, keys, letter, mean_and_replicas, name_task, paper, said
 
 START_END, SIBLINGS = "theta_k to theta_T", "siblings"
 INDEPENDENT, MATCHED = "independent", "independent, matched"
-NONE = 1e-4
-"""Barriers below it are said to be none, and not drawn on a scale of their rounding."""
+NONE = 1e-3
+"""Barriers below it, a tenth of a point or a thousandth of a nat, are said to be none, and not drawn on a scale of
+rounding."""
 SPLITS: dict[str, dict[str, object]] = {
     "test": {"color": "black", "marker": "o", "linestyle": "-"},
     "train": {"color": "0.55", "marker": "s", "linestyle": "--"},
@@ -82,7 +82,7 @@ def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> N
     _curves(row[0], paths, INDEPENDENT, "test", "error", "test error (%)")
     _curves(row[0], paths, MATCHED, "test", "error", "test error (%)", linestyle="--")
     row[0].set_ylim(top=1.35 * row[0].get_ylim()[1])
-    row[0].legend(*_first(row[0]), title="weights kept; dashed: units matched", title_fontsize=7, ncols=3,
+    row[0].legend(*keys(row[0]), title="weights kept; dashed: units matched", title_fontsize=7, ncols=3,
                   loc="upper center", columnspacing=1)  # fmt: skip
     row[0].set_title("two init seeds")
     for question, look in ((INDEPENDENT, SPLITS["test"]), (MATCHED, {**SPLITS["train"], "linestyle": ":"})):
@@ -99,14 +99,6 @@ def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> N
     n = rows["pairing"].nunique()
     row[1].set_title(f"two init seeds, test error, {n} pair{'s' if n > 1 else ''}")
     row[1].legend(title="baseline: mean", title_fontsize=7, loc="upper center", ncols=2, columnspacing=1)
-
-
-def _first(axes: Axes) -> tuple[list[Artist], list[str]]:
-    """Handles and labels of a legend, each label once."""
-    firsts: dict[str, Artist] = {}
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-        firsts.setdefault(label, handle)
-    return list(firsts.values()), list(firsts)
 
 
 def _rewind_step(table: pd.DataFrame) -> int:
@@ -143,11 +135,10 @@ def _heights(
     baseline = "mean" if question == SIBLINGS else "linear"
     rows = barriers[(barriers["question"] == question) & (barriers["metric"] == metric)]
     rows = rows[rows["baseline"] == baseline]
-    if rows["barrier"].abs().max() < NONE:
+    if rows.groupby(["split", against])["barrier"].mean().abs().max() < NONE:
         where = "density" if against == "density" else "k"
-        words = f"no barrier at any {where}:\nall below {scale * NONE:g} {'points' if metric == 'error' else 'nats'}"
-        axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
-        axes.set_axis_off()
+        words = f"no barrier at any {where}:\nmeans below {scale * NONE:g} {'points' if metric == 'error' else 'nats'}"
+        said(axes, words)
         return
     steps = {k: position for position, k in enumerate(sorted(rows["rewind_step"].unique()))}  # spaced evenly
     for split, look in SPLITS.items():

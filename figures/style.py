@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -59,6 +60,14 @@ LABELS = {
     "frozen_init": "pruned weights frozen",
     "frozen_unless_shrunk": "frozen unless shrunk",
 }
+LAYERS: tuple[dict[str, object], ...] = (
+    {"color": "#440154", "marker": "o", "linestyle": "-"},
+    {"color": "#31688e", "marker": "s", "linestyle": "--"},
+    {"color": "#35b779", "marker": "^", "linestyle": "-."},
+    {"color": "#8fa31e", "marker": "D", "linestyle": ":"},
+    {"color": "#b8860b", "marker": "v", "linestyle": (0, (5, 1, 1, 1))},
+)
+"""Looks of layers, from the input on; treatments have other colours."""
 LONGEST = 16
 """Letters of a layer's name in a legend."""
 TASKS = {
@@ -158,10 +167,24 @@ def letter(axes: Iterable[Axes]) -> None:
                        annotation_clip=False).set_in_layout(False)  # fmt: skip
 
 
+def keys(axes: Axes) -> tuple[list[Artist], list[str]]:
+    """Handles and labels of a legend, each label once."""
+    firsts: dict[str, Artist] = {}
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        firsts.setdefault(label, handle)
+    return list(firsts.values()), list(firsts)
+
+
 def below(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, under them: that of the axes given."""
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
+    handles, labels = keys(axes)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(handles)))
+
+
+def said(axes: Axes, words: str) -> None:
+    """A panel in words, where a drawing would be empty or of rounding alone."""
+    axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
+    axes.set_axis_off()
 
 
 def log_axis(axes: Axes) -> None:
@@ -208,6 +231,12 @@ def look_of(treatment: str) -> dict[str, object]:
 
 def label_of(treatment: str) -> str:
     return LABELS.get(treatment, treatment.replace("_", " "))
+
+
+def some_layers(names: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Those that a panel has room for with their looks, the first and the last among them."""
+    places = np.unique(np.linspace(0, max(0, len(names) - 1), len(LAYERS)).round().astype(int))[: len(names)]
+    return {names[i]: look for i, look in zip(places, LAYERS, strict=False)}
 
 
 def layer_label(name: str) -> str:
