@@ -22,7 +22,7 @@ from analyses import presets
 from analyses.presets import DIGITS
 from analyses.usage import usage
 from figures.style import drawn, save
-from ticketlab.console import guarded, parsed, try_folder, usable
+from ticketlab.commands import guarded, parsed, try_folder, usable
 from ticketlab.engine.presets import PRESETS
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
@@ -87,7 +87,8 @@ def main(
         try:
             tables = run(config)
         except KeyboardInterrupt as stopped:
-            raise type(stopped)(_left(config)) from None
+            stopped.args = (_left(config),)
+            raise
         paths = _write_all(folder, name, config, tables, draw)
         print(as_text(summary(tables), title=(summary.__doc__ or name).partition("\n")[0]))
         print("\n".join(["", *map(str, paths)]))

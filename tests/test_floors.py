@@ -31,7 +31,7 @@ GROUND = (
     ),
     *("idx", "text", "datasets", "arrays", "batches", "mapped", "data", "tokens", "functional", "raw", "version"),
     *("imports", "lanczos", "shown"),
-    *("shards", "shard_writer", "image_folder"),
+    *("shards", "shard_writer", "image_folder", "to_shards", "commands"),
 )
 FLOORS = {
     **{f"ticketlab.{room}": 0 for room in GROUND},
@@ -43,7 +43,6 @@ FLOORS = {
     "ticketlab.printed": 4,  # tables for a terminal
     "ticketlab.console": 4,
     "ticketlab.plot": 4,
-    "ticketlab.to_shards": 4,  # a command
     "ticketlab.__main__": 4,
     "figures": 3,
     "analyses": 4,

@@ -14,28 +14,24 @@ Completion of names and flags in bash: source <(ticketlab --tyro-print-completio
 from __future__ import annotations
 
 import ast
-import io
 import json
 import os
 import pkgutil
-import re
-import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, Union
 
 import pandas as pd
 import tyro
 
+from ticketlab.commands import guarded
 from ticketlab.engine import store
 from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.run import Run, load_run, runs, verify
-from ticketlab.errors import Refused, nearest, one_line
+from ticketlab.errors import Refused, nearest
 from ticketlab.printed import across, as_text, width
 from ticketlab.version import __version__
 
@@ -51,151 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0; 1 where a run is damaged; otherwise as `guarded`."""
     given = [*(sys.argv[1:] if argv is None else argv)]
     return guarded(lambda: _command(*given))
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-T = TypeVar("T")
-
-
-def guarded(action: Callable[[], int]) -> int:
-    """The exit code of an action: one line where input or surroundings were at fault, or a signal stopped it.
-
-    Args:
-        action: May raise a KeyboardInterrupt whose text says what is left.
-
-    Returns:
-        The action's code; 2 where it refused its input, or the disk, a folder or a device failed it; 130 where Ctrl-C
-        stopped it and 143 where SIGTERM did; 141 where nobody reads its output.
-    """
-    try:
-        with _signalled():
-            _open_output()
-            code = action()
-            sys.stdout.flush()
-            return code
-    except Refused as error:
-        return _said("error", error, 2)
-    except KeyboardInterrupt as stopped:
-        print(file=sys.stderr)  # below a bar of progress
-        return _said(
-            "stopped", stopped or "the same command starts again.", 143 if type(stopped) is Terminated else 130
-        )
-    except BrokenPipeError:
-        _give_up_output()
-        return 141
-    except OSError as error:
-        _give_up_output()
-        where = error.filename or "the output"
-        return _said("error", f"{where} must be usable: {error.strerror or error}. Choose another, or make room.", 2)
-    except (MemoryError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", why):
-            raise
-        return _said("error", f"memory must hold the work: {why or 'it is full'}. Take smaller networks, or fewer.", 2)
-
-
-def _open_output() -> None:
-    """Streams that were closed from the start lead nowhere; the others take names of files that are no text."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _said(what: str, why: object, code: int) -> int:
-    print(f"{what}: {one_line(why)}", file=sys.stderr)
-    return code
-
-
-def _give_up_output() -> None:
-    """Where it takes no more: the interpreter flushes once more at its end, into a place where nothing can fail."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def _signalled() -> Iterator[None]:
-    """SIGTERM raises `Terminated`, where signals can be heard: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def parsed(kind: type[T], argv: Sequence[str] | None, **flags: Any) -> T:
-    """``tyro.cli``, whose complaints are one line.
-
-    Args:
-        kind: What the flags describe.
-        argv: Of the command line; None: those of the process.
-        **flags: Of ``tyro.cli``; ``prog`` among them.
-
-    Raises:
-        Refused: Flags that it does not take.
-    """
-    complaint = io.StringIO()
-    try:
-        with redirect_stderr(complaint):
-            return tyro.cli(kind, args=argv, **flags)
-    except SystemExit as end:
-        if not end.code:
-            raise
-        cause: BaseException | None = end
-        while cause is not None and not isinstance(cause, Refused):
-            cause = cause.__cause__ or cause.__context__
-        raise Refused(str(cause) if cause else _unboxed(complaint.getvalue(), flags["prog"])) from None
-
-
-def _unboxed(box: str, prog: str) -> str:
-    """The sentence at the top of a complaint of tyro, and the first flag that it proposes."""
-    rows = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    end = next((i for i, row in enumerate(rows) if row.startswith("─")), len(rows))
-    close = next((found[0] for row in rows[end:] if (found := re.match(r"--[\w-]+", row))), None)
-    words = " ".join(rows[:end]).removeprefix("Error parsing ").rstrip(".")
-    return f"{words}. {f'Did you mean {close}? ' if close and f'{close}:' not in words else ''}See {prog} --help."
-
-
-@contextmanager
-def usable(folder: Path, flag: str = "--out") -> Iterator[None]:
-    """What fails while a folder is written is refused by the name of the flag that chose it."""
-    try:
-        yield
-    except OSError as error:
-        why = f"{folder}: {error.strerror or error}"
-        raise Refused(f"{flag} must be a place to write to: {why}. Choose another, or make room.") from error
-
-
-def try_folder(folder: Path, flag: str = "--out") -> None:
-    """Write a file there and take it away, with every folder that was made for it: before hours are spent.
-
-    Raises:
-        Refused: A place that cannot be written.
-    """
-    with usable(folder, flag):
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f".{os.getpid()}").write_bytes(bytes(4096))
-        finally:
-            (folder / f".{os.getpid()}").unlink(missing_ok=True)
-            for path in missing:
-                if path.exists():
-                    path.rmdir()
 
 
 def _command(name: str = "--help", *rest: str) -> int:

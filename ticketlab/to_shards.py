@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from ticketlab.console import guarded, parsed
+from ticketlab.commands import guarded, parsed
 from ticketlab.datasets import Augmentation
 from ticketlab.errors import Refused
 from ticketlab.image_folder import ImageFolder

@@ -51,7 +51,7 @@ from examples.certificate.network import Network, count_errors, decode, encode
 from examples.certificate.record import Code, Task, read_record, shown
 from examples.certificate.search import Training, search
 from ticketlab import bounds
-from ticketlab.console import guarded, parsed, try_folder, usable
+from ticketlab.commands import guarded, parsed, try_folder, usable
 from ticketlab.datasets import SOURCES, read
 from ticketlab.errors import Refused
 
