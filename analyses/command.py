@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -24,7 +22,7 @@ from analyses import presets
 from analyses.presets import DIGITS
 from analyses.usage import usage
 from figures.style import drawn, save
-from ticketlab.console import guarded
+from ticketlab.commands import guarded, parsed, try_folder, usable
 from ticketlab.engine.presets import PRESETS
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
@@ -88,8 +86,9 @@ def main(
         folder = result_folder(name, config)
         try:
             tables = run(config)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_left(config)) from None
+        except KeyboardInterrupt as stopped:
+            stopped.args = (_left(config),)
+            raise
         paths = _write_all(folder, name, config, tables, draw)
         print(as_text(summary(tables), title=(summary.__doc__ or name).partition("\n")[0]))
         print("\n".join(["", *map(str, paths)]))
@@ -105,11 +104,11 @@ def config_of(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
         print(usage(name, default))
         return None
     about = f"{config_type.__doc__}\n\n--preset NAME [--small] begins with a paper's study: {', '.join(PRESETS)}."
-    return tyro.cli(
+    return parsed(
         config_type,
+        ["--help" if flag == "--help-all" else flag for flag in rest],
         prog=f"python -m analyses.{name}",
         description=about,
-        args=["--help" if flag == "--help-all" else flag for flag in rest],
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
@@ -128,22 +127,13 @@ def _write_all(folder: Path, name: str, config: Places, tables: Tables, draw: Ca
     described = asdict(config)
     if isinstance(config, OfRun) and config.run:  # then the flags of the study were not used, but those of the run
         described["study"] = asdict(tl.load_run(config.run).config)
-    with _to(folder):
+    with usable(folder):
         paths = write(folder, tables, described)
     pictures = {suffix: make(tables) for suffix, make in drawn(draw).items()}
-    with _to(folder):
+    with usable(folder):
         for suffix, figure in pictures.items():
             paths = paths + save(figure, folder / f"{name}{suffix}")
     return paths
-
-
-@contextmanager
-def _to(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = f"{folder}: {error.strerror or error}"
-        raise Refused(f"--out must be a place to write to: {why}. Choose another, or make room.") from error
 
 
 def result_folder(name: str, config: Places) -> Path:
@@ -157,13 +147,7 @@ def result_folder(name: str, config: Places) -> Path:
     changed = {n: v for n, v in own.items() if v != _default(type(config), n)}
     parts = [_of_run(config)] if isinstance(config, OfRun) else [] if changed else ["default"]
     folder = config.out / name / "-".join(parts + ([_digest(changed)] if changed else []))
-    with _to(folder):
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f".{os.getpid()}").touch()
-        (folder / f".{os.getpid()}").unlink()
-        for path in missing:
-            path.rmdir()
+    try_folder(folder)
     return folder
 
 

@@ -28,6 +28,7 @@ from typing import Annotated, Any, Union
 import pandas as pd
 import tyro
 
+from ticketlab.commands import guarded
 from ticketlab.engine import store
 from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.run import Run, load_run, runs, verify
@@ -47,30 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0; 1 where a run is damaged; otherwise as `guarded`."""
     given = [*(sys.argv[1:] if argv is None else argv)]
     return guarded(lambda: _command(*given))
-
-
-def guarded(action: Callable[[], int]) -> int:
-    """The exit code of an action: one line where the input was at fault or Ctrl-C stopped it, none for a closed pipe.
-
-    Args:
-        action: May raise a KeyboardInterrupt whose text says what is left.
-
-    Returns:
-        The action's code, 2 where it refused its input, 130 where Ctrl-C stopped it, 141 where nobody reads its output.
-    """
-    try:
-        code = action()
-        sys.stdout.flush()
-        return code
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print(f"\nstopped: {stopped or 'the same command starts again.'}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
-        return 141
 
 
 def _command(name: str = "--help", *rest: str) -> int:
