@@ -24,6 +24,8 @@ from analyses.usage import usage
 from figures.style import drawn, save
 from ticketlab.commands import guarded, parsed, try_folder, usable
 from ticketlab.engine.presets import PRESETS
+from ticketlab.engine.run import check_data
+from ticketlab.engine.store import read_config
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
 from ticketlab.printed import as_text
@@ -190,6 +192,7 @@ def open_run(config: OfRun) -> Opened:
         raise Refused(f"flags of the study do nothing beside --run, which has its own: leave out those of {changed}.")
     run = tl.load_run(config.run)
     model, task = tl.model_and_task(run.config, device=config.device)
+    check_data(read_config(run.folder), task)
     return Opened(run.config, model, task, followed(tl.load_run(config.run, device=task.device)))
 
 

@@ -20,8 +20,6 @@ import pandas as pd
 import tyro
 
 from figures.style import drawn, save
-from ticketlab.console import guarded
-from ticketlab.errors import Refused
 
 HERE = Path(__file__).parent
 HOME = HERE if (HERE / "data").is_dir() else Path()  # the working directory, where no studies come with the figures
@@ -50,18 +48,18 @@ def draw_all(config: Config) -> list[Path]:
     """Draw each study whose folder begins with the name of a figure, or the tables of a run.
 
     Raises:
-        Refused: No such folder, or one of no known figure.
+        ValueError: No such folder, or one of no known figure.
     """
     if config.run:
         runs = {run: config.names[0] if config.names else run.resolve().parent.name for run in config.run}
         return [path for run, name in runs.items() for path in _drawn(name, run, run / name, config)]
     studies = sorted(path for path in config.data.glob("*") if path.is_dir())
     if not studies:
-        raise Refused(f"{config.data} must hold folders FIGURE-NAME of CSV tables: it has none.")
+        raise ValueError(f"{config.data} must hold folders FIGURE-NAME of CSV tables: it has none.")
     unknown = set(config.names) - {study.name for study in studies}
     if unknown:
         known = ", ".join(study.name for study in studies)
-        raise Refused(f"{', '.join(sorted(unknown))} must be a study in {config.data}: there are {known}.")
+        raise ValueError(f"{', '.join(sorted(unknown))} must be a study in {config.data}: there are {known}.")
     chosen = [study for study in studies if study.name in config.names or not config.names]
     with ProcessPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool:  # a study per core
         figures, stems = [study.name.partition("-")[0] for study in chosen], [config.out / s.name for s in chosen]
@@ -70,10 +68,10 @@ def draw_all(config: Config) -> list[Path]:
 
 def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
     if figure not in NAMES:
-        raise Refused(f"{figure} must be the name of a figure to draw {folder}: known are {', '.join(NAMES)}.")
+        raise ValueError(f"{figure} must be the name of a figure to draw {folder}: known are {', '.join(NAMES)}.")
     tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
     if not tables:
-        raise Refused(f"{folder} must hold the CSV tables of an analysis: it has none.")
+        raise ValueError(f"{folder} must hold the CSV tables of an analysis: it has none.")
     written: list[Path] = []
     for suffix, draw in drawn(pkgutil.resolve_name(f"{__package__}.{figure}:draw")).items():
         without = None if config.titles else draw
@@ -82,14 +80,18 @@ def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one line on stderr where there is nothing to draw."""
+    """Exit code: 0, 2 with one line on stderr where there is nothing to draw, 141 where nobody reads the paths."""
     matplotlib.use("Agg")
-
-    def answer() -> int:
-        print("\n".join(map(str, draw_all(tyro.cli(Config, prog="python -m figures", args=argv)))))
-        return 0
-
-    return guarded(answer)
+    config = tyro.cli(Config, prog="python -m figures", args=argv)
+    try:
+        print("\n".join(map(str, draw_all(config))), flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
+    return 0
 
 
 if __name__ == "__main__":

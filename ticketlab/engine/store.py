@@ -7,7 +7,7 @@
 
 A level is written under a temporary name, synced and renamed, and counts only with a manifest whose
 checksums hold and that names its run and its number, so a process killed at any moment leaves whole levels and nothing
-else. Nothing that is stored is ever written again.
+else. Both JSON files end in a seal, a checksum of what else they say. Nothing that is stored is ever written again.
 """
 
 from __future__ import annotations
@@ -76,6 +76,17 @@ def identity(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """A JSON file that ends in a checksum of what else it says."""
+    return (json.dumps({**content, "seal": _seal(content)}, indent=2) + "\n").encode()
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """Of all but the seal. What was stored before there were seals has no identity and no run either."""
+    rest = {key: value for key, value in content.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def plain(value: Any) -> Any:
     """As JSON reads it back: tuples are lists."""
     return json.loads(json.dumps(value))
@@ -137,11 +148,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise Refused(f"{path} must be valid JSON: {error or type(error).__name__}. {remedy}") from error
     if not isinstance(stored, dict) or not {"config", "fingerprint"} <= set(stored):
         raise Refused(f"{path} must describe a study, with config and fingerprint: it does not. {remedy}")
-    found = identity({k: v for k, v in stored.items() if k not in ("environment", "identity")})
+    found = identity({k: v for k, v in stored.items() if k not in ("environment", "identity", "seal")})
     named = re.fullmatch(r".*-([0-9a-f]{10})", folder.name)  # version 0.1 kept it in the name of the folder alone
     expected = stored.get("identity") or (named and named[1])
     if expected is not None and found != expected:
         raise Refused(f"{path} must be what was stored: its content has the identity {found}, not {expected}. {remedy}")
+    if "identity" in stored and stored.get("seal") != _seal(stored):
+        raise Refused(f"{path} must be what was stored: it does not match its seal. {remedy}")
     return stored
 
 
@@ -166,7 +179,7 @@ def writing(folder: Path, description: Mapping[str, Any], environment: Mapping[s
             _tidy(folder)
             if not (folder / CONFIG).exists():
                 stored = {**description, "identity": identity(description), "environment": dict(environment)}
-                _write(folder / f"{CONFIG}.tmp", (json.dumps(stored, indent=2) + "\n").encode())
+                _write(folder / f"{CONFIG}.tmp", sealed(stored))
                 os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
                 _sync_folder(folder)
         yield
@@ -222,7 +235,7 @@ def write_level(folder: Path, level: Level, run: str, environment: Mapping[str, 
         temporary.mkdir()
         for name, content in files.items():
             _write(temporary / name, content)
-        _write(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        _write(temporary / MANIFEST, sealed(manifest))
         _sync_folder(temporary)
         os.rename(temporary, target)
         _sync_folder(folder)
@@ -242,10 +255,13 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
         manifest = json.loads((path / MANIFEST).read_text())
         content = {name: _verified(path / name, manifest["sha256"][name]) for name in (WEIGHTS, MASKS, METRICS, CURVES)}
         place, wall_seconds = (manifest.get("run"), manifest["level"]), float(manifest["wall_seconds"])
+        broken = "run" in manifest and manifest.get("seal") != _seal(manifest)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, Refused):
             raise
         raise Refused(_damaged(path / MANIFEST, "is not a whole manifest")) from error
+    if broken:
+        raise Refused(_damaged(path / MANIFEST, "does not match its seal"))
     if place != (run, level):
         raise Refused(_damaged(path, f"holds level {place[1]} of run {place[0]}, not level {level} of {run}"))
     # by name: safetensors gives them in an order that differs from process to process

@@ -166,7 +166,7 @@ def train(
                 watch.look(end)
             if end in snapshot_steps:
                 watch.check(end)
-                snapshots[end] = live.clone()
+                snapshots[end] = watch.state()
             bar.update(end - begin)
     network(model, live, task.train.x, finite=False)  # as at first: first weights may hide it, as gains of zero do
     return Outcome(live, snapshots, watch.metrics(), watch.curves(), time.perf_counter() - began, masks)

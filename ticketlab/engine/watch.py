@@ -81,6 +81,15 @@ class Watch:
             if not all(bool(t[r].isfinite().all()) for t in self.live.params.values()):
                 self._freeze(r, step)
 
+    def state(self) -> State:
+        """A copy of the networks as they are; of those that have diverged nothing is known, NaN."""
+        state = self.live.clone()
+        lost = [r for r, step in enumerate(self.diverged_step) if step is not None]
+        for tensor in (*state.params.values(), *state.buffers.values()) if lost else ():
+            if tensor.is_floating_point():
+                tensor[lost] = math.nan
+        return state
+
     def curves(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=list(_CURVES)).astype(_CURVES)
 
