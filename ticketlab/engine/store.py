@@ -54,6 +54,7 @@ def environment(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "ticketlab": __version__,
@@ -87,6 +88,11 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether it says what its seal was made of."""
+    return content.get("seal") == _seal(content)
+
+
 def plain(value: Any) -> Any:
     """As JSON reads it back: tuples are lists."""
     return json.loads(json.dumps(value))
@@ -98,7 +104,7 @@ def is_run(folder: Path) -> bool:
     Raises:
         Refused: A place that cannot be.
     """
-    with _refused(folder):
+    with refused(folder):
         return (folder / CONFIG).exists()
 
 
@@ -153,7 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     expected = stored.get("identity") or (named and named[1])
     if expected is not None and found != expected:
         raise Refused(f"{path} must be what was stored: its content has the identity {found}, not {expected}. {remedy}")
-    if "identity" in stored and stored.get("seal") != _seal(stored):
+    if "identity" in stored and not is_sealed(stored):
         raise Refused(f"{path} must be what was stored: it does not match its seal. {remedy}")
     return stored
 
@@ -165,7 +171,7 @@ def writing(folder: Path, description: Mapping[str, Any], environment: Mapping[s
     Raises:
         Refused: A place that cannot be written, or one that another process writes.
     """
-    with _refused(folder):
+    with refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:
@@ -175,11 +181,11 @@ def writing(folder: Path, description: Mapping[str, Any], environment: Mapping[s
                 f"{folder} must have one writer: another process holds it. Wait for it, or stop it."
             ) from error
     try:
-        with _refused(folder):
+        with refused(folder):
             _tidy(folder)
             if not (folder / CONFIG).exists():
                 stored = {**description, "identity": identity(description), "environment": dict(environment)}
-                _write(folder / f"{CONFIG}.tmp", sealed(stored))
+                write_synced(folder / f"{CONFIG}.tmp", sealed(stored))
                 os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
                 _sync_folder(folder)
         yield
@@ -198,8 +204,14 @@ def _tidy(folder: Path) -> None:
             unfinished.rename(aside)
 
 
+def checkpoint_folder(folder: Path, level: int) -> Path:
+    """Where the training of a level leaves its checkpoints."""
+    return _level_folder(folder, level).with_suffix(".checkpoint")
+
+
 @contextmanager
-def _refused(folder: Path) -> Iterator[None]:
+def refused(folder: Path) -> Iterator[None]:
+    """A place that fails is a line that names it."""
     try:
         yield
     except OSError as error:
@@ -231,11 +243,11 @@ def write_level(folder: Path, level: Level, run: str, environment: Mapping[str, 
     }
     target = _level_folder(folder, level.level)
     temporary = target.with_suffix(".tmp")
-    with _refused(folder):
+    with refused(folder):
         temporary.mkdir()
         for name, content in files.items():
-            _write(temporary / name, content)
-        _write(temporary / MANIFEST, sealed(manifest))
+            write_synced(temporary / name, content)
+        write_synced(temporary / MANIFEST, sealed(manifest))
         _sync_folder(temporary)
         os.rename(temporary, target)
         _sync_folder(folder)
@@ -255,7 +267,7 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
         manifest = json.loads((path / MANIFEST).read_text())
         content = {name: _verified(path / name, manifest["sha256"][name]) for name in (WEIGHTS, MASKS, METRICS, CURVES)}
         place, wall_seconds = (manifest.get("run"), manifest["level"]), float(manifest["wall_seconds"])
-        broken = "run" in manifest and manifest.get("seal") != _seal(manifest)
+        broken = "run" in manifest and not is_sealed(manifest)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, Refused):
             raise
@@ -322,7 +334,7 @@ def _damaged(path: Path, what: str) -> str:
     )
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()

@@ -32,6 +32,7 @@ from ticketlab import masks as mask_ops
 from ticketlab.batches import batch_orders, noise_seed
 from ticketlab.data import Task, crop_flip
 from ticketlab.engine import graphed
+from ticketlab.engine.checkpoint import Checkpoints, put_in, taken
 from ticketlab.engine.dynamic.moves import Dynamics
 from ticketlab.engine.optimizer import clipping, make_optimizer
 from ticketlab.engine.recipe import Recipe
@@ -96,7 +97,22 @@ class Outcome:
     __repr__, _repr_html_ = as_line, as_table
 
 
-Advance = Callable[[range, Sequence[int]], None]
+@dataclass(frozen=True)
+class Advance:
+    """What moves a stack through a range of steps."""
+
+    run: Callable[[range, Sequence[int]], None]
+    """(steps, replicas still alive)."""
+    optimizers: Sequence[torch.optim.Optimizer]
+    """All that has a state, in an order that does not change."""
+
+    __repr__, _repr_html_ = as_line, as_table
+
+    def __call__(self, steps: range, alive: Sequence[int]) -> None:
+        self.run(steps, alive)
+
+
+PIECE = 500  # steps after which a checkpoint may be taken
 
 
 @torch.enable_grad()
@@ -111,6 +127,7 @@ def train(
     execution: Execution = "auto",
     progress: bool | str = True,
     on_eval: OnEval | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Outcome:
     """Train R replicas from ``first_step`` to ``recipe.steps`` with fresh optimizer state.
 
@@ -133,6 +150,8 @@ def train(
         execution: How the stack is computed; ``auto`` takes ``vmap`` where it pays and gives what the loop gives.
         progress: Show a progress bar where the output is a terminal; a string is its label.
         on_eval: Called with (step, rows) after each look at the validation set, a row per replica still alive.
+        checkpoints: Where to leave one from time to time, and to go on from the last, to the same bits. None is left
+            of an optimizer of a user's own or of masks that move.
 
     Raises:
         Refused: Shapes that do not fit, steps or rates out of range, frozen weights under weight decay or beside
@@ -142,7 +161,7 @@ def train(
     check(model, starts, recipe, first_step, snapshot_steps)
     with float32_arithmetic(task.device):
         probe = probed(model, starts[0], task, recipe)
-    began = time.perf_counter()
+    began = saved = time.perf_counter()
     live, masks = stack_states([start.begun for start in starts]), stack([start.masks for start in starts])
     tf32 = recipe.precision == "tf32"
     with float32_arithmetic(task.device, tf32):
@@ -151,13 +170,21 @@ def train(
     watch.check(first_step)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
     looks = {*range(0, recipe.steps, recipe.eval_every), recipe.steps}
-    stops = sorted(step for step in looks | set(snapshot_steps) if step > first_step)
+    done = first_step
+    if callable(recipe.optimizer) or any(start.dynamics for start in starts):
+        checkpoints = None
+    if checkpoints is not None and (half := checkpoints.read(task.device, len(advance.optimizers))):
+        put_in(half, watch, snapshots, advance.optimizers)
+        done, began = int(half.state["step"]), began - float(half.state["seconds"])
+    pieces = {*range(first_step, recipe.steps, PIECE)} if checkpoints is not None else set()
+    stops = sorted(step for step in looks | set(snapshot_steps) | pieces if step > done)
     hidden = None if progress else True  # None: tqdm hides itself where the output is not a terminal
     label = progress if isinstance(progress, str) else "train"
-    with tqdm(total=recipe.steps - first_step, desc=label, unit="step", disable=hidden) as bar:
+    total = recipe.steps - first_step
+    with tqdm(total=total, desc=label, unit="step", disable=hidden, initial=done - first_step) as bar:
         if probe.draws and task.device.type == "cpu" and len(starts) > 1:
             bar.set_postfix_str("one replica at a time: training draws from a global generator")
-        for begin, end in pairwise([first_step, *stops]):
+        for begin, end in pairwise([done, *stops]):
             # The caller's generators are put back.
             with watching_generators(task.device) as drawn, float32_arithmetic(task.device, tf32):
                 advance(range(begin, end), watch.alive)
@@ -168,6 +195,9 @@ def train(
                 watch.check(end)
                 snapshots[end] = watch.state()
             bar.update(end - begin)
+            if checkpoints is not None and (now := time.perf_counter()) - saved > checkpoints.seconds:
+                checkpoints.write(taken(end, now - began, watch, snapshots, advance.optimizers))
+                saved = time.perf_counter()
     network(model, live, task.train.x, finite=False)  # as at first: first weights may hide it, as gains of zero do
     return Outcome(live, snapshots, watch.metrics(), watch.curves(), time.perf_counter() - began, masks)
 
@@ -355,7 +385,7 @@ def _loop(
         finally:
             torch.set_num_threads(cores)  # threads made later start from the last value set anywhere
 
-    return advance
+    return Advance(advance, [replica.optimizer for replica in replicas])
 
 
 def _graphed(
@@ -381,7 +411,9 @@ def _graphed(
         graphs.append(graphed.Graph(tensors, one.pruned, optimizer, feed, task, loss, one.clip))
         if not graphs[-1].record():
             return None
-    return lambda steps, alive: graphed.run([graphs[r] for r in alive], steps)
+    return Advance(
+        lambda steps, alive: graphed.run([graphs[r] for r in alive], steps), [graph.optimizer for graph in graphs]
+    )
 
 
 def _graphed_stack(
@@ -396,7 +428,7 @@ def _graphed_stack(
     feed = partial(graphed.Feed.of, task, recipe, [start.order_seed for start in starts], None)
     tensors = [*whole.leaves.values(), *live.buffers.values()]
     graph = graphed.Graph(lambda: tensors, whole.pruned, optimizer, feed, task, whole.loss, whole.clip)
-    return _sparing(live, partial(graphed.run, [graph])) if graph.record() else None
+    return _sparing(live, partial(graphed.run, [graph]), graph.optimizer) if graph.record() else None
 
 
 def _tensors(net: nn.Module) -> list[Tensor]:
@@ -449,10 +481,10 @@ def _vmap(model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], 
             loss = whole.loss(*_batches(task, index, starts, step))
             _descend(optimizer, whole.pruned, loss, recipe.learning_rate_at(step), whole.clip)
 
-    return _sparing(live, advance)
+    return _sparing(live, advance, optimizer)
 
 
-def _sparing(live: State, advance: Callable[[range], None]) -> Advance:
+def _sparing(live: State, advance: Callable[[range], None], optimizer: torch.optim.Optimizer) -> Advance:
     """Of a stack that moves as one: replicas that have stopped are put back."""
     replicas = range(len(next(iter(live.params.values()))))
 
@@ -463,7 +495,7 @@ def _sparing(live: State, advance: Callable[[range], None]) -> Advance:
         if kept is not None:
             put_back(live, stopped, kept)
 
-    return sparing
+    return Advance(sparing, [optimizer])
 
 
 def _why_not_vmap(model: nn.Module, live: State, starts: Sequence[Start], task: Task, recipe: Recipe) -> str | None:
