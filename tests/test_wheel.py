@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -59,3 +60,11 @@ def test_it_answers_from_any_folder_beside_a_users_own_names(installed, tmp_path
     folder.rename(tmp_path / "data" / "imp-mine")
     drawn = ran("-m", "ticketlab", "figures", cwd=tmp_path, env=env)
     assert drawn.split() == [str(Path("paper") / "imp-mine.png")]  # here, not among the installed files
+
+
+def test_a_notebook_runs_on_what_is_installed(installed, tmp_path):
+    notebook = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    env = {**os.environ, "PYTHONPATH": str(installed), "MPLBACKEND": "Agg"}
+    said = "import ticketlab\nprint(ticketlab.__file__)"
+    assert str(installed) in ran("-c", "\n".join([*cells, said]), cwd=tmp_path, env=env)
