@@ -5,7 +5,7 @@ orders; the error barrier between their ends is the network's instability, below
 The same is measured of the subnetworks at chosen levels: tickets that are rewound to k, and their controls. The
 paper's central claim is then a table: do subnetworks match the dense network's accuracy where they are stable?
 
-With no arguments it runs on the bundled digits in about a minute, where networks are stable from the start. Tickets
+With no arguments it runs on the bundled digits in a few minutes, where networks are stable from the start. Tickets
 are stored run by run, one for each k, and a stopped study goes on; children are trained again.
 """
 

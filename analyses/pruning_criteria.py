@@ -11,7 +11,7 @@ nothing is said, one threshold prunes the network; under ``/layer`` each layer k
 that level, under ``/erk`` as many as Erdos-Renyi-Kernel gives it: ``random/erk`` is the fair random mask. Stage and
 rounds are those of the criterion's authors where they are left out.
 
-With no arguments it makes a run on the bundled digits and measures it in about a minute.
+With no arguments it makes a run on the bundled digits, in a few minutes unless it is stored already, and measures it.
 """
 
 from __future__ import annotations

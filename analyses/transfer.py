@@ -10,7 +10,7 @@ target's own ticket (theta0), and what changing the seed alone costs (mask).
 Where the numbers of classes differ the output layer is fresh and dense. Inputs of different sizes are refused until
 ``--resize`` and ``--grey`` say how to bring them to one.
 
-With no arguments it carries tickets between two halves of the bundled digits, classes 0-4 and 5-9, in about a minute.
+With no arguments it carries tickets between two halves of the bundled digits, classes 0-4 and 5-9, in a few minutes.
 """
 
 from __future__ import annotations
