@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from figures.style import TWO_COLUMNS, density_axis, layer_label, letter, mean_and_replicas, name_task, paper
-
-SHADES: tuple[dict[str, object], ...] = (
-    {"color": "#440154", "marker": "o", "linestyle": "-"},
-    {"color": "#31688e", "marker": "s", "linestyle": "--"},
-    {"color": "#35b779", "marker": "^", "linestyle": "-."},
-    {"color": "#8fa31e", "marker": "D", "linestyle": ":"},
-    {"color": "#b8860b", "marker": "v", "linestyle": (0, (5, 1, 1, 1))},
+from figures.style import (
+    TWO_COLUMNS,
+    density_axis,
+    layer_label,
+    letter,
+    looks_of_layers,
+    mean_and_replicas,
+    name_task,
+    paper,
 )
-"""Looks of layers, from the input on; treatments have other colours."""
+
 WHOLE = "all"
-SHOWN = len(SHADES)  # layers in a panel
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -41,17 +40,16 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _layers(table: pd.DataFrame, column: str = "layer") -> list[str]:
-    """Those that a legend has room for, the first and the last among them; the table has them all."""
-    names = [name for name in table[column].unique() if name != WHOLE]
-    return [names[i] for i in np.unique(np.linspace(0, len(names) - 1, SHOWN).round().astype(int))] if names else []
+def _layers(table: pd.DataFrame, column: str = "layer") -> list[tuple[str, dict[str, object]]]:
+    """Those that a legend has room for, with their looks; the table has them all."""
+    return looks_of_layers([name for name in table[column].unique() if name != WHOLE])
 
 
 def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None:
     """Intersection over its mean under the null, two seeds at one level, with the band of the smallest layer."""
     rows = pairs[pairs["level_a"] == pairs["level_b"]]
     density = rows["level_a"].map(aligned.groupby("level")["density"].first())
-    for layer, look in zip(_layers(rows), SHADES, strict=False):
+    for layer, look in _layers(rows):
         own = rows["layer"] == layer
         mean_and_replicas(
             axes, density[own], (rows["intersection"] / rows["expected"])[own], label=layer_label(layer), **look
@@ -65,7 +63,7 @@ def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None
 
 def _over_aligned_chance(axes: Axes, aligned: pd.DataFrame) -> None:
     """The same after alignment, over the mean of random masks aligned alike."""
-    for layer, look in zip(_layers(aligned), SHADES, strict=False):
+    for layer, look in _layers(aligned):
         rows = aligned[aligned["layer"] == layer]
         ratio, free = rows["intersection"] / rows["null_mean"], rows["given"] == "layer"
         mean_and_replicas(axes, rows["density"][free], ratio[free], label=layer_label(layer), **look)
@@ -106,7 +104,7 @@ def _pixels(figure: Figure, axes: Axes, pixels: pd.DataFrame | None) -> None:
 
 def _units(axes: Axes, units: pd.DataFrame) -> None:
     """Dead hidden units of each group, in percent of its units."""
-    for group, look in zip(_layers(units, "group"), SHADES, strict=False):
+    for group, look in _layers(units, "group"):
         own = units[units["group"] == group]
         mean_and_replicas(axes, own["density"], 100 * own["dead"] / own["units"], label=layer_label(group), **look)
     density_axis(axes, units["density"].to_numpy())

@@ -7,12 +7,21 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.style import TWO_COLUMNS, density_axis, letter, mean_and_replicas, name_task, paper
+from figures.style import (
+    TWO_COLUMNS,
+    density_axis,
+    entries,
+    letter,
+    mean_and_replicas,
+    name_task,
+    paper,
+    say,
+    spaced,
+)
 
 START_END, SIBLINGS = "theta_k to theta_T", "siblings"
 INDEPENDENT, MATCHED = "independent", "independent, matched"
@@ -82,7 +91,8 @@ def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> N
     _curves(row[0], paths, INDEPENDENT, "test", "error", "test error (%)")
     _curves(row[0], paths, MATCHED, "test", "error", "test error (%)", linestyle="--")
     row[0].set_ylim(top=1.35 * row[0].get_ylim()[1])
-    row[0].legend(*_first(row[0]), title="weights kept; dashed: units matched", title_fontsize=7, ncols=3,
+    shown = entries(row[0])
+    row[0].legend(shown.values(), shown.keys(), title="weights kept; dashed: units matched", title_fontsize=7, ncols=3,
                   loc="upper center", columnspacing=1)  # fmt: skip
     row[0].set_title("two init seeds")
     for question, look in ((INDEPENDENT, SPLITS["test"]), (MATCHED, {**SPLITS["train"], "linestyle": ":"})):
@@ -101,14 +111,6 @@ def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> N
     row[1].legend(title="baseline: mean", title_fontsize=7, loc="upper center", ncols=2, columnspacing=1)
 
 
-def _first(axes: Axes) -> tuple[list[Artist], list[str]]:
-    """Handles and labels of a legend, each label once."""
-    firsts: dict[str, Artist] = {}
-    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-        firsts.setdefault(label, handle)
-    return list(firsts.values()), list(firsts)
-
-
 def _rewind_step(table: pd.DataFrame) -> int:
     """The run's k, which every level is measured at."""
     return int(table.loc[table["level"] == table["level"].max(), "rewind_step"].iloc[0])
@@ -123,8 +125,7 @@ def _curves(
 ) -> None:
     rows = _at_levels(paths)
     rows = rows[(rows["question"] == question) & (rows["split"] == split)]
-    known = np.sort(rows["level"].unique())
-    levels = known[np.unique(np.linspace(0, len(known) - 1, SHADES).round().astype(int))]
+    levels = spaced(sorted(rows["level"].unique()), SHADES)
     for level, shade in zip(levels, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(levels))), strict=True):
         chosen = rows[rows["level"] == level]
         scale = 100 if metric == "error" else 1
@@ -146,9 +147,7 @@ def _heights(
     if rows["barrier"].abs().max() < NONE:
         where = "density" if against == "density" else "k"
         words = f"no barrier at any {where}:\nall below {scale * NONE:g} {'points' if metric == 'error' else 'nats'}"
-        axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
-        axes.set_axis_off()
-        return
+        return say(axes, words)
     steps = {k: position for position, k in enumerate(sorted(rows["rewind_step"].unique()))}  # spaced evenly
     for split, look in SPLITS.items():
         chosen = rows[rows["split"] == split]

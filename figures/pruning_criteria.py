@@ -36,7 +36,7 @@ LOOKS = {name: look for names in _KNOWN for name, look in zip(names, _STYLES, st
 """Look of a method, told apart in its panel by colour, marker and dash, whatever else is drawn."""
 
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "black")
+COLORS = (*(str(look["color"]) for look in _STYLES[: len(PANELS)]), "black")
 """Of the kinds of ``PANELS``, and of IMP."""
 LABELS = {
     "imp": "IMP",

@@ -8,16 +8,18 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Draw = Callable[[Mapping[str, pd.DataFrame]], Figure]
+T = TypeVar("T")
 TWO_COLUMNS = 7.0  # inches
 
 # Okabe & Ito's colours, safe for colour-blind readers; markers and dashes tell them apart in grey.
@@ -59,6 +61,14 @@ LABELS = {
     "frozen_init": "pruned weights frozen",
     "frozen_unless_shrunk": "frozen unless shrunk",
 }
+LAYERS: tuple[dict[str, object], ...] = (
+    {"color": "#440154", "marker": "o", "linestyle": "-"},
+    {"color": "#31688e", "marker": "s", "linestyle": "--"},
+    {"color": "#35b779", "marker": "^", "linestyle": "-."},
+    {"color": "#8fa31e", "marker": "D", "linestyle": ":"},
+    {"color": "#b8860b", "marker": "v", "linestyle": (0, (5, 1, 1, 1))},
+)
+"""Looks of layers, from the input on; treatments have other colours."""
 LONGEST = 16
 """Letters of a layer's name in a legend."""
 TASKS = {
@@ -158,10 +168,24 @@ def letter(axes: Iterable[Axes]) -> None:
                        annotation_clip=False).set_in_layout(False)  # fmt: skip
 
 
+def entries(axes: Axes) -> dict[str, Artist]:
+    """What a legend says, each label once: its first line."""
+    firsts: dict[str, Artist] = {}
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+        firsts.setdefault(label, handle)
+    return firsts
+
+
 def below(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, under them: that of the axes given."""
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
+    found = entries(axes)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found)))
+
+
+def say(axes: Axes, words: str) -> None:
+    """Words in the place of a panel that has nothing to draw."""
+    axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
+    axes.set_axis_off()
 
 
 def log_axis(axes: Axes) -> None:
@@ -208,6 +232,16 @@ def look_of(treatment: str) -> dict[str, object]:
 
 def label_of(treatment: str) -> str:
     return LABELS.get(treatment, treatment.replace("_", " "))
+
+
+def spaced(values: Sequence[T], n: int) -> list[T]:
+    """At most n of them, evenly spread, the first and the last among them."""
+    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, n).round().astype(int))] if len(values) else []
+
+
+def looks_of_layers(names: Sequence[str]) -> list[tuple[str, dict[str, object]]]:
+    """The layers that a legend has room for, each with its look."""
+    return list(zip(spaced(names, len(LAYERS)), LAYERS, strict=False))
 
 
 def layer_label(name: str) -> str:

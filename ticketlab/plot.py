@@ -23,18 +23,17 @@ inside()  # puts a checkout on the path, where figures lie beside the package
 
 from figures.imp import draw as draw_imp  # noqa: E402
 from figures.style import (  # noqa: E402
-    LOOKS,
     density_axis,
     label_of,
     layer_label,
     log_axis,
     look_of,
+    looks_of_layers,
     mean_and_replicas,
     paper,
 )
 
 ONE_COLUMN = (3.4, 2.8)  # inches
-LAYERS = 6  # in one panel
 
 
 def imp(run: Run | Iterable[Level], *, task: str = "own data", model: str = "own network") -> Figure:
@@ -57,7 +56,7 @@ def masks(run: Run | Iterable[Level]) -> Figure:
     """What tickets keep of each layer against what they keep of the network: lines are means over seeds, dots tickets.
 
     Args:
-        run: A stored run, or levels from ``tl.imp``; of many layers six are drawn, the first and the last among them.
+        run: A stored run, or levels from ``tl.imp``; of many layers five are drawn, the first and the last among them.
     """
     rows = []
     for level in run:
@@ -65,11 +64,9 @@ def masks(run: Run | Iterable[Level]) -> Figure:
             shares = 100 * mask.flatten(1).double().mean(1).cpu().numpy()
             rows.append(pd.DataFrame({"layer": name, "density": level.density, "kept": shares}))
     table = pd.concat(rows, ignore_index=True)
-    names = table["layer"].unique()
-    shown = names[np.unique(np.linspace(0, len(names) - 1, LAYERS).round().astype(int))]
     with paper():
         figure, axes = plt.subplots(figsize=ONE_COLUMN)
-        for name, look in zip(shown, LOOKS.values(), strict=False):
+        for name, look in looks_of_layers(list(table["layer"].unique())):
             one = table[(table["layer"] == name) & (table["kept"] > 0)]
             mean_and_replicas(axes, one["density"], one["kept"], label=layer_label(name), **look)
         density_axis(axes, table["density"].to_numpy())
