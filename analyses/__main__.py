@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from analyses.presets import described
-from ticketlab.console import guarded, questions
+from ticketlab.commands import guarded
+from ticketlab.console import questions
 
 
 def main() -> int:

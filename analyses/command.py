@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -24,8 +22,10 @@ from analyses import presets
 from analyses.presets import DIGITS
 from analyses.usage import usage
 from figures.style import drawn, save
-from ticketlab.console import guarded
+from ticketlab.commands import guarded, parsed, try_folder, usable
 from ticketlab.engine.presets import PRESETS
+from ticketlab.engine.run import check_data
+from ticketlab.engine.store import read_config
 from ticketlab.engine.treatments import TREATMENTS
 from ticketlab.errors import Refused
 from ticketlab.printed import as_text
@@ -48,8 +48,8 @@ class Places:
 class OfRun(Places):
     """The flags of an analysis that measures a run."""
 
-    run: Path | None = None
-    """Run directory to measure; None: make or resume the run that the flags of the study describe."""
+    run: tuple[Path, ...] = ()
+    """Run directory to measure, or several of one study with other seeds; none: make or resume that of the flags."""
     store: Path = Path("runs")
     """Folder of run directories."""
     study: StudyFlags = field(default_factory=lambda: DIGITS)
@@ -82,14 +82,15 @@ def main(
     """
 
     def answer() -> int:
-        config = _parsed(name, config_type, sys.argv[1:] if argv is None else argv)
+        config = config_of(name, config_type, sys.argv[1:] if argv is None else argv)
         if config is None:
             return 0
         folder = result_folder(name, config)
         try:
             tables = run(config)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_left(config)) from None
+        except KeyboardInterrupt as stopped:
+            stopped.args = (_left(config),)
+            raise
         paths = _write_all(folder, name, config, tables, draw)
         print(as_text(summary(tables), title=(summary.__doc__ or name).partition("\n")[0]))
         print("\n".join(["", *map(str, paths)]))
@@ -98,18 +99,18 @@ def main(
     return guarded(answer)
 
 
-def _parsed(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
+def config_of(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
     """The config that the flags describe; None where they ask for the short help, which is printed."""
     default, rest = presets.taken_off(config_type, argv)
     if {"-h", "--help"} & {*rest}:
         print(usage(name, default))
         return None
     about = f"{config_type.__doc__}\n\n--preset NAME [--small] begins with a paper's study: {', '.join(PRESETS)}."
-    return tyro.cli(
+    return parsed(
         config_type,
+        ["--help" if flag == "--help-all" else flag for flag in rest],
         prog=f"python -m analyses.{name}",
         description=about,
-        args=["--help" if flag == "--help-all" else flag for flag in rest],
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
@@ -118,7 +119,7 @@ def _parsed(name: str, config_type: type[C], argv: Sequence[str]) -> C | None:
 def _left(config: Places) -> str:
     """What an analysis that was stopped leaves behind."""
     store = getattr(config, "store", None)
-    if store is None or getattr(config, "run", None) is not None:
+    if store is None or getattr(config, "run", False):
         return "nothing new is stored; the same command starts again."
     return f"every finished level is stored in {store}; the same command goes on from there."
 
@@ -128,22 +129,13 @@ def _write_all(folder: Path, name: str, config: Places, tables: Tables, draw: Ca
     described = asdict(config)
     if isinstance(config, OfRun) and config.run:  # then the flags of the study were not used, but those of the run
         described["study"] = asdict(tl.load_run(config.run).config)
-    with _to(folder):
+    with usable(folder):
         paths = write(folder, tables, described)
     pictures = {suffix: make(tables) for suffix, make in drawn(draw).items()}
-    with _to(folder):
+    with usable(folder):
         for suffix, figure in pictures.items():
             paths = paths + save(figure, folder / f"{name}{suffix}")
     return paths
-
-
-@contextmanager
-def _to(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = f"{folder}: {error.strerror or error}"
-        raise Refused(f"--out must be a place to write to: {why}. Choose another, or make room.") from error
 
 
 def result_folder(name: str, config: Places) -> Path:
@@ -157,19 +149,14 @@ def result_folder(name: str, config: Places) -> Path:
     changed = {n: v for n, v in own.items() if v != _default(type(config), n)}
     parts = [_of_run(config)] if isinstance(config, OfRun) else [] if changed else ["default"]
     folder = config.out / name / "-".join(parts + ([_digest(changed)] if changed else []))
-    with _to(folder):
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f".{os.getpid()}").touch()
-        (folder / f".{os.getpid()}").unlink()
-        for path in missing:
-            path.rmdir()
+    try_folder(folder)
     return folder
 
 
 def _of_run(config: OfRun) -> str:
-    if config.run is not None:
-        return config.run.resolve().name
+    if config.run:
+        first, *others = (path.resolve().name for path in config.run)
+        return "-".join([first, *([_digest({"runs": others})] if others else [])])
     names = f"{config.study.task}-{config.study.model}".replace(":", ".")
     return f"{names}-{_digest(asdict(config.study))}"
 
@@ -194,7 +181,7 @@ def open_run(config: OfRun) -> Opened:
     Raises:
         Refused: Flags of a study, or a store, beside ``--run``, where they would do nothing; a run that is none.
     """
-    if config.run is None:
+    if not config.run:
         study = tl.Study(config.study, device=config.device)
         print(f"run: {study.folder(config.store)}", flush=True)
         return Opened(study.config, study.model, study.task, followed(study.levels(config.store)))
@@ -205,6 +192,7 @@ def open_run(config: OfRun) -> Opened:
         raise Refused(f"flags of the study do nothing beside --run, which has its own: leave out those of {changed}.")
     run = tl.load_run(config.run)
     model, task = tl.model_and_task(run.config, device=config.device)
+    check_data(read_config(run.folder), task)
     return Opened(run.config, model, task, followed(tl.load_run(config.run, device=task.device)))
 
 

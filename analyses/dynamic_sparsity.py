@@ -7,7 +7,7 @@ levels before it too, so all four are also extended: to as many optimizer *steps
 that level, or to as many multiply-adds (*macs*), where live weights alone count and RigL's updates need a dense
 gradient.
 
-With no arguments it makes a run on the bundled digits and trains beside it, in a few minutes.
+With no arguments it makes a run on the bundled digits and trains beside it in a few minutes.
 """
 
 from __future__ import annotations

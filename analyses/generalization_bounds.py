@@ -16,7 +16,7 @@ code is fixed in advance. A word of it says everything about a coded network, so
 seed and number of values is paid for. A mask needs weights to lie on: the choice among those of the run (init seed,
 treatment, level, random signs or not) costs its union bits.
 
-With no arguments it makes a run on the bundled digits, in a few minutes unless it is stored already, and measures it.
+With no arguments it makes a run on the bundled digits, in a few minutes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ network of the same init seed at the rewind step, for a reinitialised network it
 its seed. Where neither gives the stored start (a third treatment, or a draw that another version of torch makes
 otherwise) that cosine is NaN.
 
-With no arguments it makes a run on the bundled digits, in a few minutes unless it is stored already, and measures it.
+With no arguments it makes a run on the bundled digits and measures it in a few minutes.
 """
 
 from __future__ import annotations

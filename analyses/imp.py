@@ -1,7 +1,7 @@
 """Find tickets by iterative magnitude pruning: accuracy and early stopping against density, beside the controls.
 
-With no arguments it runs on the bundled digits in a few minutes. A run is stored as it goes: stopped and started again
-it goes on where it was, and a finished one is only read.
+With no arguments it runs on the bundled digits in a few minutes. A run is stored as it goes: stopped and
+started again it goes on where it was, and a finished one is only read.
 """
 
 from __future__ import annotations

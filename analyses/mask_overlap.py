@@ -8,7 +8,7 @@ them: where the live weights of the first layer are, fan-in, fan-out and dead un
 live. A p_value is unadjusted; p_holm is corrected for all rows of its table, which aligned overlaps survive only
 against many more draws than rows.
 
-With no arguments it makes a run on the bundled digits, in a few minutes unless it is stored already, and measures it.
+With no arguments it makes a run on the bundled digits and measures it in a few minutes.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ With ``--align`` a third, at every level or at ``--align-levels``:
 - independent: do networks of two init seeds end in one region once the hidden units of one are reordered to match
   the other's (Ainsworth et al. 2022)? Their lines are measured before and after matching.
 
-With no arguments it makes a run on the bundled digits, in a few minutes unless it is stored already, and measures it.
-``--run`` measures a run that exists; otherwise the flags say which run to make or resume.
+With no arguments it makes a run on the bundled digits and measures it in a few minutes. ``--run`` measures a run
+that exists; otherwise the flags say which run to make or resume.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ predictor, the linearised network, which a mask that already classifies makes go
 the error of those outputs. The target alignment is with YY' x I, the ideal kernel of every output by itself; that with
 the targets as one direction is there as ``rank_one_target_alignment``.
 
-With no arguments it makes a run on the bundled digits, in a few minutes unless it is stored already, and measures it.
+With no arguments it makes a run on the bundled digits and measures it in a few minutes.
 """
 
 from __future__ import annotations

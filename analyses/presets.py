@@ -54,7 +54,7 @@ def taken_off(config_type: type[C], argv: Sequence[str]) -> tuple[C, list[str]]:
 def _shortened(default: Any, argv: Sequence[str]) -> Any:
     """The default without the snapshots that lie beyond ``--steps``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--steps")
+    parser.add_argument("--steps", nargs="?")
     steps = parser.parse_known_args(list(argv))[0].steps
     if steps is None or not steps.isdecimal() or not hasattr(default, "study"):  # what is no number is refused later
         return default

@@ -11,7 +11,7 @@ nothing is said, one threshold prunes the network; under ``/layer`` each layer k
 that level, under ``/erk`` as many as Erdos-Renyi-Kernel gives it: ``random/erk`` is the fair random mask. Stage and
 rounds are those of the criterion's authors where they are left out.
 
-With no arguments it makes a run on the bundled digits, in a few minutes unless it is stored already, and measures it.
+With no arguments it makes a run on the bundled digits and measures it in a few minutes.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class _Finder:
 def run(config: Config) -> Tables:
     """``networks``: one row per method, level and replica; methods ``dense`` and ``imp`` are those of the run."""
     methods = [parse(name) for name in config.methods]
-    if config.run is None and any(m.stage == "early" for m in methods):
+    if not config.run and any(m.stage == "early" for m in methods):
         steps = tuple(sorted({*config.study.snapshot_steps, config.early_step}))
         config = replace(config, study=replace(config.study, snapshot_steps=steps))
     study, model, task, levels = open_run(config)

@@ -2,7 +2,7 @@
 
 Every start is trained at every density under the same mask, on the same batches, in one stack with the ticket.
 The treatments lr_rewind and fine_tune, which go on from trained weights, are not among the default starts; at a
-constant learning rate they are one and the same. With no arguments it runs on the bundled digits in minutes.
+constant learning rate they are one and the same. With no arguments it runs on the bundled digits in a few minutes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ For every network of a run, at the point where its training starts: the sigma_w^
 carry, beside the edge of chaos; the singular values of the input-output Jacobian, beside those of Gaussian weights
 of the same sigma_w^2; how activations and gradients change from layer to layer.
 
-With no arguments it makes a run on the bundled digits, in a few minutes unless it is stored already, and measures it.
+With no arguments it makes a run on the bundled digits and measures it in a few minutes.
 """
 
 from __future__ import annotations

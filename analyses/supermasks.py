@@ -6,7 +6,7 @@ Two questions, for every initialisation of a run:
   and for the run's own tickets; theta0' is the initialisation, itself or with random signs, or a constant a layer.
 - learned: the error of masks learned on frozen weights, by Bernoulli logits and by edge-popup at several densities.
 
-With no arguments it makes a run on the bundled digits and trains beside it, in a few minutes.
+With no arguments it runs on the bundled digits in a few minutes.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 
-def alternate(contestants: Mapping[str, Callable[[], None]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of each contestant in each round; every round runs all of them in turn, so that drift hits all alike."""
     for _ in range(warmup):
         for run in contestants.values():

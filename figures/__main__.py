@@ -32,8 +32,8 @@ class Config:
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Studies to draw, such as imp-mnist, none for all; beside --run the name of its figure, such as imp."""
-    run: Path | None = None
-    """Folder of tables that an analysis wrote, results/NAME/RUN; pictures go there."""
+    run: tuple[Path, ...] = ()
+    """Folders of tables that an analysis wrote, results/NAME/RUN; pictures go there."""
     data: Path = HOME / "data"
     """Folder of studies."""
     out: Path = HOME / "paper"
@@ -50,9 +50,9 @@ def draw_all(config: Config) -> list[Path]:
     Raises:
         ValueError: No such folder, or one of no known figure.
     """
-    if config.run is not None:
-        name = config.names[0] if config.names else config.run.resolve().parent.name
-        return _drawn(name, config.run, config.run / name, config)
+    if config.run:
+        runs = {run: config.names[0] if config.names else run.resolve().parent.name for run in config.run}
+        return [path for run, name in runs.items() for path in _drawn(name, run, run / name, config)]
     studies = sorted(path for path in config.data.glob("*") if path.is_dir())
     if not studies:
         raise ValueError(f"{config.data} must hold folders FIGURE-NAME of CSV tables: it has none.")
@@ -68,7 +68,7 @@ def draw_all(config: Config) -> list[Path]:
 
 def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
     if figure not in NAMES:
-        raise ValueError(f"{folder} must begin with the name of a figure: known are {', '.join(NAMES)}.")
+        raise ValueError(f"{figure} must be the name of a figure to draw {folder}: known are {', '.join(NAMES)}.")
     tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
     if not tables:
         raise ValueError(f"{folder} must hold the CSV tables of an analysis: it has none.")
@@ -80,15 +80,17 @@ def _drawn(figure: str, folder: Path, stem: Path, config: Config) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 with one line on stderr where there is nothing to draw."""
+    """Exit code: 0, 2 with one line on stderr where there is nothing to draw, 141 where nobody reads the paths."""
     matplotlib.use("Agg")
     config = tyro.cli(Config, prog="python -m figures", args=argv)
     try:
-        paths = draw_all(config)
+        print("\n".join(map(str, draw_all(config))), flush=True)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(map(str, paths)))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return 141
     return 0
 
 

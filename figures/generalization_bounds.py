@@ -20,6 +20,7 @@ from figures.style import (
     mean_and_replicas,
     name_task,
     paper,
+    said,
     treatments,
 )
 
@@ -45,6 +46,9 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def _certificates(axes: Axes, table: pd.DataFrame, hypothesis: str, title: str) -> None:
     """The certified error (filled) and the true test error of the same networks (open)."""
     shown = table[table["hypothesis"] == hypothesis]
+    if shown.empty:
+        said(axes, f"{title.partition(':')[0]}:\nnone, for no seed describes weights\nthat were trained to step k > 0")
+        return
     for treatment in treatments(shown):
         rows = shown[(shown["treatment"] == treatment) | (shown["level"] == 0)]
         certified = rows[rows["bound"] == "binomial_tail"]

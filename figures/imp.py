@@ -21,7 +21,7 @@ from figures.style import (
     mean_and_replicas,
     name_task,
     paper,
-    say,
+    said,
     treatments,
 )
 
@@ -49,7 +49,8 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
 def _early_stop(axes: Axes, table: pd.DataFrame, steps: int) -> None:
     if (table["early_stop_step"] == steps).all():
         words = f"the validation loss of every network\nis least at the last step, {steps}"
-        return say(axes, words)
+        said(axes, words)
+        return
     _panel(axes, table, "early_stop_step", 1, "step of least validation loss")
     axes.axhline(steps, color="0.3", lw=0.8)
     axes.annotate("last step of training", (1, steps), (0, 2), axes.get_yaxis_transform(), textcoords="offset points",

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from figures import style
 from figures.style import (
     TWO_COLUMNS,
     below,
@@ -22,7 +23,7 @@ from figures.style import (
 )
 
 STABLE = 2.0  # points of error
-DENSE: dict[str, object] = {"color": "#000000", "marker": "D", "linestyle": (0, (5, 1, 1, 1))}
+DENSE: dict[str, object] = {**style.DENSE, "marker": "D"}
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:

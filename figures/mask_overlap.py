@@ -14,10 +14,11 @@ from figures.style import (
     density_axis,
     layer_label,
     letter,
-    looks_of_layers,
     mean_and_replicas,
     name_task,
     paper,
+    said,
+    some_layers,
 )
 
 WHOLE = "all"
@@ -40,16 +41,15 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _layers(table: pd.DataFrame, column: str = "layer") -> list[tuple[str, dict[str, object]]]:
-    """Those that a legend has room for, with their looks; the table has them all."""
-    return looks_of_layers([name for name in table[column].unique() if name != WHOLE])
+def _layers(table: pd.DataFrame, column: str = "layer") -> dict[str, dict[str, object]]:
+    return some_layers([name for name in table[column].unique() if name != WHOLE])
 
 
 def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None:
     """Intersection over its mean under the null, two seeds at one level, with the band of the smallest layer."""
     rows = pairs[pairs["level_a"] == pairs["level_b"]]
     density = rows["level_a"].map(aligned.groupby("level")["density"].first())
-    for layer, look in _layers(rows):
+    for layer, look in _layers(rows).items():
         own = rows["layer"] == layer
         mean_and_replicas(
             axes, density[own], (rows["intersection"] / rows["expected"])[own], label=layer_label(layer), **look
@@ -63,7 +63,7 @@ def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None
 
 def _over_aligned_chance(axes: Axes, aligned: pd.DataFrame) -> None:
     """The same after alignment, over the mean of random masks aligned alike."""
-    for layer, look in _layers(aligned):
+    for layer, look in _layers(aligned).items():
         rows = aligned[aligned["layer"] == layer]
         ratio, free = rows["intersection"] / rows["null_mean"], rows["given"] == "layer"
         mean_and_replicas(axes, rows["density"][free], ratio[free], label=layer_label(layer), **look)
@@ -87,8 +87,7 @@ def _finish(axes: Axes, density: pd.Series, label: str, title: str) -> None:
 def _pixels(figure: Figure, axes: Axes, pixels: pd.DataFrame | None) -> None:
     """Share of the first layer's weights alive at each pixel, mean over seeds, at the sparsest level."""
     if pixels is None:
-        axes.set_axis_off()
-        axes.set_title("first layer: no pixel map")
+        said(axes, "no map of pixels: the first layer\nis a convolution, which uses all alike")
         return
     last = pixels[pixels["level"] == pixels["level"].max()]
     share = 100 * last["live"] / last["units"]
@@ -104,7 +103,7 @@ def _pixels(figure: Figure, axes: Axes, pixels: pd.DataFrame | None) -> None:
 
 def _units(axes: Axes, units: pd.DataFrame) -> None:
     """Dead hidden units of each group, in percent of its units."""
-    for group, look in _layers(units, "group"):
+    for group, look in _layers(units, "group").items():
         own = units[units["group"] == group]
         mean_and_replicas(axes, own["density"], 100 * own["dead"] / own["units"], label=layer_label(group), **look)
     density_axis(axes, units["density"].to_numpy())

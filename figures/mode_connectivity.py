@@ -11,22 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.style import (
-    TWO_COLUMNS,
-    density_axis,
-    entries,
-    letter,
-    mean_and_replicas,
-    name_task,
-    paper,
-    say,
-    spaced,
-)
+from figures.style import TWO_COLUMNS, density_axis, keys, letter, mean_and_replicas, name_task, paper, said
 
 START_END, SIBLINGS = "theta_k to theta_T", "siblings"
 INDEPENDENT, MATCHED = "independent", "independent, matched"
-NONE = 1e-4
-"""Barriers below it are said to be none, and not drawn on a scale of their rounding."""
+NONE = 1e-3
+"""Barriers below it, a tenth of a point or a thousandth of a nat, are said to be none, and not drawn on a scale of
+rounding."""
 SPLITS: dict[str, dict[str, object]] = {
     "test": {"color": "black", "marker": "o", "linestyle": "-"},
     "train": {"color": "0.55", "marker": "s", "linestyle": "--"},
@@ -91,8 +82,7 @@ def _matching(row: np.ndarray, paths: pd.DataFrame, barriers: pd.DataFrame) -> N
     _curves(row[0], paths, INDEPENDENT, "test", "error", "test error (%)")
     _curves(row[0], paths, MATCHED, "test", "error", "test error (%)", linestyle="--")
     row[0].set_ylim(top=1.35 * row[0].get_ylim()[1])
-    shown = entries(row[0])
-    row[0].legend(shown.values(), shown.keys(), title="weights kept; dashed: units matched", title_fontsize=7, ncols=3,
+    row[0].legend(*keys(row[0]), title="weights kept; dashed: units matched", title_fontsize=7, ncols=3,
                   loc="upper center", columnspacing=1)  # fmt: skip
     row[0].set_title("two init seeds")
     for question, look in ((INDEPENDENT, SPLITS["test"]), (MATCHED, {**SPLITS["train"], "linestyle": ":"})):
@@ -125,7 +115,8 @@ def _curves(
 ) -> None:
     rows = _at_levels(paths)
     rows = rows[(rows["question"] == question) & (rows["split"] == split)]
-    levels = spaced(sorted(rows["level"].unique()), SHADES)
+    known = np.sort(rows["level"].unique())
+    levels = known[np.unique(np.linspace(0, len(known) - 1, SHADES).round().astype(int))]
     for level, shade in zip(levels, plt.get_cmap("viridis")(np.linspace(0, 0.85, len(levels))), strict=True):
         chosen = rows[rows["level"] == level]
         scale = 100 if metric == "error" else 1
@@ -144,10 +135,11 @@ def _heights(
     baseline = "mean" if question == SIBLINGS else "linear"
     rows = barriers[(barriers["question"] == question) & (barriers["metric"] == metric)]
     rows = rows[rows["baseline"] == baseline]
-    if rows["barrier"].abs().max() < NONE:
+    if rows.groupby(["split", against])["barrier"].mean().abs().max() < NONE:
         where = "density" if against == "density" else "k"
-        words = f"no barrier at any {where}:\nall below {scale * NONE:g} {'points' if metric == 'error' else 'nats'}"
-        return say(axes, words)
+        words = f"no barrier at any {where}:\nmeans below {scale * NONE:g} {'points' if metric == 'error' else 'nats'}"
+        said(axes, words)
+        return
     steps = {k: position for position, k in enumerate(sorted(rows["rewind_step"].unique()))}  # spaced evenly
     for split, look in SPLITS.items():
         chosen = rows[rows["split"] == split]

@@ -28,7 +28,7 @@ _STYLES: tuple[dict[str, object], ...] = (
 _KNOWN = (
     ("random", "random/erk", "random/layer", "snip", "snip*10", "grasp", "synflow"),
     ("magnitude@early", "magnitude", "magnitude/layer", "obd_gauss_newton", "obd_fisher", "obd_exact"),
-    ("small_final", "large_init", "small_init", "large_init_large_final", "small_init_small_final"),
+    ("large_final", "small_final", "large_init", "small_init", "large_init_large_final", "small_init_small_final"),
     ("magnitude_increase", "movement", "large_final_same_sign", "large_final_different_sign",
      "magnitude_increase_same_sign"),
 )  # fmt: skip
@@ -36,7 +36,7 @@ LOOKS = {name: look for names in _KNOWN for name, look in zip(names, _STYLES, st
 """Look of a method, told apart in its panel by colour, marker and dash, whatever else is drawn."""
 
 
-COLORS = (*(str(look["color"]) for look in _STYLES[: len(PANELS)]), "black")
+COLORS = (*(str(style["color"]) for style in _STYLES[: len(PANELS)]), "black")
 """Of the kinds of ``PANELS``, and of IMP."""
 LABELS = {
     "imp": "IMP",

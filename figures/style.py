@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Draw = Callable[[Mapping[str, pd.DataFrame]], Figure]
-T = TypeVar("T")
 TWO_COLUMNS = 7.0  # inches
 
 # Okabe & Ito's colours, safe for colour-blind readers; markers and dashes tell them apart in grey.
@@ -168,22 +167,22 @@ def letter(axes: Iterable[Axes]) -> None:
                        annotation_clip=False).set_in_layout(False)  # fmt: skip
 
 
-def entries(axes: Axes) -> dict[str, Artist]:
-    """What a legend says, each label once: its first line."""
+def keys(axes: Axes) -> tuple[list[Artist], list[str]]:
+    """Handles and labels of a legend, each label once."""
     firsts: dict[str, Artist] = {}
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
         firsts.setdefault(label, handle)
-    return firsts
+    return list(firsts.values()), list(firsts)
 
 
 def below(figure: Figure, axes: Axes) -> None:
     """One legend for all panels, under them: that of the axes given."""
-    found = entries(axes)
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found)))
+    handles, labels = keys(axes)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(handles)))
 
 
-def say(axes: Axes, words: str) -> None:
-    """Words in the place of a panel that has nothing to draw."""
+def said(axes: Axes, words: str) -> None:
+    """A panel in words, where a drawing would be empty or of rounding alone."""
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
     axes.set_axis_off()
 
@@ -234,14 +233,10 @@ def label_of(treatment: str) -> str:
     return LABELS.get(treatment, treatment.replace("_", " "))
 
 
-def spaced(values: Sequence[T], n: int) -> list[T]:
-    """At most n of them, evenly spread, the first and the last among them."""
-    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, n).round().astype(int))] if len(values) else []
-
-
-def looks_of_layers(names: Sequence[str]) -> list[tuple[str, dict[str, object]]]:
-    """The layers that a legend has room for, each with its look."""
-    return list(zip(spaced(names, len(LAYERS)), LAYERS, strict=False))
+def some_layers(names: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Those that a panel has room for with their looks, the first and the last among them."""
+    places = np.unique(np.linspace(0, max(0, len(names) - 1), len(LAYERS)).round().astype(int))[: len(names)]
+    return {names[i]: look for i, look in zip(places, LAYERS, strict=False)}
 
 
 def layer_label(name: str) -> str:

@@ -216,10 +216,17 @@ def test_no_two_studies_or_choices_share_a_folder_of_results(tmp_path):
         return result_folder(module.__name__, module.Config(out=tmp_path, **flags))
 
     study, run = replace(DIGITS, levels=3), tmp_path / "runs" / "digits-mlp-0123456789"
-    configs = [{}, {"study": study}, {"run": run}, {"n_alphas": 5}, {"n_alphas": 5, "study": study}]
+    configs = [
+        {},
+        {"study": study},
+        {"run": (run,)},
+        {"run": (run, run.with_name("other"))},
+        {"n_alphas": 5},
+        {"n_alphas": 5, "study": study},
+    ]
     found = [folder(mode_connectivity, **flags) for flags in configs]
     found += [folder(transfer), folder(transfer, study=study), folder(width_sweep), folder(width_sweep, steps=9)]
-    assert len(set(found)) == len(found) and folder(mode_connectivity, run=run).name == run.name
+    assert len(set(found)) == len(found) and folder(mode_connectivity, run=(run,)).name == run.name
     assert folder(imp, device="cpu") == folder(imp) and list(tmp_path.iterdir()) == []  # tried, and taken away again
     (tmp_path / "file").touch()
     with pytest.raises(Refused, match="--out must be a place to write to"):
@@ -238,7 +245,7 @@ def test_results_that_cannot_be_written_are_one_line(tmp_path, capsys, monkeypat
 def test_flags_that_a_run_would_not_heed_are_refused(tmp_path):
     for flags, name in (({"study": replace(DIGITS, levels=3)}, "levels"), ({"store": tmp_path}, "store")):
         with pytest.raises(Refused, match=rf"do nothing beside --run.*'{name}'"):
-            open_run(ntk_spectrum.Config(run=tmp_path, **flags))
+            open_run(ntk_spectrum.Config(run=(tmp_path,), **flags))
     study = replace(DIGITS, levels=1)
     for module in (ntk_spectrum, signal_propagation):
         with pytest.raises(Refused, match=r"levels must lie in 0\.\.1, those of the run: got \[99\]"):

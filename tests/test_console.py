@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import ticketlab as tl
-from ticketlab import console
+from ticketlab import commands, console
 from ticketlab.errors import Refused
 
 RECIPE = tl.Recipe(steps=6, eval_every=3)
@@ -100,6 +102,14 @@ def test_verify_names_the_damaged_level(store, tmp_path, capsys):
         (["imp", "--levels", "1", "--device", "cuda:7"], "device must be one that PyTorch has here"),
         (["width_sweep", "--device", "cuda:7"], "device must be one"),
         (["verify", "nowhere"], "must be a run directory"),
+        (["show", "no\nwhere"], "no\\nwhere must be a run directory"),
+        (["imp", "--steps", "x"], "--steps: invalid literal for int() with base 10: 'x'. See "),
+        (["imp", "--stepz", "3"], "Unrecognized options: --stepz, 3. Did you mean --steps? See "),
+        (["imp", "--steps"], "--steps"),
+        (["imp", "--learning-rate", "nan"], "error: learning_rate must be positive and finite"),
+        (["width_sweep", "--widths", "3", "3", "3"], "error: widths must be at least three"),
+        (["imp", "--out", "/dev/null/x"], "--out must be a place to write to: /dev/null/x/imp"),
+        (["imp", "--store", "/dev/null/x", "--out", "y"], "must be a place to write to: Not a directory"),
     ],
 )
 def test_wrong_input_is_one_line_and_2(argv, words, capsys, monkeypatch, tmp_path):
@@ -159,13 +169,58 @@ def test_the_help_of_an_analysis_is_short_grouped_and_names_treatments(capsys, m
     assert "--nesterov" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", raising(OSError(errno.ENOSPC, "No space left on device")))
+    assert console.main(["imp", "--out", "new/folder"]) == 2
+    assert "--out must be a place to write to: new/folder/imp" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, "Too many open files", "a\nfile"), "a\\nfile must be usable: Too many open files."),
+        (OSError(errno.EIO, "Input/output error"), "the output must be usable: Input/output error."),
+        (MemoryError("Unable to allocate 7 TiB"), "memory must hold the work: Unable to allocate 7 TiB."),
+        (RuntimeError("CUDA out of memory. Tried\nmore"), "memory must hold the work: CUDA out of memory. Tried."),
+    ],
+)
+def test_surroundings_that_fail_are_one_line_and_2(error, words, capsys):
+    assert commands.guarded(raising(error)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        commands.guarded(raising(RuntimeError("a bug")))
+
+
+def raising(error):
+    def action(*_):
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "lines"), [(">/dev/full", 2, 1), (">&-", 0, 0), (">&- 2>&-", 0, 0), ("2>&-", 0, 0)]
+)
+def test_output_that_is_full_or_closed(shell, code, lines):
+    command = f"{sys.executable} -m ticketlab --version {shell}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, lines), done.stderr
+
+
 def test_a_closed_pipe_is_silent():
     command = f"{sys.executable} -m ticketlab imp --help-all | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == "" and "imp" in done.stdout
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_how_to_go_on(number, tmp_path):
     flags = ["--steps", "200000", "--store", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
     command = [sys.executable, "-m", "ticketlab", "imp", *flags]
     heard = signal.signal(
@@ -179,11 +234,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         deadline = time.monotonic() + 60
         while not list((tmp_path / "runs").glob("*/config.json")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         out, err = running.communicate(timeout=60)
     finally:
         running.kill()
-    assert running.returncode == 130, err
+    assert running.returncode == 128 + number, err
     (line,) = [line for line in err.splitlines() if line.startswith("stopped:")]
     assert line.endswith(f"is stored in {tmp_path / 'runs'}; the same command goes on from there.")
     assert "Traceback" not in err

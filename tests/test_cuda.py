@@ -19,7 +19,7 @@ from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp
 from torch import Tensor, nn
 
 import ticketlab as tl
-from ticketlab.data import batch_indices
+from ticketlab.batches import batch_indices, crop_flip_draws
 from ticketlab.engine import graphed
 from ticketlab.engine.training import Start, train
 from ticketlab.errors import Refused
@@ -210,6 +210,25 @@ def test_recorded_steps_are_those_of_the_loop(name, recipe, monkeypatch):
 
 
 @needs_gpu
+@pytest.mark.parametrize("recipe", [SGD, replace(SGD, clip_norm=0.3), ADAM], ids=["sgd", "clip", "adam"])
+def test_a_stack_of_matrices_is_one_recording_and_its_steps_are_those_of_the_loop(recipe, monkeypatch):
+    task = replace(images(dtype=torch.float32).to(DEVICE), augmentation="crop_flip")
+    size = task.train.x[0].numel()
+
+    def perceptron() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(size, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    model, starts = starts_of(perceptron, 3, DEVICE)
+    graphs = []
+    monkeypatch.setattr(graphed, "run", lambda *args, run=graphed.run: (graphs.append(args[0]), run(*args))[1])
+    by_graph = train(model, starts, task, recipe, first_step=3, progress=False).end
+    by_loop = train(model, starts, task, recipe, first_step=3, progress=False, execution="loop").end
+    assert graphs and all(len(each) == 1 for each in graphs), "the stack was not recorded as one"
+    for n, p in by_loop.params.items():
+        torch.testing.assert_close(by_graph.params[n], p, rtol=2e-4, atol=2e-4)
+
+
+@needs_gpu
 def test_what_cannot_be_recorded_goes_through_the_loop():
     class Waits(nn.Module):
         def __init__(self) -> None:
@@ -300,7 +319,9 @@ def test_networks_of_others_train_on_a_gpu_as_on_the_cpu(name):
 
 def test_a_feed_is_that_of_the_loop():
     task = replace(images(dtype=torch.float32), augmentation="crop_flip")
-    feed = graphed.Feed.of(task, SGD, 7, None, range(5, 9))
+    feed = graphed.Feed.of(task, SGD, [7, 8], None, range(5, 9))
     for i, step in enumerate(range(5, 9)):
-        assert torch.equal(feed.order[i], batch_indices(len(task.train), 16, 7, step))
+        for r, seed in enumerate((7, 8)):
+            assert torch.equal(feed.order[i, r], batch_indices(len(task.train), 16, seed, step))
+            assert torch.equal(feed.draws[i, :, r], crop_flip_draws(16, seed, step))
         assert float(feed.rate[i]) == pytest.approx(SGD.learning_rate_at(step))

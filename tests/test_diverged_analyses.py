@@ -84,7 +84,7 @@ def config_of(module, folder):
     if module is transfer:
         study = replace(STUDY, treatments=("ticket",))
         return module.Config(runs=(folder,), study=study, device="cpu", **FLAGS[module])
-    return module.Config(run=folder, device="cpu", **FLAGS[module])
+    return module.Config(run=(folder,), device="cpu", **FLAGS[module])
 
 
 def test_what_follows_from_a_diverged_ticket_has_diverged(stored, monkeypatch):

@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analyses.pruning_criteria import METHODS
 from figures import imp, mode_connectivity, ntk_spectrum, width_sweep
+from figures import pruning_criteria as criteria_figure
 from figures.__main__ import HERE, Config, draw_all
 from figures.style import LABELS, LOOKS, drawn, look_of, paper, save, treatments
 from ticketlab.engine.treatments import TREATMENTS
@@ -130,7 +132,7 @@ def test_no_barrier_is_said_in_words():
     tables = connectivity_tables()
     tables["barriers"]["barrier"] = 1e-7
     panel = mode_connectivity.draw(tables).axes[0]
-    assert panel.texts[0].get_text() == "no barrier at any density:\nall below 0.01 points" and not panel.lines
+    assert panel.texts[0].get_text() == "no barrier at any density:\nmeans below 0.1 points" and not panel.lines
 
 
 @pytest.mark.parametrize(
@@ -193,24 +195,29 @@ def test_python_m_figures_draws_the_studies_of_a_folder(tmp_path):
 def test_a_run_of_ones_own_is_drawn_beside_its_tables(tmp_path):
     folder = shutil.copytree(HERE / "data" / "width_sweep-mnist", tmp_path / "width_sweep" / "digits-1")
     for names in ((), ("width_sweep",)):
-        (written,) = draw_all(Config(names=names, run=folder))
+        (written,) = draw_all(Config(names=names, run=(folder,)))
         assert written == folder / "width_sweep.png" and written.exists()
-    draw_all(Config(run=folder, titles=False))
+    draw_all(Config(run=(folder,), titles=False))
     caption = (folder / "width_sweep.txt").read_text()
     assert caption.startswith("NTK scaling, MNIST") and "Three log-log panels from widths and slopes" in caption
-    with pytest.raises(ValueError, match="must begin with the name of a figure"):
-        draw_all(Config(names=("pies",), run=folder))
+    with pytest.raises(ValueError, match="must be the name of a figure"):
+        draw_all(Config(names=("pies",), run=(folder,)))
     with pytest.raises(ValueError, match="must hold the CSV tables"):
-        draw_all(Config(names=("imp",), run=tmp_path))
+        draw_all(Config(names=("imp",), run=(tmp_path,)))
     with pytest.raises(ValueError, match="pies must be a study in"):
         draw_all(Config(names=("pies",)))
 
 
 def test_python_m_figures_refuses_what_it_does_not_know(tmp_path):
     (tmp_path / "pies-mnist").mkdir()
-    with pytest.raises(ValueError, match="must begin with the name of a figure"):
+    with pytest.raises(ValueError, match="must be the name of a figure"):
         draw_all(Config(data=tmp_path, out=tmp_path))
     root = Path(__file__).parent.parent
     flags = [sys.executable, "-m", "figures", "--data", str(tmp_path / "none")]
     done = subprocess.run(flags, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 2 and "must hold folders" in done.stderr
+
+
+def test_every_default_criterion_has_a_look_of_its_own():
+    known = [criteria_figure.LOOKS.get(method) for method in METHODS]
+    assert None not in known, [method for method in METHODS if method not in criteria_figure.LOOKS]

@@ -31,7 +31,7 @@ GROUND = (
     ),
     *("idx", "text", "datasets", "arrays", "batches", "mapped", "data", "tokens", "functional", "raw", "version"),
     *("imports", "lanczos", "shown"),
-    *("shards", "shard_writer", "image_folder", "to_shards"),
+    *("shards", "shard_writer", "image_folder", "to_shards", "commands"),
 )
 FLOORS = {
     **{f"ticketlab.{room}": 0 for room in GROUND},

@@ -230,7 +230,9 @@ def test_files_are_readable_without_the_package(tmp_path):
     assert torch.equal(weights["end/params/fc1.weight"], level.theta_end["fc1.weight"])
     assert masks["fc1.weight"].dtype == torch.bool and masks["fc1.weight"].shape == (4, 8, 6)
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest["environment"]) == {"device", "torch", "python", "ticketlab", "commit"}
+    assert set(manifest["environment"]) == {
+        *("device", "threads", "execution", "torch", "python", "ticketlab", "commit")
+    }
     assert pd.read_csv(folder / "metrics.csv")["treatment"].tolist() == ["ticket"] * 2 + ["reinit"] * 2
 
 

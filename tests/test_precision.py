@@ -181,7 +181,7 @@ def test_recorded_steps_are_those_of_the_loop(change, monkeypatch):
     recipe = replace(BF16, optimizer="adamw", **change)
     graph, loop = (train(models[0], begun, task, recipe, execution=e).end.params for e in ("auto", "loop"))
     assert sum(map(len, recorded)) == recipe.steps
-    tolerance = 1e-3 if recipe.precision == "float32" else 2e-2
+    tolerance = 3e-3 if recipe.precision == "float32" else 2e-2  # Adam makes a step of rounding where gradients vanish
     for name, p in loop.items():
         torch.testing.assert_close(graph[name], p, rtol=tolerance, atol=tolerance)
 

@@ -88,7 +88,7 @@ def test_sign_and_value_needs_the_control_that_it_compares_with(tmp_path):
 
 def supermask_config(study, **options):
     small = {"densities": (0.6, 0.3), "criteria": ("large_final_same_sign", "random"), "draws": 2, "learned_steps": 20}
-    return supermasks.Config(run=study, **{**small, "learned_densities": (0.4,), "learned_seeds": 1, **options})
+    return supermasks.Config(run=(study,), **{**small, "learned_densities": (0.4,), "learned_seeds": 1, **options})
 
 
 def test_untrained_supermasks_are_the_networks_that_they_say(study):

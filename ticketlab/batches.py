@@ -65,9 +65,19 @@ def batch_indices(n: int, batch_size: int, order_seed: int, step: int) -> Int64[
         raise Refused(f"batch_size must be in 1..{n}, the number of examples: got {batch_size}. Lower it.")
     if step < 0:
         raise Refused(f"step must not be negative: got {step}. Count steps from 0.")
-    epoch, batch = divmod(step, n // batch_size)
-    order = _recent_order(n, order_seed, epoch)
-    return order[batch * batch_size : (batch + 1) * batch_size].clone()  # the cached one must stay as it is
+    return batch_orders(n, batch_size, order_seed, range(step, step + 1))[0]
+
+
+def batch_orders(n: int, batch_size: int, order_seed: int, steps: range) -> Int64[Tensor, "step batch"]:
+    """`batch_indices` of successive steps, whole stretches of an epoch at a time."""
+    each, parts, step = n // batch_size, [], steps.start
+    while step < steps.stop:
+        epoch, batch = divmod(step, each)
+        stop = min(batch + steps.stop - step, each)
+        order = _recent_order(n, order_seed, epoch)
+        parts.append(order[batch * batch_size : stop * batch_size].view(-1, batch_size))
+        step += stop - batch
+    return torch.cat(parts)  # a copy: the cached one must stay as it is
 
 
 def noise_seed(order_seed: int, step: int) -> int:

@@ -2,6 +2,7 @@
 
 ticketlab NAME [--help]    answer a question, such as ticketlab imp
 ticketlab figures          draw tables again
+ticketlab sweep PLAN       studies in blocks of seeds, on a cluster or here
 ticketlab runs [STORE]     what a store holds
 ticketlab show RUN         the study of a run, and its errors level by level
 ticketlab diff A B         what two runs have different, and their errors side by side
@@ -27,6 +28,7 @@ from typing import Annotated, Any, Union
 import pandas as pd
 import tyro
 
+from ticketlab.commands import guarded
 from ticketlab.engine import store
 from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.run import Run, load_run, runs, verify
@@ -48,33 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _command(*given))
 
 
-def guarded(action: Callable[[], int]) -> int:
-    """The exit code of an action: one line where the input was at fault or Ctrl-C stopped it, none for a closed pipe.
-
-    Args:
-        action: May raise a KeyboardInterrupt whose text says what is left.
-
-    Returns:
-        The action's code, 2 where it refused its input, 130 where Ctrl-C stopped it, 141 where nobody reads its output.
-    """
-    try:
-        code = action()
-        sys.stdout.flush()
-        return code
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print(f"\nstopped: {stopped or 'the same command starts again.'}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
-        return 141
-
-
 def _command(name: str = "--help", *rest: str) -> int:
     known = questions()
-    if name in known or name == "figures":
+    if name in known or name in ("figures", "sweep"):
         return _ran(name, rest)
     if name == "--tyro-print-completion":
         return _completion(rest)
@@ -92,7 +70,7 @@ def _answer(name: str, rest: Sequence[str], known: Mapping[str, str]) -> str:
     if name == "--version":
         return __version__
     if name not in STORED:
-        raise Refused(nearest("command", name, (*STORED, "figures", *known)))
+        raise Refused(nearest("command", name, (*STORED, "figures", "sweep", *known)))
     usage = next(line for line in (__doc__ or "").splitlines() if line.startswith(f"ticketlab {name}"))
     if {"-h", "--help"} & {*rest}:
         return usage
@@ -113,8 +91,15 @@ def _ran(name: str, rest: Sequence[str]) -> int:
         sys.path.append(os.getcwd())
     if name == "figures":
         return pkgutil.resolve_name(f"{inside()}figures.__main__:main")(rest)
-    analysis: Any = pkgutil.resolve_name(f"{inside()}analyses.{name}")
-    return analysis.main(name, analysis.Config, analysis.run, analysis.draw, analysis.summary, rest)
+    if name == "sweep":
+        return analysis(name).main(rest)
+    its = analysis(name)
+    return its.main(name, its.Config, its.run, its.draw, its.summary, rest)
+
+
+def analysis(name: str) -> Any:
+    """The module of an analysis."""
+    return pkgutil.resolve_name(f"{inside()}analyses.{name}")
 
 
 def inside() -> str:

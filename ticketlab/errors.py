@@ -19,6 +19,11 @@ class Refused(ValueError):
 Refused.__name__ = "ValueError"  # to whoever asks an error for its name it is what it says: a bad value
 
 
+def one_line(text: object) -> str:
+    """Text on one line, whatever a file or a stranger put into it: what cannot be printed is written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def check_type(what: str, given: object, kind: type, remedy: str) -> None:
     """Refuse an object of another kind than is meant, such as the name of a task in its place."""
     if not isinstance(given, kind):

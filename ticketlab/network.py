@@ -148,8 +148,16 @@ class Network:
         return (found[0] if self.replicas is None else torch.stack(found)).unbind(-1)  # type: ignore[return-value]
 
     def _by_vmap(self, x: Tensor, execution: Execution) -> bool:
-        how = resolve(execution, self.model, x.device, self.replicas)
-        return self.replicas is not None and how == "vmap" and self._maps(x[:2], required=execution == "vmap")
+        if self.replicas is None or resolve(execution, self.model, x.device, self.replicas) == "loop":
+            return False
+        if x.shape[1:] not in self._mapping:
+            self._mapping[x.shape[1:]] = self._maps(x[:2], required=execution == "vmap")
+        return self._mapping[x.shape[1:]]
+
+    @cached_property
+    def _mapping(self) -> dict[torch.Size, bool]:
+        """Whether ``vmap`` gives what the loop gives, by shapes of an input that were tried."""
+        return {}
 
     def _mapped(self, x: Tensor) -> Tensor:
         def one(tensors: dict[str, Tensor]) -> Tensor:
@@ -308,9 +316,13 @@ def resolve(
     if replicas == 1:
         return "loop"
     small = sum(p.numel() for p in model.parameters()) < 100_000
-    matrices = all(p.ndim <= 2 for p in model.parameters())
+    return "vmap" if device.type != "cpu" or (small and of_matrices(model)) else "loop"
+
+
+def of_matrices(model: nn.Module) -> bool:
+    """Whether products with matrices are all its weights are for: neither convolutions nor tokens."""
     tokens = any(isinstance(module, nn.Embedding) for module in model.modules())
-    return "vmap" if device.type != "cpu" or (small and matrices and not tokens) else "loop"
+    return not tokens and all(p.ndim <= 2 for p in model.parameters())
 
 
 # Checks.

@@ -28,9 +28,9 @@ from figures.style import (  # noqa: E402
     layer_label,
     log_axis,
     look_of,
-    looks_of_layers,
     mean_and_replicas,
     paper,
+    some_layers,
 )
 
 ONE_COLUMN = (3.4, 2.8)  # inches
@@ -66,7 +66,7 @@ def masks(run: Run | Iterable[Level]) -> Figure:
     table = pd.concat(rows, ignore_index=True)
     with paper():
         figure, axes = plt.subplots(figsize=ONE_COLUMN)
-        for name, look in looks_of_layers(list(table["layer"].unique())):
+        for name, look in some_layers(table["layer"].unique()).items():
             one = table[(table["layer"] == name) & (table["kept"] > 0)]
             mean_and_replicas(axes, one["density"], one["kept"], label=layer_label(name), **look)
         density_axis(axes, table["density"].to_numpy())

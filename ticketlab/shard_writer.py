@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ def write_shards(
         "scale": writer.scale(mean, std),
         "parts": shards,
     }
-    _save(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    content = (json.dumps(manifest, indent=1) + "\n").encode()
+    _save(folder / MANIFEST, lambda file: file.write(content))
     return folder
 
 
@@ -102,7 +104,8 @@ class _Writer:
         self.sums: np.ndarray | None = None  # of training pixels: count, sum and sum of squares, [3, channel]
 
     def write(self, part: str, examples: Examples, progress: bool) -> list[dict[str, Any]]:
-        (self.folder / part).mkdir(parents=True, exist_ok=True)
+        with _refused(self.folder):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
         found: list[dict[str, Any]] = []
         bar = tqdm(
             _each(examples), desc=part, unit="example", total=_length(examples), disable=None if progress else True
@@ -194,23 +197,27 @@ class _Writer:
 
 
 def _save_array(path: Path, array: np.ndarray) -> str:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    found = checksum(temporary)
-    temporary.replace(path)
-    return found
+    _save(path, lambda file: np.save(file, array, allow_pickle=False))
+    return checksum(path)
 
 
-def _save(path: Path, content: bytes) -> None:
+def _save(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
+    with _refused(path), temporary.open("wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+        temporary.replace(path)
+
+
+@contextmanager
+def _refused(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Refused(
+            f"{place} must be a place to write to: {error.strerror or error}. Choose another, or make room."
+        ) from error
 
 
 def _length(examples: Examples) -> int | None:

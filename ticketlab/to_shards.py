@@ -19,6 +19,7 @@ from typing import Any
 
 import tyro
 
+from ticketlab.commands import guarded, parsed
 from ticketlab.datasets import Augmentation
 from ticketlab.errors import Refused
 from ticketlab.image_folder import ImageFolder
@@ -46,17 +47,16 @@ class Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr where the input was at fault."""
-    config = tyro.cli(Config, prog="python -m ticketlab.to_shards", args=argv)
-    try:
-        train, test = _asked_for(config)
-        name = config.name or config.folder.resolve().name
-        n_classes = len(train.classes) if isinstance(train, ImageFolder) else None
-        write_shards(config.folder, train, test, name=name, n_classes=n_classes, augmentation=config.augmentation)
-        print(load_shards(config.folder))
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Exit code: as `guarded`."""
+    return guarded(lambda: _written(parsed(Config, argv, prog="python -m ticketlab.to_shards")))
+
+
+def _written(config: Config) -> int:
+    train, test = _asked_for(config)
+    name = config.name or config.folder.resolve().name
+    n_classes = len(train.classes) if isinstance(train, ImageFolder) else None
+    write_shards(config.folder, train, test, name=name, n_classes=n_classes, augmentation=config.augmentation)
+    print(load_shards(config.folder))
     return 0
 
 

@@ -51,6 +51,7 @@ from examples.certificate.network import Network, count_errors, decode, encode
 from examples.certificate.record import Code, Task, read_record, shown
 from examples.certificate.search import Training, search
 from ticketlab import bounds
+from ticketlab.commands import guarded, parsed, try_folder, usable
 from ticketlab.datasets import SOURCES, read
 from ticketlab.errors import Refused
 
@@ -227,17 +228,19 @@ def parts(network: Network) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        config = tyro.cli(Config, prog="python -m examples.certificate", args=argv, config=(tyro.conf.OmitArgPrefixes,))
-        if config.verify is not None:
-            return verify(config.verify, config.task)
-        config.out.mkdir(parents=True, exist_ok=True)  # before the search, which takes minutes
-        name, found = run(config)
-        path = config.out / f"{name}.json"
+    flags = (tyro.conf.OmitArgPrefixes,)
+    return guarded(lambda: _answer(parsed(Config, argv, prog="python -m examples.certificate", config=flags)))
+
+
+def _answer(config: Config) -> int:
+    if config.verify is not None:
+        return verify(config.verify, config.task)
+    try_folder(config.out)  # before the search, which takes minutes
+    name, found = run(config)
+    path = config.out / f"{name}.json"
+    with usable(config.out):
+        config.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")
-    except (Refused, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     record = read_record(path)
     _show(found)
     _show(terms(record.code, record.word, found["training_errors"], found["n"], config.delta))

@@ -3,7 +3,8 @@
 A small network leaves a GPU idle while its kernels are launched one by one. Here the whole step of a replica (batch,
 augmentation, forward, backward, mask, clipping, optimizer) is recorded once and replayed on a stream of its own, beside
 those of the other replicas: the very kernels of the loop, at about the speed of the GPU. What changes from step to step
-lies on the device in a `Feed` of many steps; a counter on the device says which one is next.
+lies on the device in a `Feed` of many steps; a counter on the device says which one is next. Where products with
+matrices are all there is to a network, the step of the whole stack is one recording.
 
 Leans on what the loop ensures: a module that stands on its own, no draws in its forward pass, no state but parameters
 and buffers. Whatever cannot be recorded, or gives other weights than eager steps, is left to the loop.
@@ -17,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ticketlab.batches import crop_flip_draws, crop_flipped
-from ticketlab.data import Task, batch_indices
+from ticketlab.batches import batch_orders, crop_flip_draws, crop_flipped
+from ticketlab.data import Task
 from ticketlab.engine.recipe import Recipe
 from ticketlab.shown import as_line, as_table
 
@@ -33,45 +34,47 @@ class Feed:
     """What steps differ in, on one device."""
 
     order: Tensor
-    """Indices of the batches, [step, batch]."""
+    """Indices of the batches, [step, replica, batch]."""
     draws: Tensor
-    """Of the augmentation, [step, 3, batch, 1]; [step, 0] without one."""
+    """Of the augmentation, [step, 3, replica, batch, 1]; [step, 0] without one."""
     rate: Tensor
     """Learning rates, [step]."""
 
     __repr__, _repr_html_ = as_line, as_table
 
     @classmethod
-    def of(cls, task: Task, recipe: Recipe, order_seed: int, rate: float | None, steps: range) -> Feed:
-        """Those of the loop: functions of the seed and the step alone. At most `AHEAD` steps, filled up to as many."""
-        filled = [*steps, *[steps[-1]] * (AHEAD - len(steps))]
-        n, batch = len(task.train), recipe.batch_size
-        order = [batch_indices(n, batch, order_seed, step) for step in filled]
-        augmented = task.augmentation == "crop_flip"
-        draws = [crop_flip_draws(batch, order_seed, step) if augmented else torch.empty(0) for step in filled]
-        rates = [recipe.learning_rate_at(step) if rate is None else rate for step in filled]
-        return cls(torch.stack(order), torch.stack(draws), torch.tensor(rates))
+    def of(cls, task: Task, recipe: Recipe, order_seeds: Sequence[int], rate: float | None, steps: range) -> Feed:
+        """Those of the loop: functions of the seeds and the step alone. At most `AHEAD` steps, filled up to as many."""
+        n, batch, distinct = len(task.train), recipe.batch_size, set(order_seeds)
+        orders = {seed: batch_orders(n, batch, seed, steps) for seed in distinct}
+        order, draws = torch.stack([orders[seed] for seed in order_seeds], 1), torch.empty(len(steps), 0)
+        if task.augmentation == "crop_flip":
+            drawn = {seed: torch.stack([crop_flip_draws(batch, seed, step) for step in steps]) for seed in distinct}
+            draws = torch.stack([drawn[seed] for seed in order_seeds], 2)
+        rates = torch.tensor([recipe.learning_rate_at(step) if rate is None else rate for step in steps])
+        rest = AHEAD - len(steps)
+        return cls(*(torch.cat([part, part[-1:].expand(rest, *part.shape[1:])]) for part in (order, draws, rates)))
 
     def to(self, device: torch.device) -> Feed:
         return Feed(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class Graph:
-    """A replica's step, recorded.
+    """A step of a replica, or of a whole stack, recorded.
 
     Args:
-        net: In training mode; its parameters and buffers are what is trained.
+        tensors: Gives the parameters and buffers that are trained.
         pruned: Weights, and their masks in the same dtype.
         optimizer: Makes the optimizer from a learning rate on the device.
         feed: The feed of the steps of a range.
         task: On a CUDA device.
-        loss: (inputs, targets) -> what is descended, of ``net``.
+        loss: (inputs, targets) -> what is descended; of a stack, both with the replica axis first.
         clip: Scales gradients down, behind the mask.
     """
 
     def __init__(
         self,
-        net: nn.Module,
+        tensors: Callable[[], list[Tensor]],
         pruned: Sequence[tuple[Tensor, Tensor]],
         optimizer: Callable[[Tensor], torch.optim.Optimizer],
         feed: Callable[[range], Feed],
@@ -79,7 +82,7 @@ class Graph:
         loss: Callable[[Tensor, Tensor], Tensor],
         clip: Callable[[], None] | None = None,
     ) -> None:
-        self.net, self.pruned, self.task, self.make_feed = net, pruned, task, feed
+        self.tensors, self.pruned, self.task, self.make_feed = tensors, pruned, task, feed
         self.loss, self.clip = loss, clip
         self.feed = feed(range(1)).to(task.device)
         self.next = torch.zeros(1, dtype=torch.int64, device=task.device)  # the row of the feed
@@ -91,15 +94,16 @@ class Graph:
     def record(self) -> bool:
         """Record a step; whether replaying it gives what eager steps give. Weights and buffers stay as they are.
 
-        Images lie channels last, as convolutions of a GPU want them, unless the forward pass cannot take them so.
+        Images of one network lie channels last, as convolutions of a GPU want them, unless its forward pass cannot
+        take them so.
         """
-        images = self.task.train.x.ndim == 4
+        images = self.task.train.x.ndim == 4 and self.feed.order.shape[1] == 1
         return any(self._record(layout) for layout in (torch.channels_last, torch.contiguous_format)[not images :])
 
     def _record(self, layout: torch.memory_format) -> bool:
         self.layout, self.graph = layout, torch.cuda.CUDAGraph()
-        known = [t.detach().clone() for t in self._tensors()]
-        places = [t.data_ptr() for t in self._tensors()]
+        known = [t.detach().clone() for t in self.tensors()]
+        places = [t.data_ptr() for t in self.tensors()]
         here = torch.cuda.current_stream(self.task.device)
         self.stream.wait_stream(here)
         try:
@@ -108,7 +112,7 @@ class Graph:
                 self._step()
                 with _never_waiting():
                     self._step()
-                eager = [t.detach().clone() for t in self._tensors()]
+                eager = [t.detach().clone() for t in self.tensors()]
                 self._restore(known)
         except RuntimeError:  # a forward pass that waits for the device, or does not take this layout
             self._restore(known)
@@ -120,13 +124,13 @@ class Graph:
             self._restore(known)
             _end_recording(self.task.device)
             return False
-        if [t.data_ptr() for t in self._tensors()] != places:  # a buffer was put in another's place
+        if [t.data_ptr() for t in self.tensors()] != places:  # a buffer was put in another's place
             return False
         with torch.cuda.stream(self.stream):
             self.load(range(2))
             self.graph.replay()
             self.graph.replay()
-            same = _same_change(known, eager, [t.detach() for t in self._tensors()])
+            same = _same_change(known, eager, [t.detach() for t in self.tensors()])
             self._restore(known)
         here.wait_stream(self.stream)
         return same
@@ -145,8 +149,10 @@ class Graph:
 
     def _step(self) -> None:
         index, draws, rate = (getattr(self.feed, f.name).index_select(0, self.next)[0] for f in fields(Feed))
+        index = index.squeeze(0)  # [batch] for one network, [replica, batch] for a stack
         x, y = self.task.train.x[index], self.task.train.y[index]
-        x = crop_flipped(x, draws) if draws.numel() else x
+        if draws.numel():
+            x = crop_flipped(x.flatten(0, -4), draws.flatten(1, -2)).view(x.shape)
         loss = self.loss(x.contiguous(memory_format=self.layout), y)
         self.rate.copy_(rate)
         self.optimizer.zero_grad()
@@ -159,13 +165,10 @@ class Graph:
         self.optimizer.step()
         self.next.add_(1)
 
-    def _tensors(self) -> list[Tensor]:
-        return [*self.net.parameters(), *self.net.buffers()]
-
     @torch.no_grad()
     def _restore(self, known: Sequence[Tensor]) -> None:
         """Weights and buffers as they were, and an optimizer that has seen nothing."""
-        for tensor, value in zip(self._tensors(), known, strict=True):
+        for tensor, value in zip(self.tensors(), known, strict=True):
             tensor.copy_(value)
         for state in self.optimizer.state.values():
             for value in state.values():

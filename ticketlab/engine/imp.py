@@ -22,6 +22,7 @@ from ticketlab import graph
 from ticketlab import masks as mask_ops
 from ticketlab.engine import cost
 from ticketlab.engine import store as runs
+from ticketlab.engine.checkpoint import Checkpoints
 from ticketlab.engine.criteria import Evidence, draw_examples, find_counts
 from ticketlab.engine.level import Level
 from ticketlab.engine.training import Start, train
@@ -51,15 +52,24 @@ def levels(study: Study, folder: Path | None) -> Iterator[Level]:
                 in_order = {name: level.masks[name] for name in study.names}
                 level = replace(level, masks=in_order)  # a random mask of the next level counts in it
             else:
-                level = _dense(study) if dense is None or level is None else _pruned(study, number, dense, level)
-                if folder:
+                half = (
+                    Checkpoints(runs.checkpoint_folder(folder, number), study.identity, study.seconds)
+                    if folder
+                    else None
+                )
+                if dense is None or level is None:
+                    level = _dense(study, half)
+                else:
+                    level = _pruned(study, number, dense, level, half)
+                if folder and half:
                     runs.write_level(folder, level, study.identity, study.environment)
+                    half.clear()
             level = replace(level, factory=study.factory)
             dense = dense or level
             yield level
 
 
-def _dense(study: Study) -> Level:
+def _dense(study: Study, half: Checkpoints | None) -> Level:
     """Level 0: the dense networks, their weights at step k as ``start``."""
     if study.dense is not None:
         return study.dense
@@ -68,11 +78,12 @@ def _dense(study: Study) -> Level:
     for init_seed, order_seed in zip(config.init_seeds, study.order_seeds, strict=True):
         rows.append({"treatment": "ticket", "init_seed": init_seed, "order_seed": order_seed})
         starts.append(Start(state(study.initialised(init_seed)), study.ones, order_seed))
-    level = _train(study, 0, starts, rows, first_step=0, snapshot_steps=sorted({0, k, *config.snapshot_steps}))
+    steps = sorted({0, k, *config.snapshot_steps})
+    level = _train(study, 0, starts, rows, half, first_step=0, snapshot_steps=steps)
     return replace(level, start=level.snapshots[k].clone())
 
 
-def _pruned(study: Study, number: int, dense: Level, previous: Level) -> Level:
+def _pruned(study: Study, number: int, dense: Level, previous: Level, half: Checkpoints | None) -> Level:
     """Level 1 and on: prune the tickets of the level before, rewind, train them beside their controls."""
     origins = [
         _origin(study, number, dense.select(treatment="ticket", init_seed=init), previous, init, order)
@@ -87,7 +98,7 @@ def _pruned(study: Study, number: int, dense: Level, previous: Level) -> Level:
             starts.append(start)
             rows.append({"treatment": name, "init_seed": origin.init_seed, "order_seed": start.order_seed})
     _refuse_cut(study, number, [origin.masks for origin, lost in origins if not lost])
-    return _train(study, number, starts, rows, first_step=study.config.rewind_step)
+    return _train(study, number, starts, rows, half, first_step=study.config.rewind_step)
 
 
 def _origin(
@@ -151,6 +162,7 @@ def _train(
     number: int,
     starts: list[Start],
     rows: list[dict[str, Any]],
+    half: Checkpoints | None,
     *,
     first_step: int,
     snapshot_steps: list[int] | tuple[()] = (),
@@ -164,6 +176,7 @@ def _train(
         first_step=first_step,
         snapshot_steps=snapshot_steps,
         execution=study.execution,
+        checkpoints=half,
         progress=f"level {number}/{study.config.levels}, density {density:.3g}" if study.progress else False,
     )
     results = outcome.metrics.drop(columns="replica")

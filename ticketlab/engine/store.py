@@ -7,7 +7,7 @@
 
 A level is written under a temporary name, synced and renamed, and counts only with a manifest whose
 checksums hold and that names its run and its number, so a process killed at any moment leaves whole levels and nothing
-else. Nothing that is stored is ever written again.
+else. Both JSON files end in a seal, a checksum of what else they say. Nothing that is stored is ever written again.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def environment(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "ticketlab": __version__,
@@ -76,6 +77,22 @@ def identity(description: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """A JSON file that ends in a checksum of what else it says."""
+    return (json.dumps({**content, "seal": _seal(content)}, indent=2) + "\n").encode()
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """Of all but the seal. What was stored before there were seals has no identity and no run either."""
+    rest = {key: value for key, value in content.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether it says what its seal was made of."""
+    return content.get("seal") == _seal(content)
+
+
 def plain(value: Any) -> Any:
     """As JSON reads it back: tuples are lists."""
     return json.loads(json.dumps(value))
@@ -87,7 +104,7 @@ def is_run(folder: Path) -> bool:
     Raises:
         Refused: A place that cannot be.
     """
-    with _refused(folder):
+    with refused(folder):
         return (folder / CONFIG).exists()
 
 
@@ -137,11 +154,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise Refused(f"{path} must be valid JSON: {error or type(error).__name__}. {remedy}") from error
     if not isinstance(stored, dict) or not {"config", "fingerprint"} <= set(stored):
         raise Refused(f"{path} must describe a study, with config and fingerprint: it does not. {remedy}")
-    found = identity({k: v for k, v in stored.items() if k not in ("environment", "identity")})
+    found = identity({k: v for k, v in stored.items() if k not in ("environment", "identity", "seal")})
     named = re.fullmatch(r".*-([0-9a-f]{10})", folder.name)  # version 0.1 kept it in the name of the folder alone
     expected = stored.get("identity") or (named and named[1])
     if expected is not None and found != expected:
         raise Refused(f"{path} must be what was stored: its content has the identity {found}, not {expected}. {remedy}")
+    if "identity" in stored and not is_sealed(stored):
+        raise Refused(f"{path} must be what was stored: it does not match its seal. {remedy}")
     return stored
 
 
@@ -152,7 +171,7 @@ def writing(folder: Path, description: Mapping[str, Any], environment: Mapping[s
     Raises:
         Refused: A place that cannot be written, or one that another process writes.
     """
-    with _refused(folder):
+    with refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:
@@ -162,11 +181,11 @@ def writing(folder: Path, description: Mapping[str, Any], environment: Mapping[s
                 f"{folder} must have one writer: another process holds it. Wait for it, or stop it."
             ) from error
     try:
-        with _refused(folder):
+        with refused(folder):
             _tidy(folder)
             if not (folder / CONFIG).exists():
                 stored = {**description, "identity": identity(description), "environment": dict(environment)}
-                _write(folder / f"{CONFIG}.tmp", (json.dumps(stored, indent=2) + "\n").encode())
+                write_synced(folder / f"{CONFIG}.tmp", sealed(stored))
                 os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
                 _sync_folder(folder)
         yield
@@ -185,8 +204,14 @@ def _tidy(folder: Path) -> None:
             unfinished.rename(aside)
 
 
+def checkpoint_folder(folder: Path, level: int) -> Path:
+    """Where the training of a level leaves its checkpoints."""
+    return _level_folder(folder, level).with_suffix(".checkpoint")
+
+
 @contextmanager
-def _refused(folder: Path) -> Iterator[None]:
+def refused(folder: Path) -> Iterator[None]:
+    """A place that fails is a line that names it."""
     try:
         yield
     except OSError as error:
@@ -218,11 +243,11 @@ def write_level(folder: Path, level: Level, run: str, environment: Mapping[str, 
     }
     target = _level_folder(folder, level.level)
     temporary = target.with_suffix(".tmp")
-    with _refused(folder):
+    with refused(folder):
         temporary.mkdir()
         for name, content in files.items():
-            _write(temporary / name, content)
-        _write(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+            write_synced(temporary / name, content)
+        write_synced(temporary / MANIFEST, sealed(manifest))
         _sync_folder(temporary)
         os.rename(temporary, target)
         _sync_folder(folder)
@@ -242,10 +267,13 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
         manifest = json.loads((path / MANIFEST).read_text())
         content = {name: _verified(path / name, manifest["sha256"][name]) for name in (WEIGHTS, MASKS, METRICS, CURVES)}
         place, wall_seconds = (manifest.get("run"), manifest["level"]), float(manifest["wall_seconds"])
+        broken = "run" in manifest and not is_sealed(manifest)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, Refused):
             raise
         raise Refused(_damaged(path / MANIFEST, "is not a whole manifest")) from error
+    if broken:
+        raise Refused(_damaged(path / MANIFEST, "does not match its seal"))
     if place != (run, level):
         raise Refused(_damaged(path, f"holds level {place[1]} of run {place[0]}, not level {level} of {run}"))
     # by name: safetensors gives them in an order that differs from process to process
@@ -306,7 +334,7 @@ def _damaged(path: Path, what: str) -> str:
     )
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()

@@ -76,6 +76,8 @@ class Study:
         treatments: Treatments of your own by name, trained beside those of the config.
         execution: How replicas are stacked, see ``network.resolve``.
         progress: Show progress bars where the output is a terminal.
+        checkpoint_minutes: Time after which the training of a stored level leaves a checkpoint, from which a killed run
+            goes on.
 
     Raises:
         Refused: An unknown name, data that cannot be loaded, a factory whose weights do not depend on the seed, levels
@@ -94,6 +96,7 @@ class Study:
         treatments: OwnTreatments | None = None,
         execution: Execution = "auto",
         progress: bool = True,
+        checkpoint_minutes: float = 10.0,
     ) -> None:
         for what, given, kind, remedy in (
             ("config", config, ImpConfig, "Pass tl.ImpConfig(...)."),
@@ -121,6 +124,7 @@ class Study:
         shape, n_classes = self.task.input_shape, self.task.n_classes
         self.factory: Factory = model or (lambda: models.build(config.model, shape, n_classes))
         self.given, self.execution, self.progress = start, execution, progress
+        self.seconds = 60 * checkpoint_minutes
         self.dense: Level | None = None
         self.model = self.initialised(config.init_seeds[0])
         self.names = mask_ops.prunable(self.model, config.prunable or None)
@@ -143,8 +147,8 @@ class Study:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Versions and the device, as ``config.json`` keeps them."""
-        return runs.environment(self.task.device)
+        """Versions, device, threads and the execution asked for, as ``config.json`` and manifests keep them."""
+        return {**runs.environment(self.task.device), "execution": self.execution}
 
     @cached_property
     def rates(self) -> float | dict[str, float]:
@@ -373,6 +377,7 @@ def imp(
     treatments: OwnTreatments | None = None,
     execution: Execution = "auto",
     progress: bool = True,
+    checkpoint_minutes: float = 10.0,
 ) -> Iterator[Level]:
     """Find lottery tickets: yield level 0 (dense), 1, ... ``config.levels``, each stored before it is yielded.
 
@@ -398,6 +403,7 @@ def imp(
         treatments=treatments,
         execution=execution,
         progress=progress,
+        checkpoint_minutes=checkpoint_minutes,
     )
     return study.levels(store)
 

@@ -29,9 +29,10 @@ from torch.func import functional_call, vmap
 from tqdm import tqdm
 
 from ticketlab import masks as mask_ops
-from ticketlab.batches import noise_seed
-from ticketlab.data import Task, batch_indices, crop_flip
+from ticketlab.batches import batch_orders, noise_seed
+from ticketlab.data import Task, crop_flip
 from ticketlab.engine import graphed
+from ticketlab.engine.checkpoint import Checkpoints, put_in, taken
 from ticketlab.engine.dynamic.moves import Dynamics
 from ticketlab.engine.optimizer import clipping, make_optimizer
 from ticketlab.engine.recipe import Recipe
@@ -40,7 +41,7 @@ from ticketlab.engine.trainable import check, copied, probed, put
 from ticketlab.engine.watch import OnEval, Watch, put_back
 from ticketlab.errors import Refused
 from ticketlab.lending import lent, recurrence_as_products
-from ticketlab.network import Execution, network, resolve
+from ticketlab.network import Execution, network, of_matrices, resolve
 from ticketlab.precision import float32_arithmetic
 from ticketlab.probing import close, watching_generators
 from ticketlab.seeds import seed_generators
@@ -96,7 +97,22 @@ class Outcome:
     __repr__, _repr_html_ = as_line, as_table
 
 
-Advance = Callable[[range, Sequence[int]], None]
+@dataclass(frozen=True)
+class Advance:
+    """What moves a stack through a range of steps."""
+
+    run: Callable[[range, Sequence[int]], None]
+    """(steps, replicas still alive)."""
+    optimizers: Sequence[torch.optim.Optimizer]
+    """All that has a state, in an order that does not change."""
+
+    __repr__, _repr_html_ = as_line, as_table
+
+    def __call__(self, steps: range, alive: Sequence[int]) -> None:
+        self.run(steps, alive)
+
+
+PIECE = 500  # steps after which a checkpoint may be taken
 
 
 @torch.enable_grad()
@@ -111,6 +127,7 @@ def train(
     execution: Execution = "auto",
     progress: bool | str = True,
     on_eval: OnEval | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Outcome:
     """Train R replicas from ``first_step`` to ``recipe.steps`` with fresh optimizer state.
 
@@ -133,6 +150,8 @@ def train(
         execution: How the stack is computed; ``auto`` takes ``vmap`` where it pays and gives what the loop gives.
         progress: Show a progress bar where the output is a terminal; a string is its label.
         on_eval: Called with (step, rows) after each look at the validation set, a row per replica still alive.
+        checkpoints: Where to leave one from time to time, and to go on from the last, to the same bits. None is left
+            of an optimizer of a user's own or of masks that move.
 
     Raises:
         Refused: Shapes that do not fit, steps or rates out of range, frozen weights under weight decay or beside
@@ -142,7 +161,7 @@ def train(
     check(model, starts, recipe, first_step, snapshot_steps)
     with float32_arithmetic(task.device):
         probe = probed(model, starts[0], task, recipe)
-    began = time.perf_counter()
+    began = saved = time.perf_counter()
     live, masks = stack_states([start.begun for start in starts]), stack([start.masks for start in starts])
     tf32 = recipe.precision == "tf32"
     with float32_arithmetic(task.device, tf32):
@@ -151,13 +170,21 @@ def train(
     watch.check(first_step)
     snapshots = {first_step: live.clone()} if first_step in snapshot_steps else {}
     looks = {*range(0, recipe.steps, recipe.eval_every), recipe.steps}
-    stops = sorted(step for step in looks | set(snapshot_steps) if step > first_step)
+    done = first_step
+    if callable(recipe.optimizer) or any(start.dynamics for start in starts):
+        checkpoints = None
+    if checkpoints is not None and (half := checkpoints.read(task.device, len(advance.optimizers))):
+        put_in(half, watch, snapshots, advance.optimizers)
+        done, began = int(half.state["step"]), began - float(half.state["seconds"])
+    pieces = {*range(first_step, recipe.steps, PIECE)} if checkpoints is not None else set()
+    stops = sorted(step for step in looks | set(snapshot_steps) | pieces if step > done)
     hidden = None if progress else True  # None: tqdm hides itself where the output is not a terminal
     label = progress if isinstance(progress, str) else "train"
-    with tqdm(total=recipe.steps - first_step, desc=label, unit="step", disable=hidden) as bar:
+    total = recipe.steps - first_step
+    with tqdm(total=total, desc=label, unit="step", disable=hidden, initial=done - first_step) as bar:
         if probe.draws and task.device.type == "cpu" and len(starts) > 1:
             bar.set_postfix_str("one replica at a time: training draws from a global generator")
-        for begin, end in pairwise([first_step, *stops]):
+        for begin, end in pairwise([done, *stops]):
             # The caller's generators are put back.
             with watching_generators(task.device) as drawn, float32_arithmetic(task.device, tf32):
                 advance(range(begin, end), watch.alive)
@@ -166,8 +193,11 @@ def train(
                 watch.look(end)
             if end in snapshot_steps:
                 watch.check(end)
-                snapshots[end] = live.clone()
+                snapshots[end] = watch.state()
             bar.update(end - begin)
+            if checkpoints is not None and (now := time.perf_counter()) - saved > checkpoints.seconds:
+                checkpoints.write(taken(end, now - began, watch, snapshots, advance.optimizers))
+                saved = time.perf_counter()
     network(model, live, task.train.x, finite=False)  # as at first: first weights may hide it, as gains of zero do
     return Outcome(live, snapshots, watch.metrics(), watch.curves(), time.perf_counter() - began, masks)
 
@@ -355,7 +385,7 @@ def _loop(
         finally:
             torch.set_num_threads(cores)  # threads made later start from the last value set anywhere
 
-    return advance
+    return Advance(advance, [replica.optimizer for replica in replicas])
 
 
 def _graphed(
@@ -368,41 +398,62 @@ def _graphed(
         start.dynamics is not None for start in starts
     ):
         return None  # a rate on the device is a float32, and masks that move ask Python
+    together = _graphed_stack(model, live, masks, starts, task, recipe)
+    if together is not None:
+        return together
     graphs = []
     for r, start in enumerate(starts):
         one = _replica(model, live, masks, start, r, recipe, own=True)
         optimizer = partial(make_optimizer, recipe, one.net, dict(one.net.named_parameters()))
-        feed = partial(graphed.Feed.of, task, recipe, start.order_seed, start.learning_rate)
+        feed = partial(graphed.Feed.of, task, recipe, (start.order_seed,), start.learning_rate)
         loss = partial(training_loss, one.net, task=task, recipe=recipe)
-        graphs.append(graphed.Graph(one.net, one.pruned, optimizer, feed, task, loss, one.clip))
+        tensors = partial(_tensors, one.net)
+        graphs.append(graphed.Graph(tensors, one.pruned, optimizer, feed, task, loss, one.clip))
         if not graphs[-1].record():
             return None
-    return lambda steps, alive: graphed.run([graphs[r] for r in alive], steps)
+    return Advance(
+        lambda steps, alive: graphed.run([graphs[r] for r in alive], steps), [graph.optimizer for graph in graphs]
+    )
 
 
-def _vmap(model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe) -> Advance:
-    """All replicas in one batched forward and backward pass; one optimizer on the stacked tensors."""
+def _graphed_stack(
+    model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe
+) -> Advance | None:
+    """One recorded step for the whole stack, where products of matrices are all there is to it."""
+    alike = len(starts) > 1 and not any(start.apart for start in starts)
+    if not alike or not of_matrices(model) or _why_not_vmap(model, live, starts, task, recipe) is not None:
+        return None
+    whole = _stacked(model, live, masks, starts, task, recipe)
+    optimizer = partial(make_optimizer, recipe, model, whole.leaves)
+    feed = partial(graphed.Feed.of, task, recipe, [start.order_seed for start in starts], None)
+    tensors = [*whole.leaves.values(), *live.buffers.values()]
+    graph = graphed.Graph(lambda: tensors, whole.pruned, optimizer, feed, task, whole.loss, whole.clip)
+    return _sparing(live, partial(graphed.run, [graph]), graph.optimizer) if graph.record() else None
+
+
+def _tensors(net: nn.Module) -> list[Tensor]:
+    return [*net.parameters(), *net.buffers()]
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """All replicas as one network."""
+
+    leaves: dict[str, Tensor]
+    """Parameters [replica, ...], those of the stack."""
+    pruned: Sequence[tuple[Tensor, Tensor]]
+    """Weights of it, and their masks in the same dtype."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """(inputs, targets), [replica, batch, ...] -> the sum of mean losses: gradients do not mix."""
+    clip: Callable[[], None] | None
+
+
+def _stacked(
+    model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe
+) -> _Stacked:
     leaves = {n: live.params[n].detach().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     pruned = [(leaves[n], m.to(leaves[n].dtype)) for n, m in masks.items()]
-    optimizer = make_optimizer(recipe, model, leaves)
     clip = clipping(recipe, [p for p in leaves.values() if p.requires_grad], stacked=True)
-    total = _mapped_loss(model, task, recipe, starts)
-    seeds = [start.order_seed for start in starts]
-
-    def advance(steps: range, alive: Sequence[int]) -> None:
-        stopped = sorted(set(range(len(starts))) - set(alive))
-        kept = live.select(stopped) if stopped else None
-        orders = _orders(task, recipe, seeds, steps)
-        for step, index in zip(steps, orders.transpose(0, 1), strict=True):
-            _descend(optimizer, pruned, total(leaves, live.buffers, index, step), recipe.learning_rate_at(step), clip)
-        if kept is not None:
-            put_back(live, stopped, kept)
-
-    return advance
-
-
-def _mapped_loss(model: nn.Module, task: Task, recipe: Recipe, starts: Sequence[Start]) -> Callable[..., Tensor]:
-    """Sum over replicas of their mean losses: gradients do not mix."""
     net = copied(model)
     assert net is not None
     net.train()
@@ -410,14 +461,41 @@ def _mapped_loss(model: nn.Module, task: Task, recipe: Recipe, starts: Sequence[
     forward = vmap(lambda tensors, x: functional_call(net, tensors, (x,)))
     losses = vmap(objective(task, recipe).mean)
 
-    def total(params: dict[str, Tensor], buffers: dict[str, Tensor], index: Tensor, step: int) -> Tensor:
-        batches = [_batch(task, i, start.order_seed, step) for i, start in zip(index, starts, strict=True)]
-        x, y = (torch.stack(tensors) for tensors in zip(*batches, strict=True))  # [replica, batch, ...]
+    def loss(x: Tensor, y: Tensor) -> Tensor:
         with autocast(recipe, task.device, cache_enabled=False):  # a cache would hold what vmap wraps
-            outputs = forward({**params, **buffers}, x)
+            outputs = forward({**leaves, **live.buffers}, x)
         return losses(unrounded(recipe, outputs), y).sum()
 
-    return total
+    return _Stacked(leaves, pruned, loss, clip)
+
+
+def _vmap(model: nn.Module, live: State, masks: Masks, starts: Sequence[Start], task: Task, recipe: Recipe) -> Advance:
+    """All replicas in one batched forward and backward pass; one optimizer on the stacked tensors."""
+    whole = _stacked(model, live, masks, starts, task, recipe)
+    optimizer = make_optimizer(recipe, model, whole.leaves)
+    seeds = [start.order_seed for start in starts]
+
+    def advance(steps: range) -> None:
+        orders = _orders(task, recipe, seeds, steps)
+        for step, index in zip(steps, orders.transpose(0, 1), strict=True):
+            loss = whole.loss(*_batches(task, index, starts, step))
+            _descend(optimizer, whole.pruned, loss, recipe.learning_rate_at(step), whole.clip)
+
+    return _sparing(live, advance, optimizer)
+
+
+def _sparing(live: State, advance: Callable[[range], None], optimizer: torch.optim.Optimizer) -> Advance:
+    """Of a stack that moves as one: replicas that have stopped are put back."""
+    replicas = range(len(next(iter(live.params.values()))))
+
+    def sparing(steps: range, alive: Sequence[int]) -> None:
+        stopped = sorted(set(replicas) - set(alive))
+        kept = live.select(stopped) if stopped else None
+        advance(steps)
+        if kept is not None:
+            put_back(live, stopped, kept)
+
+    return Advance(sparing, [optimizer])
 
 
 def _why_not_vmap(model: nn.Module, live: State, starts: Sequence[Start], task: Task, recipe: Recipe) -> str | None:
@@ -432,14 +510,14 @@ def _why_not_vmap(model: nn.Module, live: State, starts: Sequence[Start], task: 
         one._keep()
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in one.net.named_parameters()})
     expected = stack(gradients)
-    leaves = {n: mapped.params[n].requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     try:
         with warnings.catch_warnings():  # of operations without a rule: nothing comes of this attempt but a yes or no
             warnings.simplefilter("ignore")
-            _mapped_loss(model, task, recipe, starts)(leaves, mapped.buffers, index, 0).backward()
+            whole = _stacked(model, mapped, {}, starts, task, recipe)
+            whole.loss(*_batches(task, index, starts, 0)).backward()
     except Exception as error:  # whatever an operation without a rule raises
         return str(error).strip().splitlines()[0]
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in leaves.items()}
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in whole.leaves.items()}
     steepest = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=0.0)
     # A gradient that is zero but for rounding, as of the biases of keys, is no reason.
     near = {n: float((g - expected[n]).abs().max()) <= 1e-6 * steepest for n, g in found.items() if g.numel()}
@@ -450,13 +528,20 @@ def _why_not_vmap(model: nn.Module, live: State, starts: Sequence[Start], task: 
 
 def _orders(task: Task, recipe: Recipe, order_seeds: Sequence[int], steps: range) -> Tensor:
     """Indices of the batches of many steps, moved to the device at once: [replica, step, batch]."""
-    batch = partial(batch_indices, len(task.train), recipe.batch_size)
-    return torch.stack([torch.stack([batch(seed, step) for step in steps]) for seed in order_seeds]).to(task.device)
+    each = [batch_orders(len(task.train), recipe.batch_size, seed, steps) for seed in order_seeds]
+    return torch.stack(each).to(task.device)
 
 
 def _batch(task: Task, index: Tensor, order_seed: int, step: int) -> tuple[Tensor, Tensor]:
     x = task.train.x[index]
     return crop_flip(x, order_seed, step) if task.augmentation == "crop_flip" else x, task.train.y[index]
+
+
+def _batches(task: Task, index: Tensor, starts: Sequence[Start], step: int) -> tuple[Tensor, Tensor]:
+    """Of every replica: [replica, batch, ...]."""
+    each = [_batch(task, i, start.order_seed, step) for i, start in zip(index, starts, strict=True)]
+    x, y = (torch.stack(tensors) for tensors in zip(*each, strict=True))
+    return x, y
 
 
 def _descend(

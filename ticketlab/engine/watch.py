@@ -21,6 +21,8 @@ from ticketlab.state import Masks, State
 Row = dict[str, Any]
 OnEval = Callable[[int, list[Row]], None]
 
+LIVE, BEST = 0, 1  # of the networks that are looked at
+
 _CURVES = {"replica": "int64", "step": "int64", "loss_nats": "float64", "error": "float64"}
 
 
@@ -50,13 +52,15 @@ class Watch:
         replicas = len(next(iter(self.live.params.values())))
         self.alive = list(range(replicas))
         self.last, self.best = self._now(), self.live.clone()
+        # Made once, so that what is found out about the forward pass holds for all looks.
+        self.nets = [Network(self.model, *state, replicas=replicas) for state in (self.live, self.best)]
         self.best_loss = [math.inf] * replicas
         self.best_step: list[int | None] = [None] * replicas
         self.diverged_step: list[int | None] = [None] * replicas
 
     def look(self, step: int) -> None:
         """Evaluate on the validation set, keep what is best, and stop who is no longer finite."""
-        loss, error = self._evaluate(self.live, self.task.validation)
+        loss, error = self._evaluate(LIVE, self.task.validation)
         seen: list[Row] = []
         for r in list(self.alive):
             if not math.isfinite(loss[r]):
@@ -77,6 +81,15 @@ class Watch:
             if not all(bool(t[r].isfinite().all()) for t in self.live.params.values()):
                 self._freeze(r, step)
 
+    def state(self) -> State:
+        """A copy of the networks as they are; of those that have diverged nothing is known, NaN."""
+        state = self.live.clone()
+        lost = [r for r, step in enumerate(self.diverged_step) if step is not None]
+        for tensor in (*state.params.values(), *state.buffers.values()) if lost else ():
+            if tensor.is_floating_point():
+                tensor[lost] = math.nan
+        return state
+
     def curves(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=list(_CURVES)).astype(_CURVES)
 
@@ -86,12 +99,12 @@ class Watch:
         table = pd.DataFrame({"replica": replicas, **steps}).astype(dict.fromkeys(steps, "Int64"))
         splits = {"train": self.task.train, "validation": self.task.validation, "test": self.task.test}
         for name, split in splits.items():
-            table[f"{name}_loss_nats"], table[f"{name}_error"] = self._evaluate(self.live, split)
+            table[f"{name}_loss_nats"], table[f"{name}_error"] = self._evaluate(LIVE, split)
         for name in ("validation", "test"):
             if self._ended_best():
                 loss, error = table[f"{name}_loss_nats"], table[f"{name}_error"]
             else:
-                loss, error = self._evaluate(self.best, splits[name])
+                loss, error = self._evaluate(BEST, splits[name])
             table[f"early_stop_{name}_loss_nats"], table[f"early_stop_{name}_error"] = loss, error
         # A training that diverged has no result, whatever its last finite weights score.
         results = [c for c in table if c.endswith(("_nats", "_error"))]
@@ -121,7 +134,6 @@ class Watch:
     def _now(self) -> tuple[State, Masks]:
         return self.live.clone(), {name: mask.clone() for name, mask in self.masks.items()}
 
-    def _evaluate(self, state: State, split: Split) -> tuple[list[float], list[float]]:
-        net = Network(self.model, *state, replicas=len(self.best_loss))
-        loss, error = net.evaluate(split.x, split.y, LOSSES[self.task.loss], execution=self.execution)
+    def _evaluate(self, which: int, split: Split) -> tuple[list[float], list[float]]:
+        loss, error = self.nets[which].evaluate(split.x, split.y, LOSSES[self.task.loss], execution=self.execution)
         return loss.tolist(), error.tolist()
