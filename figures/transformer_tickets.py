@@ -83,7 +83,7 @@ def _errors(axes: Axes, networks: pd.DataFrame) -> None:
     axes.set_ylabel("test error (%)")
     low, high = axes.get_ylim()
     axes.set_ylim(top=high + 0.6 * (high - low))  # room for the legend
-    axes.legend(loc="upper center", ncols=2)
+    axes.legend(loc="upper center", ncols=2, columnspacing=1, handlelength=1.8)
 
 
 def _projections(axes: Axes, tables: Mapping[str, pd.DataFrame], arm: str) -> None:
