@@ -17,6 +17,7 @@ from figures.style import (
     letter,
     log_axis,
     look_of,
+    mark,
     mean_and_replicas,
     name_task,
     paper,
@@ -96,7 +97,6 @@ def _formula(axes: Axes, table: pd.DataFrame) -> None:
 
 def _finish(axes: Axes, table: pd.DataFrame, title: str) -> None:
     chance = 100 * (1 - 1 / table["n_classes"].iloc[0])
-    axes.axhline(chance, color="0.6", linewidth=0.8, zorder=0)
     density_axis(axes, table["level_density"].to_numpy())
-    axes.annotate("chance", (1.01, chance), xycoords=("axes fraction", "data"), ha="left", va="center", fontsize=6)
+    mark(axes, chance, "chance")
     axes.set_title(title, fontsize=7)

@@ -49,10 +49,10 @@ MEASURES = {
 }
 # Measures and scopes are black and grey: colours are those of treatments.
 SCOPES: dict[str, dict[str, object]] = {
-    "level": {"color": "black", "marker": "o", "label": "within a level"},
+    "level": {"color": "black", "marker": "o", "label": "a level"},
     "level and treatment": {
         **{"color": "0.5", "marker": "s", "markerfacecolor": "white"},
-        "label": "within a level and treatment",
+        "label": "a level and treatment",
     },
 }
 FOLLOWED = {
@@ -128,8 +128,9 @@ def _pooled(axes: Axes, correlations: pd.DataFrame) -> None:
     axes.axvline(0, color="0.6", linewidth=0.6, zorder=0)
     axes.set_yticks(place, list(MEASURES.values()))
     axes.set_xlim(-1, 1)
+    axes.set_xticks((-1, -0.5, 0, 0.5, 1))
     axes.set_xlabel("rank correlation with test accuracy\n(95 % over seeds)")
-    axes.legend(title="networks ranked", title_fontsize=7, **ABOVE, ncols=2)
+    axes.legend(title="networks ranked within", title_fontsize=7, **ABOVE, ncols=2)
 
 
 def _by_level(axes: Axes, networks: pd.DataFrame, correlations: pd.DataFrame) -> None:
@@ -145,7 +146,7 @@ def _by_level(axes: Axes, networks: pd.DataFrame, correlations: pd.DataFrame) ->
     axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
     density_axis(axes, networks["level_density"].to_numpy())
     axes.set_ylim(-1.05, 1.05)
-    axes.set_ylabel("rank correlation with test accuracy")
+    axes.set_ylabel("rank correlation\nwith test accuracy")
     n = int(single["n"].max()) if len(single) else 0
     family = int(single["n_family"].max()) if len(single) else 0
     note = f"{n} networks per level; filled: p < 0.05 by Holm, of {family}"

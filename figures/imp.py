@@ -18,6 +18,7 @@ from figures.style import (
     letter,
     log_axis,
     look_of,
+    mark,
     mean_and_replicas,
     name_task,
     paper,
@@ -52,9 +53,7 @@ def _early_stop(axes: Axes, table: pd.DataFrame, steps: int) -> None:
         said(axes, words)
         return
     _panel(axes, table, "early_stop_step", 1, "step of least validation loss")
-    axes.axhline(steps, color="0.3", lw=0.8)
-    axes.annotate("last step of training", (1, steps), (0, 2), axes.get_yaxis_transform(), textcoords="offset points",
-                  ha="right", fontsize=6)  # fmt: skip
+    mark(axes, steps, "last step of training")
     axes.set_ylim(0, 1.05 * steps)
 
 

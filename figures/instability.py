@@ -17,6 +17,7 @@ from figures.style import (
     label_of,
     letter,
     look_of,
+    mark,
     mean_and_replicas,
     name_task,
     paper,
@@ -40,8 +41,8 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     with paper():
         figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 5.0))
         _against_k(axes[0, 0], shown, 100 * shown["test_barrier_error"], "barrier of children (points)")
-        _level(axes[0, 0], STABLE, "stable below 2")
-        axes[0, 0].set_ylim(top=max(1.25 * STABLE, axes[0, 0].get_ylim()[1]))
+        mark(axes[0, 0], STABLE, "stable below 2")
+        axes[0, 0].set_ylim(min(0.0, axes[0, 0].get_ylim()[0]), max(1.25 * STABLE, axes[0, 0].get_ylim()[1]))
         error = 50 * (shown["test_error_a"] + shown["test_error_b"])
         _against_k(axes[0, 1], shown, error, "test error of the children (%)")
         _claims(axes[1, 0], tables["claims"])
@@ -66,14 +67,6 @@ def _against_k(axes: Axes, children: pd.DataFrame, values: pd.Series, label: str
     axes.set_xticks(list(places.values()), [str(k) for k in places])
     axes.set_xlabel("rewind step k")
     axes.set_ylabel(label)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-
-
-def _level(axes: Axes, y: float, what: str) -> None:
-    axes.axhline(y, color="0.4", lw=0.8, ls=":")
-    axes.annotate(
-        what, (0.98, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6.5, color="0.3"
-    )
 
 
 def _claims(axes: Axes, claims: pd.DataFrame) -> None:
@@ -88,7 +81,7 @@ def _claims(axes: Axes, claims: pd.DataFrame) -> None:
             color=str(look["color"]),
         )
     axes.axvline(STABLE, color="0.4", lw=0.8, ls=":")
-    _level(axes, 100 * claims["dense_sd"].iloc[0], "1 sd of dense")
+    mark(axes, 100 * claims["dense_sd"].iloc[0], "1 sd of dense")
     axes.set_xlabel("instability (points of error)")
     axes.set_ylabel("test error above dense (points)")
 

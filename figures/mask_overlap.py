@@ -37,7 +37,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         seeds = pd.unique(pairs[["init_seed_a", "init_seed_b"]].to_numpy().ravel())
         n = len(seeds) * (len(seeds) - 1) // 2
         about = f"{len(seeds)} init seeds, {n} pairs per level; dots are pairs or tickets, lines their means"
-        figure.suptitle(f"Overlap of tickets, {name_task(pairs)}: {about}", fontsize=8)
+        figure.suptitle(f"Overlap of tickets, {name_task(pairs)}\n{about}", fontsize=8)
     return figure
 
 
@@ -57,7 +57,7 @@ def _over_chance(axes: Axes, aligned: pd.DataFrame, pairs: pd.DataFrame) -> None
         given = (rows["intersection"] / rows["expected_given_input"])[own].groupby(density[own]).mean()
         axes.plot(given.index, given, **{**look, "markerfacecolor": "white"})  # type: ignore[arg-type]
         spread = (1.96 * rows["variance"] ** 0.5 / rows["expected"])[own].groupby(density[own]).mean()
-        axes.fill_between(spread.index, 1 - spread, 1 + spread, color=look["color"], alpha=0.12, lw=0)
+        axes.fill_between(spread.index, (1 - spread).clip(lower=0), 1 + spread, color=look["color"], alpha=0.12, lw=0)
     _finish(axes, density, "shared / expected", "bands: 95 % of random masks\nopen: live weights of inputs given")
 
 
@@ -70,7 +70,7 @@ def _over_aligned_chance(axes: Axes, aligned: pd.DataFrame) -> None:
         given = ratio[~free].groupby(rows["density"][~free]).mean()
         axes.plot(given.index, given, **{**look, "markerfacecolor": "white"})  # type: ignore[arg-type]
         spread = (1.96 * rows["null_sd"] / rows["null_mean"])[~free].groupby(rows["density"][~free]).mean()
-        axes.fill_between(spread.index, 1 - spread, 1 + spread, color=look["color"], alpha=0.12, lw=0)
+        axes.fill_between(spread.index, (1 - spread).clip(lower=0), 1 + spread, color=look["color"], alpha=0.12, lw=0)
     draws = aligned["draws"].iloc[0]
     title = f"over random masks aligned alike ({draws} draws)\nopen: live weights of units and inputs given"
     _finish(axes, aligned["density"], "shared / expected, aligned", title)

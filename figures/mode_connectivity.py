@@ -11,7 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from figures.style import TWO_COLUMNS, density_axis, keys, letter, mean_and_replicas, name_task, paper, said
+from figures.style import (
+    TWO_COLUMNS,
+    density_axis,
+    keys,
+    letter,
+    mark,
+    mean_and_replicas,
+    name_task,
+    paper,
+    said,
+)
 
 START_END, SIBLINGS = "theta_k to theta_T", "siblings"
 INDEPENDENT, MATCHED = "independent", "independent, matched"
@@ -146,11 +156,7 @@ def _heights(
         x = chosen["density"] if against == "density" else chosen["rewind_step"].map(steps.get)
         mean_and_replicas(axes, x, scale * chosen["barrier"], label=split, **look)
     if question == SIBLINGS:
-        axes.axhline(2, color="0.4", lw=0.8, ls=":")
-        axes.annotate(
-            "stable below 2", (0.98, 2), xycoords=("axes fraction", "data"), va="bottom", ha="right", fontsize=6.5,
-            color="0.3",
-        )  # fmt: skip
+        mark(axes, 2, "stable below 2")
     if against == "density":
         density_axis(axes, rows["density"].to_numpy())
     else:

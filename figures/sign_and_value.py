@@ -30,6 +30,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     table = tables["starts"]
     with paper():
         figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 3.9), width_ratios=(1, 1, 0.8))
+        figure.set_layout_engine("constrained", w_pad=0.1)
         _signs(axes[0], table)
         _pruned(axes[1], table)
         _sparsest(axes[2], table)

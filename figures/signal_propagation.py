@@ -21,11 +21,15 @@ from figures.style import (
     letter,
     log_axis,
     look_of,
+    mark,
     mean_and_replicas,
     name_task,
     paper,
     treatments,
 )
+
+SINGULAR = 1e12
+"""Condition numbers above it are of the rounding, not of the matrix."""
 
 
 def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
@@ -35,8 +39,10 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
         figure, axes = plt.subplots(2, 2, figsize=(TWO_COLUMNS, 4.8))
         _against_density(axes[0, 0], networks, "mean_squared", "mean squared singular value")
         _theory(axes[0, 0], networks)
-        _against_density(axes[0, 1], networks, "condition_number", "condition number (median)")
-        axes[0, 1].set_title("Jacobian of outputs by inputs")
+        regular = networks["condition_number"] < SINGULAR
+        _against_density(axes[0, 1], networks[regular], "condition_number", "condition number (median)")
+        left_out = "" if regular.all() else f"; {int((~regular).sum())} singular left out"
+        axes[0, 1].set_title("Jacobian of outputs by inputs" + left_out)
         _by_layer(axes[1, 0], layers, "variance", "activation variance")
         _by_layer(axes[1, 1], layers, "gradient_norm", "gradient norm (rms, nats)")
         letter(axes.flat)
@@ -56,7 +62,7 @@ def supplement(tables: Mapping[str, pd.DataFrame]) -> Figure:
         pruned = sorted(level for level in densities["level"].unique() if level > 0)
         for place, level in zip(axes[1], dict.fromkeys([*pruned[:1], *pruned[-1:]]), strict=False):
             _spectra(place, densities, level)
-        _against_density(axes[1, 2], networks, "scaled_distance", "distance to scaled isometry", log=False)
+        _against_density(axes[1, 2], networks, "scaled_distance", "distance to\nscaled isometry", log=False)
         letter(axes.flat)
         below(figure, axes[1, 0] if pruned else axes[0, 0])
         _title(figure, networks)
@@ -91,9 +97,7 @@ def _sigma_w2(axes: Axes, layer: pd.DataFrame) -> None:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, edge / 3), max(high, edge * 2.2))
         log_axis(axes)
-        axes.axhline(edge, color="0.3", lw=0.9)
-        axes.annotate("edge of chaos", (0.98, edge), (0, 2), axes.get_yaxis_transform(), textcoords="offset points",
-                      ha="right", fontsize=6)  # fmt: skip
+        mark(axes, edge, "edge of chaos")
 
 
 def _spectra(axes: Axes, densities: pd.DataFrame, level: int) -> None:

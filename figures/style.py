@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,6 +186,12 @@ def said(axes: Axes, words: str) -> None:
     """A panel in words, where a drawing would be empty or of rounding alone."""
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes)
     axes.set_axis_off()
+
+
+def mark(axes: Axes, y: float, words: str) -> None:
+    """A line across, named on its right, where the words hide nothing."""
+    axes.axhline(y, color="0.4", lw=0.8, ls=":", zorder=0)
+    axes.annotate(textwrap.fill(words, 11), (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=6)
 
 
 def log_axis(axes: Axes) -> None:

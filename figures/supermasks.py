@@ -12,7 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from figures.style import TASKS, TWO_COLUMNS, density_axis, letter, log_axis, mean_and_replicas, name_task, paper
+from figures.style import (
+    TWO_COLUMNS,
+    density_axis,
+    letter,
+    log_axis,
+    mark,
+    mean_and_replicas,
+    name_task,
+    paper,
+)
 
 CRITERIA: dict[str, dict[str, object]] = {
     "large_final_same_sign": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
@@ -31,7 +40,10 @@ VALUES: dict[str, dict[str, object]] = {
 }
 OTHER: dict[str, object] = {"color": "#E69F00", "marker": "*", "linestyle": (0, (3, 2))}
 NAMES = {"imp": "IMP tickets", "init": "initial values"}
-CLASSES = {**dict.fromkeys(TASKS, 10), "cifar100": 100}
+CLASSES = {
+    **dict.fromkeys(("digits", "mnist", "fashion_mnist", "cifar10", "examples.cifar_small:task"), 10),
+    **{"cifar100": 100, "stdlib_topics": 8},
+}
 EVALUATIONS = {"deterministic": "o", "sampled": "s", "expected": "^"}
 
 
@@ -43,10 +55,12 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     untrained, learned = tables["untrained"], tables.get("learned")
     with paper():
         figure, axes = plt.subplots(1, 2 + (learned is not None), figsize=(TWO_COLUMNS, 3.7))
+        errors = pd.concat([table["error"] for table in (untrained, learned) if table is not None])
+        least = 90 * float(errors[errors > 0].min())
         for place in axes[:2]:
             density_axis(place, untrained["density"].to_numpy())
         for place in axes:
-            _scale(place, untrained["task"].iloc[0])
+            _scale(place, untrained["task"].iloc[0], least)
         _criteria(axes[0], untrained[untrained["values"] == "signed_constant"])
         _values(axes[1], untrained)
         if learned is not None:
@@ -59,15 +73,13 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def _scale(axes: Axes, task: str) -> None:
+def _scale(axes: Axes, task: str, least: float) -> None:
     """One scale for all panels, with the error of a guess where the task's classes are known to be alike."""
-    axes.set_ylim(1, 120)
+    axes.set_ylim(min(1, least), 120)
     log_axis(axes)
     if task in CLASSES:
         chance = 100 * (1 - 1 / CLASSES[task])
-        axes.axhline(chance, color="0.3", linewidth=0.8, zorder=0)
-        axes.annotate("chance", (1, chance), (0, 3), axes.get_yaxis_transform(), textcoords="offset points",
-                      ha="right", fontsize=6)  # fmt: skip
+        mark(axes, chance, "chance")
 
 
 def _criteria(axes: Axes, constants: pd.DataFrame) -> None:

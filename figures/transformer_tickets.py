@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping
 
@@ -62,7 +63,7 @@ def draw(tables: Mapping[str, pd.DataFrame]) -> Figure:
             _barriers(axes[1, 1], tables["barriers"])
         letter(axes.flat)
         n, source = networks["init_seed"].nunique(), networks["source"].iloc[0]
-        learned = "" if source == "none" else f"\npretrained on {TASKS.get(source, source)}"
+        learned = "" if source == "none" else f"\npretrained on {_task(source)}"
         figure.suptitle(f"{name_task(networks)}: n = {n} seeds{learned}", fontsize=8)
     return figure
 
@@ -83,7 +84,7 @@ def _errors(axes: Axes, networks: pd.DataFrame) -> None:
     axes.set_ylabel("test error (%)")
     low, high = axes.get_ylim()
     axes.set_ylim(top=high + 0.6 * (high - low))  # room for the legend
-    axes.legend(loc="upper center", ncols=2)
+    axes.legend(loc="upper center", ncols=2, columnspacing=1, handlelength=1.8)
 
 
 def _projections(axes: Axes, tables: Mapping[str, pd.DataFrame], arm: str) -> None:
@@ -166,10 +167,10 @@ def _transfer(axes: Axes, transfer: pd.DataFrame) -> None:
 
 
 def _task(word: str) -> str:
-    """A task in words, its name with a digest or with classes behind it, such as ``digits:0-4``."""
+    """A task in words, its name with a digest or with classes behind it, such as ``digits:0-4`` and ``digits_0-4``."""
     known = TASKS.get(word) or TASKS.get(word.partition(".")[0])
-    name, colon, classes = word.partition(":")
-    return known or f"{TASKS.get(name, name)}{colon}{classes}"
+    name, classes = re.fullmatch(r"(.*?)(?:[:_]([\d,-]+))?", word).groups("")  # type: ignore[union-attr]
+    return known or f"{TASKS.get(name, name)} {classes}".strip()
 
 
 def _barriers(axes: Axes, barriers: pd.DataFrame) -> None:

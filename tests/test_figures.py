@@ -121,7 +121,7 @@ def test_imp_shows_every_replica_and_says_n():
 def test_mode_connectivity_says_n_alphas_and_examples():
     figure, more = mode_connectivity.draw(connectivity_tables()), mode_connectivity.supplement(connectivity_tables())
     found = texts(figure)
-    for text in ("n = 2", "5 alphas", "100 train", "50 test", "stable below 2", "baseline: mean", "baseline: linear"):
+    for text in ("n = 2", "5 alphas", "100 train", "50 test", "stable\nbelow 2", "baseline: mean", "baseline: linear"):
         assert text in found
     heights = figure.axes[0].lines
     assert any(np.allclose(line.get_ydata(), 0.5) for line in heights)  # means of 0 and 1 points

@@ -163,4 +163,4 @@ def test_the_overlap_figure_says_n_and_draws_without_pixels_too():
         for ratio in ratios:
             assert any(np.allclose(line.get_ydata(), ratio) for line in figure.axes[panel].lines)
     bare = overlap_figure.draw({name: table for name, table in tables.items() if name != "pixels"})
-    assert bare.axes[2].get_title() == "first layer: no pixel map"
+    assert "no map of pixels" in bare.axes[2].texts[0].get_text() and not bare.axes[2].axison

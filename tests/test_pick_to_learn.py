@@ -40,7 +40,7 @@ def test_more_examples_confidence_and_compression_tighten_it():
     assert bound(450, 500, n_classes=10).vacuous and not bound(10, 500, n_classes=10).vacuous
 
 
-@pytest.mark.parametrize("wrong", [(-1, 5), (6, 5), (0, 0), (1.5, 5), (1, 5, 0), (1, 5, 1.0), (True, 5)])
+@pytest.mark.parametrize("wrong", [(-1, 5), (6, 5), (0, 0), (1.5, 5), (1, 5, 0), (1, 5, 1.0), ([1, 2], 5)])
 def test_numbers_out_of_range_are_refused(wrong):
     with pytest.raises(Refused):
         tl.bounds.pick_to_learn(*wrong)

@@ -106,7 +106,7 @@ def test_the_figure_says_what_it_shows_in_the_same_bytes_each_time(tmp_path):
     titles = " | ".join([main.get_suptitle(), *(axes.get_title() for axes in main.axes + more.axes)])
     assert "n = 2 replicas" in titles and "30 training examples" in titles and "at 25 % of the weights" in titles
     notes = [text.get_text() for axes in more.axes for text in axes.texts]
-    assert notes.count("edge of chaos") == 3  # of the first, the middle and the last layer
+    assert notes.count("edge of\nchaos") == 3  # of the first, the middle and the last layer
     assert [axes.get_title() for axes in more.axes[:3]] == ["fc1", "fc2", "output"]
     dots = [line for line in main.axes[0].lines if line.get_linestyle() == "None"]
     assert {2.0, 3.0} == {*np.concatenate([line.get_ydata() for line in dots])}  # every replica is shown

@@ -96,14 +96,14 @@ def mdl(
         raise Refused(
             f"kept must be a count in 0..total: got {kept!r} of {total!r}. Take them from masks.kept and total."
         )
-    n, log_delta = _sample(n, delta)
+    n, log_delta = sample(n, delta)
     value = error + np.sqrt((k * np.log(d) + choices - log_delta) / (2 * n))
     if weights == "seed":
         covers = "masks of at least two weights over weights that a seed fixes before the sample is seen"
     else:
         covers = "the mask alone: the bits of trained values are left out, so no trained network"
     certified = weights == "seed" and bool((k >= 2).all())
-    return _bound(
+    return stated(
         "mdl", error, value, n, delta, n_classes, certified, covers, f"{_SAMPLE}; k ln d nats a mask, and the choices"
     )
 
@@ -134,7 +134,7 @@ def occam_hoeffding(
     """
     error, budget, n = _paid(train_error, n, delta, description_nats=description_nats)
     value = error + np.sqrt(budget / (2 * n))
-    return _bound("occam_hoeffding", error, value, n, delta, n_classes, True, covers, _CODE)
+    return stated("occam_hoeffding", error, value, n, delta, n_classes, True, covers, _CODE)
 
 
 def occam_kl(
@@ -154,7 +154,7 @@ def occam_kl(
     """
     error, budget, n = _paid(train_error, n, delta, description_nats=description_nats)
     value = kl_inverse(error, budget / n)
-    return _bound("occam_kl", error, value, n, delta, n_classes, True, covers, _CODE)
+    return stated("occam_kl", error, value, n, delta, n_classes, True, covers, _CODE)
 
 
 def binomial_tail(
@@ -179,7 +179,7 @@ def binomial_tail(
     error, budget, n = _paid(train_error, n, delta, description_nats=description_nats)
     value = np.vectorize(upper_inverse, otypes=[float])(_errors(error, n), n, -budget)
     assumptions = _CODE.replace("loss in [0, 1]", "0/1 loss")
-    return _bound("binomial_tail", error, value, n, delta, n_classes, True, covers, assumptions)
+    return stated("binomial_tail", error, value, n, delta, n_classes, True, covers, assumptions)
 
 
 def pac_bayes_kl(
@@ -271,17 +271,17 @@ def held_out(
     found = bound(test_error, 0.0, n_test, delta)
     assumptions = f"n i.i.d. test examples; {'0/1 loss' if method == 'binomial' else 'loss in [0, 1]'}"
     covers = "one network, fixed before the test set was looked at"
-    return _bound("held_out", found.empirical, found.value, n_test, delta, n_classes, True, covers, assumptions)
+    return stated("held_out", found.empirical, found.value, n_test, delta, n_classes, True, covers, assumptions)
 
 
 def _gibbs(name: str, error: Value, value: Value, n: int, delta: float, n_classes: int | None) -> Bound:
     covers = "the Gibbs classifier that draws a hypothesis from Q at each input, for every Q at once"
-    return _bound(
+    return stated(
         name, error, value, n, delta, n_classes, True, covers, f"{_SAMPLE}; a prior P fixed before the sample"
     )
 
 
-def _bound(
+def stated(
     name: str,
     error: Value,
     value: Value,
@@ -292,6 +292,7 @@ def _bound(
     covers: str,
     assumptions: str,
 ) -> Bound:
+    """A value with what it says, held against chance."""
     if n_classes is not None and not scalar("n_classes", n_classes) >= 2:
         raise Refused(f"n_classes must be at least 2: got {n_classes}.")
     chance = 1.0 if n_classes is None else 1 - 1 / n_classes
@@ -317,12 +318,12 @@ def _paid(
     """The loss, the nats that are named plus ``more`` plus ln 1/delta, and n: all checked."""
     ((name, given),) = priced.items()
     error, price = together(train_error=_loss(train_error), **{name: nats(name, given)})
-    n, log_delta = _sample(n, delta)
+    n, log_delta = sample(n, delta)
     return error, price + more - log_delta, n
 
 
 def _pac_bayes(train_error: ArrayLike, kl_nats: ArrayLike, n: int, delta: float) -> tuple[np.ndarray, np.ndarray, int]:
-    n, _ = _sample(n, delta)
+    n, _ = sample(n, delta)
     return _paid(train_error, n, delta, math.log(2 * math.sqrt(n)), kl_nats=kl_nats)
 
 
@@ -336,7 +337,7 @@ def _loss(given: ArrayLike) -> np.ndarray:
         ) from None
 
 
-def _sample(n: int, delta: float) -> tuple[int, float]:
+def sample(n: int, delta: float) -> tuple[int, float]:
     """n and ln delta, checked."""
     size, rate = numbers("n", n), numbers("delta", delta)
     if size.ndim or not (size >= 1 and size % 1 == 0):

@@ -6,7 +6,8 @@ import math
 
 from scipy import optimize, stats
 
-from ticketlab.bounds.certificates import Bound
+from ticketlab.bounds.certificates import Bound, sample, stated
+from ticketlab.bounds.kl import scalar
 from ticketlab.errors import Refused
 
 _COVERS = "the network that the algorithm returns"
@@ -38,19 +39,11 @@ def pick_to_learn(n_compressed: int, n: int, delta: float = 0.05, *, n_classes: 
     Raises:
         Refused: A number out of range.
     """
-    k = n_compressed
-    for name, count in (("n_compressed", k), ("n", n)):
-        if isinstance(count, bool) or count != int(count):
-            raise Refused(f"{name} must be a number of examples: got {count!r}.")
-    if n < 1 or not 0 <= k <= n:
-        raise Refused(f"n_compressed must lie in 0..n and n be at least 1: got {k!r} of {n!r}.")
-    if not 0 < delta < 1:
-        raise Refused(f"delta must lie in (0, 1): got {delta!r}.")
-    if n_classes is not None and n_classes < 2:
-        raise Refused(f"n_classes must be at least 2: got {n_classes!r}.")
-    value = 1.0 if k == n else _smallest(int(k), int(n), delta)
-    chance = 1.0 if n_classes is None else 1 - 1 / n_classes
-    return Bound("pick_to_learn", value, 0.0, value, int(n), delta, value >= chance, True, _COVERS, _ASSUMPTIONS)
+    k, (size, _) = scalar("n_compressed", n_compressed), sample(n, delta)
+    if not (0 <= k <= size and k % 1 == 0):
+        raise Refused(f"n_compressed must be a number of examples in 0..n: got {n_compressed!r} of {n!r}.")
+    value = 1.0 if k == size else _smallest(int(k), size, float(delta))
+    return stated("pick_to_learn", 0.0, value, size, delta, n_classes, True, _COVERS, _ASSUMPTIONS)
 
 
 def _smallest(k: int, n: int, delta: float) -> float:
