@@ -80,7 +80,7 @@ def calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
         "runs": (tl.runs, {"store": "nowhere"}),
         "verify": (tl.verify, {"folder": "nowhere"}),
         "load_shards": (tl.load_shards, {"folder": "nowhere", "validation_size": 0.1}),
-        "models.build": (tl.models.build, {"name": "mlp_100_50", "input_shape": (1, 8, 8), "n_classes": 10}),
+        "models.build": (_built, {"name": "mlp_100_50", "input_shape": (1, 8, 8), "n_classes": 10}),
         "Task.from_tensors": (
             tl.Task.from_tensors,
             {"x": x, "y": y, "validation_size": 2, "test_size": 2, "split_seed": 0, "n_classes": 3, "name": "t"},
@@ -155,6 +155,10 @@ def calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
         "signal.largest_singular_values": (tl.signal.largest_singular_values, {**net, "x": x, "n_values": 1}),
         "signal.jacobian_moments": (tl.signal.jacobian_moments, {**net, "x": x, "n_moments": 2, "n_probes": 2}),
     }
+
+
+def _built(name: str, input_shape: Any, n_classes: Any) -> torch.nn.Module:
+    return tl.initialise(lambda: tl.models.build(name, input_shape, n_classes), 0)
 
 
 def arguments() -> Iterator[Case]:
