@@ -64,6 +64,10 @@ class Config:
     """Page that gets the table; None: printed alone."""
 
 
+class Endless(BaseException):
+    """An input that has no end within `PATIENCE`; nothing but the tally may catch it."""
+
+
 @dataclass
 class Tally:
     """What came of the inputs of a target."""
@@ -83,18 +87,14 @@ class Tally:
             self.refused += 1
         except AssertionError:
             self.silent += 1
-            self._fault("silent", words)
-        except Exception as error:
+            self.faults.setdefault("silent", words)
+        except (Exception, Endless) as error:
             self.tracebacks += 1
-            self._fault(f"{type(error).__name__} {_place(error)}", words)
+            self.faults.setdefault(f"{type(error).__name__} {_place(error)}", words)
         else:
             refused = isinstance(code, int) and code == 2  # a command's
             self.refused += refused
             self.taken += not refused
-
-    def _fault(self, where: str, words: str) -> None:
-        if self.faults.setdefault(where, words) == words:
-            print(f"{where}: {words}", file=sys.stderr, flush=True)
 
 
 def _place(error: BaseException) -> str:
@@ -105,14 +105,14 @@ def _place(error: BaseException) -> str:
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
     def end(*_: object) -> None:
-        raise TimeoutError(f"no end within {PATIENCE} s")
+        raise Endless
 
     signal.signal(signal.SIGALRM, end)
-    signal.alarm(PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1)  # again, where it was lost in a destructor
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
@@ -145,7 +145,7 @@ def swept(name: str, seconds: float) -> Tally:
             tally.add(act, words)
         if len(lines := said.getvalue().splitlines()) > 1 and lines[-1].startswith("error:"):
             tally.tracebacks += 1
-            print(f"more than a line: {words}: {lines}", file=sys.stderr)
+            tally.faults.setdefault("more than a line", words)
     return tally
 
 
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         date = datetime.now(UTC).strftime("%Y-%m-%d")
         cells = (name, n, round(seconds), tally.refused, tally.taken, tally.silent, tally.tracebacks, date)
         rows.append("| " + " | ".join(map(str, cells)) + " |")
-        print(rows[-1], flush=True)
+        print(rows[-1], *(f"\n  {where}: {words}" for where, words in tally.faults.items()), flush=True)
         wrong += tally.silent + tally.tracebacks
     if config.out is not None and not config.targets:
         config.out.write_text(HEAD + "\n".join(rows) + "\n")

@@ -18,9 +18,16 @@ from ticketlab import console
 WORDS = ("", "x", "-1", "0", "nan", "1e999", "1000000000000", "0.5", "\n", "none")
 """What is put in the place of a flag's value."""
 PLACES = ("out", "store", "run")
-TINY = {"levels": "1", "steps": "4", "eval-every": "2", "init-seeds": "0 1", "snapshot-steps": "2"}
-ENDLESS = {("steps", "1000000000000")}
-"""Right, and beyond anybody's patience."""
+TINY = {
+    "levels": "1",
+    "steps": "4",
+    "learned-steps": "4",
+    "eval-every": "2",
+    "init-seeds": "0 1",
+    "snapshot-steps": "2",
+}
+PATIENT = {(flag, WORDS[6]) for flag in ("steps", "n-spectrum", "n-regression", "n-kernel", "learned-steps")}
+"""Right, and longer than a fuzzer waits: so many steps, and all examples that there are."""
 Case = tuple[str, Callable[[], object]]
 """Words for an input, and what to do with it: an exit code of 2 is a refusal."""
 
@@ -37,7 +44,7 @@ def flags(folder: Path) -> Iterator[Case]:
                 given = {**tiny, "out": str(folder / "out"), "store": str(folder / "store"), "device": "cpu"}
                 given = {k: v.split() for k, v in given.items() if k in every} | {flag: [word]}
                 argv = [name, *(part for k, values in given.items() for part in (f"--{k}", *values))]
-                if (flag, word) not in ENDLESS:
+                if (flag, word) not in PATIENT:
                     yield f"ticketlab {name} --{flag} {word!r}", lambda argv=argv: console.main(argv)
 
 
