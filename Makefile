@@ -5,7 +5,7 @@ PYTHON := python3
 endif
 BIN := .venv/bin
 
-.PHONY: demo test lint figures docs bench-peers clean
+.PHONY: demo test lint figures docs fuzz bench-peers clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -24,6 +24,11 @@ figures: .venv/ready
 # docs/tables.md, the reference of every public function in build/docs, and a check of all links.
 docs: .venv/ready
 	$(BIN)/python docs/build.py
+
+# Wrong input for everything that reads, some minutes of it, and docs/fuzz.md, the table of what came of it.
+fuzz: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m fuzz
 
 # What benchmarks.ntk runs beside ours: python -m benchmarks.ntk --peer-python .venv-peers/bin/python
 bench-peers: .venv-peers/ready

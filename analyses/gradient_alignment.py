@@ -72,6 +72,8 @@ def run(config: Config) -> Tables:
     """``networks``: one row per network. ``correlations``: one row per measure and group ranked together."""
     if not 2 <= config.n_batches <= config.n_examples:
         raise Refused(f"n_batches must lie in 2..n_examples, {config.n_examples}: got {config.n_batches}.")
+    if min(config.n_kernel, config.top) < 1:
+        raise Refused(f"n_kernel and top must be at least 1: got {config.n_kernel} and {config.top}.")
     study, model, task, levels = open_run(config)
     factory = partial(tl.models.build, study.model, task.input_shape, task.n_classes)
     data = task.limit(min(config.n_examples, len(task.train))).to(dtype=torch.float64).train

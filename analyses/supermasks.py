@@ -78,6 +78,7 @@ class Config(OfRun):
             "learned_seeds must be at least 1": self.learned_seeds >= 1,
             "learned_steps must be at least 0": self.learned_steps >= 0,
             "draws must be at least 1": self.draws >= 1,
+            "draws must be at most 100,000": self.draws <= 10**5,
         }
         for rule, holds in checks.items():
             if not holds:

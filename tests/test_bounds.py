@@ -347,3 +347,12 @@ def test_tensors_are_taken_as_arrays_are_and_shapes_must_fit():
         bounds.binary_kl([0.1, 0.2], [0.1, 0.2, 0.3])
     with pytest.raises(Refused, match="kept, total, train_error, choice_nats must be"):
         bounds.mdl([0.1, 0.2], [1, 2, 3], 10, 100)
+
+
+def test_sums_that_have_no_end_are_refused():
+    assert bounds.binomial_tail(1e-9, 1.0, 10**9).value < 1e-7
+    for error, n in ((0.1, 10**9), (0.0, 10**12)):
+        with pytest.raises(Refused, match=r"n must be at most 10\^9, with 10\^7 errors.* Use occam_kl"):
+            bounds.binomial_tail(error, 1.0, n)
+    with pytest.raises(Refused, match="n_classes must be at least 2: got inf"):
+        bounds.mdl(0.1, 2, 10, 100, n_classes=math.inf)

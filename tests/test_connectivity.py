@@ -484,7 +484,7 @@ def test_a_split_named_twice_is_evaluated_once():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"n_alphas": 2}, "a path needs at least 3 alphas, both ends included: got 2"),
+        ({"n_alphas": 2}, "n_alphas, both ends included, must be at least 3: got 2"),
         ({"batchnorm": "reset"}, "batchnorm must be 'recalibrate' or 'keep': got 'reset'"),
         ({"splits": ("tset",)}, r"splits must be some of train, validation, test: got \['tset'\]"),
         ({"splits": ()}, r"splits must be some of .*: got \[\]"),

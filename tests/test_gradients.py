@@ -438,7 +438,7 @@ def test_bad_options_are_refused():
     model, params, masks, x, y = problem()
     with pytest.raises(ValueError, match=r"unknown coordinates 'alive'\. Did you mean 'live'"):
         gradients.gradient(model, params, x, y, coordinates="alive")
-    with pytest.raises(ValueError, match="batch_size must be at least 1 example: got 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1: got 0"):
         gradients.gradient(model, params, x, y, batch_size=0)
     with pytest.raises(ValueError, match="at least two whole batches: got 30 examples for batches of 16"):
         gradients.batch_statistics(model, params, x, y, batch_size=16)

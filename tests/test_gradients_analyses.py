@@ -93,6 +93,9 @@ def test_bad_numbers_of_batches_are_refused(capsys):
         flags, module = ["--n-examples", "60", "--n-batches", n], gradient_alignment
         assert main("gradient_alignment", module.Config, module.run, module.draw, module.summary, flags) == 2
         assert f"error: n_batches must lie in 2..n_examples, 60: got {n}." in capsys.readouterr().err
+    for flag in ("--n-kernel", "--top"):
+        assert main("gradient_alignment", module.Config, module.run, module.draw, module.summary, [flag, "-1"]) == 2
+        assert "error: n_kernel and top must be at least 1" in capsys.readouterr().err
 
 
 def tables():

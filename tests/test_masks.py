@@ -17,7 +17,9 @@ from reference import prune_sorted
 from scipy import stats
 from torch import nn
 
+import ticketlab as tl
 from ticketlab import masks
+from ticketlab.errors import Refused, kinds_told
 from ticketlab.models import build as build_model
 from ticketlab.seeds import initialise
 from ticketlab.state import stack, state
@@ -438,3 +440,36 @@ def test_masks_of_the_model_are_no_views_of_it():
     for mask in masks.ones(model).values():
         mask.zero_()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_counts_and_shapes_that_cannot_be_are_refused():
+    for alive, fraction in ((10, math.nan), (10, 1.5), (10, -0.1), (-1, 0.5)):
+        with pytest.raises(Refused, match=r"fraction must lie in \[0, 1\] and alive be at least 0"):
+            masks.n_removed(alive, fraction)
+    scores = torch.arange(4.0)
+    for among, n in ((torch.ones(3).bool(), 1), (torch.ones(4), 1), (torch.ones(4).bool(), -1)):
+        with pytest.raises(Refused, match="scores and a bool tensor of one shape, and n of at least 0"):
+            masks.top(scores, among, n)
+    with pytest.raises(Refused, match="masks must name a prunable parameter"):
+        masks.random_mask({}, 0)
+    with pytest.raises(Refused, match="n_classes must be at least 1: got -1"):
+        tl.models.build("mlp_100_50", (1, 8, 8), -1)
+
+
+def test_a_failure_over_an_argument_of_the_wrong_kind_names_it():
+    for wrong, words in (("x", "'x', a str"), (3, "3, a int"), ({"a": None}, "{'a': None}, a dict")):
+        with pytest.raises(Refused, match=rf"^masks must be Mapping\[str, Tensor\]: got {words}\.$"):
+            tl.masks.kept(wrong)
+
+
+def test_a_failure_of_another_kind_keeps_its_traceback():
+    def broken(n: int) -> int:
+        return n + int("no number")
+
+    assert kinds_told(broken).__name__ == "broken"
+    with pytest.raises(ValueError, match="invalid literal"):
+        kinds_told(broken)(1)
+    with pytest.raises(Refused, match="n must be int: got 'x', a str"):
+        kinds_told(broken)("x")
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        kinds_told(broken)()

@@ -15,6 +15,7 @@ import ticketlab as tl
 from tests.cases import small_conv_bn
 from ticketlab import to_shards
 from ticketlab.data import Task
+from ticketlab.errors import Refused
 from ticketlab.image_folder import ImageFolder
 from ticketlab.mapped import Mapped
 from ticketlab.shards import load_shards
@@ -310,6 +311,18 @@ def test_damage_is_seen(tmp_path):
     np.save(folder / "train" / "y_000.npy", np.zeros(7, np.int64))
     with pytest.raises(ValueError, match=r"y_000.npy must be as it was written|x_001"):
         load_shards(folder, **SPLITS)
+    whole = json.loads((folder / "shards.json").read_text())
+    for changes, words in (
+        ({"parts": {}}, "parts"),
+        ({"parts": {"train": [{**whole["parts"]["train"][0], "x": "../../x_000.npy"}]}}, "shards"),
+        ({"scale": {"mean": [0.5], "std": [0.5]}}, "scale"),
+        ({"dtype": "ftaol32"}, "ftaol32"),
+        ({"name": ...}, "KeyError"),
+    ):
+        changed = {key: value for key, value in {**whole, **changes}.items() if value is not ...}
+        (folder / "shards.json").write_text(json.dumps(changed))
+        with pytest.raises(Refused, match=f"must hold a finished set of shards, with its shards.json: .*{words}"):
+            load_shards(folder)
     (folder / "shards.json").write_text('{"format": 2}')
     with pytest.raises(ValueError, match="format 2"):
         load_shards(folder)

@@ -300,7 +300,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"labels must have shape \(3, 2\)"):
         deeper = build(lambda: nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3))))
         signal.layer_statistics(deeper, state(deeper).params, x, torch.tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match="n_probes at least 2"):
+    with pytest.raises(ValueError, match="n_probes must be at least 2"):
         signal.jacobian_moments(mlp, params, x, n_probes=1)
     for coupling in ([Centred()], [Centred(), nn.Softmax(1)], [Total()]):  # a softmax has a constant sum
         with pytest.raises(ValueError, match="each example must pass through the network by itself"):

@@ -153,6 +153,7 @@ def test_supermasks_are_of_the_initialisation_where_tickets_rewind_to_a_later_st
         ({"learned_seeds": 0}, "learned_seeds must be at least 1: got 0"),
         ({"learned_steps": -1}, "learned_steps must be at least 0: got -1"),
         ({"draws": 0}, "draws must be at least 1: got 0"),
+        ({"draws": 10**12}, "draws must be at most 100,000"),
     ],
 )
 def test_supermask_flags_that_make_no_sense_are_refused(change, match):

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from inspect import isfunction
 from types import ModuleType
 
 from ticketlab import (
@@ -38,6 +40,7 @@ from ticketlab.engine.stacks import takes_stacks
 from ticketlab.engine.study import Estimate, Study, imp, model_and_task, run_folder
 from ticketlab.engine.training import Outcome, Start
 from ticketlab.engine.training import train as train_starts
+from ticketlab.errors import kinds_told
 from ticketlab.image_folder import ImageFolder
 from ticketlab.network import apply, evaluate
 from ticketlab.seeds import initialise
@@ -100,6 +103,22 @@ __all__ = [
     "verify_shards",
     "write_shards",
 ]
+
+
+def _tell_kinds() -> None:
+    """Public functions say which argument is of the wrong kind, where they fail over one."""
+    rooms = (attention, bounds, connectivity, curvature, gradients, masks, models, ntk, overlap, permutation, signal)
+    public = [(room, vars(room), room.__name__) for room in rooms] + [(sys.modules[__name__], __all__, "ticketlab.")]
+    for room, names, inside in public:
+        for name in [n for n in names if not n.startswith("_") and hasattr(room, n)]:
+            function = getattr(room, name)
+            if isfunction(function) and function.__module__.startswith(inside):
+                told = kinds_told(function)
+                told.__module__ = room.__name__
+                setattr(room, name, told)
+
+
+_tell_kinds()
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ticketlab import shown
 from ticketlab.data import Task
-from ticketlab.errors import Refused
+from ticketlab.errors import Refused, check_count
 from ticketlab.losses import LOSSES
 from ticketlab.network import Execution, Network, network, output_shape, reads
 from ticketlab.probing import close
@@ -163,8 +163,7 @@ def linear_path(
         Refused: Ends or a task that do not fit the model or each other, buffers that are not known or differ where
             nothing lies between them, fewer than 3 alphas, an unknown split or option.
     """
-    if n_alphas < 3:
-        raise Refused(f"a path needs at least 3 alphas, both ends included: got {n_alphas}.")
+    check_count("n_alphas, both ends included,", n_alphas, 3, 10**6)
     if batchnorm not in ("recalibrate", "keep"):
         raise Refused(f"batchnorm must be 'recalibrate' or 'keep': got {batchnorm!r}.")
     splits = tuple(dict.fromkeys(splits))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ticketlab import lanczos
 from ticketlab.data import Task
 from ticketlab.derivatives import gauss_newton_product, hessian_product
-from ticketlab.errors import Refused, check_type, nearest
+from ticketlab.errors import Refused, check_count, check_type, nearest
 from ticketlab.losses import Loss
 from ticketlab.network import Network, network, output_shape
 from ticketlab.probing import close
@@ -189,8 +189,7 @@ def trace(
     Raises:
         Refused: As for `top_eigenvalues`, or fewer than 2 probes.
     """
-    if n_probes < 2:
-        raise Refused(f"n_probes must be at least 2, or there is no standard error: got {n_probes}.")
+    check_count("n_probes", n_probes, 2, 10**8)  # one has no standard error
     net, parts = _parts(model, state, task, matrix, masks, buffers, loss, split, limit, batch_size)
     samples = []
     for part in parts:

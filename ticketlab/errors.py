@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Refused(ValueError):
@@ -30,6 +36,53 @@ def check_type(what: str, given: object, kind: type, remedy: str) -> None:
         raise Refused(f"{what} must be a {kind.__name__}: got {type(given).__name__}. {remedy}")
 
 
+def check_count(what: str, given: object, least: int, most: int) -> None:
+    """Refuse what is no integer in a range that somebody can wait for, or hold in memory."""
+    if not isinstance(given, Integral) or isinstance(given, bool):
+        raise Refused(f"{what} must be an integer: got {given!r:.200}.")
+    if not least <= int(given) <= most:
+        raise Refused(f"{what} must be at {f'least {least}' if int(given) < least else f'most {most:,}'}: got {given}.")
+
+
+def kinds_told(function: F) -> F:
+    """The same function, whose failures over an argument of the wrong kind are `Refused`; others keep their traceback.
+
+    Arguments are looked at after a failure alone, so that nothing which works is slower or refused.
+    """
+
+    @wraps(function)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Refused:
+            raise
+        except Exception as error:
+            try:
+                given = inspect.signature(function).bind(*args, **kwargs).arguments
+                hints = get_type_hints(function)
+            except (TypeError, NameError):  # an argument is missing, or too many
+                raise error from None
+            for name, value in given.items():
+                if why := _misfit(value, hints.get(name, Any)):
+                    raise Refused(
+                        f"{name} must be {inspect.signature(function).parameters[name].annotation}: {why}."
+                    ) from error
+            raise
+
+    return refusing  # type: ignore[return-value]
+
+
+def _misfit(value: Any, hint: Any) -> str:
+    """Why a value is not what an annotation says, as far as can be told; nothing where it is, or may be."""
+    if isinstance(value, torch.Tensor) and (value.is_meta or value.is_complex()):
+        return f"got a tensor on {value.device} in {value.dtype}"
+    try:
+        fits = _is_a(value, hint)
+    except TypeError:  # a protocol, which cannot be asked
+        fits = True
+    return "" if fits else f"got {value!r:.200}, a {type(value).__name__}"
+
+
 def check_fields(record: Any) -> None:
     """Refuse a dataclass one of whose fields is of another kind than its annotation says; a bool is no number."""
     for name, hint in get_type_hints(type(record)).items():
@@ -41,16 +94,25 @@ def check_fields(record: Any) -> None:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    kinds = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        return any(_is_a(value, kind) for kind in kinds)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_a(part, kinds[0]) for part in value)
-    if get_origin(hint) is Literal:  # whoever owns the names says which are meant
-        return True
+    kind, kinds = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is_a(value, one) for one in kinds)
+    if hint is Any or kind is Literal:  # whoever owns the names says which are meant
+        return isinstance(value, Hashable)
+    if isinstance(kind, type):
+        return _holds(value, kind, kinds)
     if hint in (int, float):
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return isinstance(value, getattr(hint, "array_type", hint))  # of a tensor with a shape, which others check
+
+
+def _holds(value: Any, kind: Any, kinds: Sequence[Any]) -> bool:
+    """Whether a tuple, a sequence or a mapping holds parts of their kind; of others, whether it is one."""
+    if not isinstance(value, kind):
+        return False
+    if issubclass(kind, Mapping):
+        return all(_is_a(part, kinds[1]) for part in value.values())
+    return not issubclass(kind, Sequence) or all(_is_a(part, kinds[0]) for part in value)
 
 
 def nearest(kind: str, given: str, known: Sequence[str]) -> str:

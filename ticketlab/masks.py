@@ -192,7 +192,13 @@ def density(masks: Mapping[str, Tensor], *, stacked: bool = False) -> Tensor:
 
 
 def n_removed(alive: int, fraction: float) -> int:
-    """How many of ``alive`` weights one prune step removes: fraction * alive, halves rounded up."""
+    """How many of ``alive`` weights one prune step removes: fraction * alive, halves rounded up.
+
+    Raises:
+        Refused: A fraction outside [0, 1], or a negative number of weights.
+    """
+    if not (0 <= fraction <= 1 and alive >= 0):
+        raise Refused(f"fraction must lie in [0, 1] and alive be at least 0: got {fraction} and {alive}.")
     return math.floor(fraction * alive + 0.5)
 
 
@@ -282,7 +288,16 @@ def fractions_by_layer(
 
 
 def top(scores: Tensor, among: Tensor, n: int) -> Tensor:
-    """The n of highest score among those True, as a bool tensor; of equal scores the one with the lower index."""
+    """The n of highest score among those True, as a bool tensor; of equal scores the one with the lower index.
+
+    Raises:
+        Refused: Scores and ``among`` of different shapes, ``among`` that is not bool, a negative n.
+    """
+    if scores.shape != among.shape or among.dtype != torch.bool or n < 0:
+        raise Refused(
+            f"top must have scores and a bool tensor of one shape, and n of at least 0: got {tuple(scores.shape)}, "
+            f"{tuple(among.shape)} of {among.dtype}, and {n}."
+        )
     candidates = among.flatten().nonzero()[:, 0]
     values = scores.flatten()[candidates]
     if 0 < n < len(values) and values.is_floating_point() and not values.isnan().any():
@@ -365,7 +380,12 @@ def random_mask(masks: Mapping[str, Tensor], seed: int) -> Masks:
     """As many live weights in the whole network, at positions drawn uniformly over all layers.
 
     Nothing keeps a small layer from losing all of its weights: that is what a random mask does.
+
+    Raises:
+        Refused: No mask at all.
     """
+    if not masks:
+        raise Refused("masks must name a prunable parameter: got none. Build them with masks.ones(model).")
     flat = torch.cat([m.flatten() for m in masks.values()])
     parts = _shuffled(flat, seed, "random_mask").split([m.numel() for m in masks.values()])
     return {name: part.view_as(mask) for (name, mask), part in zip(masks.items(), parts, strict=True)}

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -103,11 +105,34 @@ def _manifest(folder: str | Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text())
         if found["format"] == 1:
+            _check(found)
             return found
         why = f"format {found['format']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = repr(error)
     raise Refused(f"{folder} must hold a finished set of shards, with its {MANIFEST}: {why}. Write it with write(...).")
+
+
+def _check(found: Mapping[str, Any]) -> None:
+    """Raise a ValueError, KeyError or TypeError where a field is missing or of another kind than it is written."""
+    np.dtype(found["dtype"])
+    scale, parts = found["scale"], found["parts"]
+    shards = [shard for part in parts.values() for shard in part]
+    names = [shard[key] for shard in shards for key in ("x", "y")]
+    numbers = [] if scale is None else [*scale["mean"], *scale["std"]]
+    n_channels = found["shape"][0] if len(found["shape"]) == 3 else 1
+    holds = {
+        "parts": {"train"} <= set(parts) <= {"train", "test"} and all(parts.values()),
+        "shards": all(re.fullmatch(r"(train|test)/[xy]_\d+\.npy", name) for name in names),
+        "n": all(type(n) is int and n > 0 for n in (*(shard["n"] for shard in shards), *found["shape"])),
+        "sha256": all(isinstance(shard["sha256"][key], str) for shard in shards for key in ("x", "y")),
+        "n_classes": type(found["n_classes"]) is int,
+        "name, augmentation or loss": all(isinstance(found[key], str) for key in ("name", "augmentation", "loss")),
+        "scale": all(type(number) is float and math.isfinite(number) for number in numbers)
+        and (scale is None or (len(scale["mean"]) == len(scale["std"]) == n_channels and min(scale["std"]) > 0)),
+    }
+    if wrong := [what for what, right in holds.items() if not right]:
+        raise ValueError(f"{', '.join(wrong)} as it is never written")
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:

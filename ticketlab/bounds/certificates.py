@@ -171,13 +171,16 @@ def binomial_tail(
     .. math:: \max \{ p : P(Bin(n, p) \le n \hat L) \ge \delta \, \pi(h) \}
 
     Never above :func:`occam_kl`, by Chernoff's inequality. Arguments as for :func:`occam_hoeffding`, except that
-    the loss must be 0/1: n times the training error must be an integer.
+    the loss must be 0/1: n times the training error must be an integer. It sums a term per error, 10^7 at most.
 
     Raises:
         Refused: A number out of range, or a training error that is no number of errors among n.
     """
     error, budget, n = _paid(train_error, n, delta, description_nats=description_nats)
-    value = np.vectorize(upper_inverse, otypes=[float])(_errors(error, n), n, -budget)
+    errors = _errors(error, n)
+    if n > 10**9 or errors.max(initial=0) > 10**7:
+        raise Refused(f"n must be at most 10^9, with 10^7 errors: got {n} and {errors.max(initial=0)}. Use occam_kl.")
+    value = np.vectorize(upper_inverse, otypes=[float])(errors, n, -budget)
     assumptions = _CODE.replace("loss in [0, 1]", "0/1 loss")
     return stated("binomial_tail", error, value, n, delta, n_classes, True, covers, assumptions)
 
@@ -293,7 +296,7 @@ def stated(
     assumptions: str,
 ) -> Bound:
     """A value with what it says, held against chance."""
-    if n_classes is not None and not scalar("n_classes", n_classes) >= 2:
+    if n_classes is not None and not 2 <= scalar("n_classes", n_classes) < math.inf:
         raise Refused(f"n_classes must be at least 2: got {n_classes}.")
     chance = 1.0 if n_classes is None else 1 - 1 / n_classes
     value, error = np.broadcast_arrays(value, error)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ticketlab.derivatives import gradient
-from ticketlab.errors import Refused
+from ticketlab.errors import Refused, check_count
 from ticketlab.losses import Loss
 from ticketlab.network import Network, network, output_shape
 from ticketlab.state import Params, State, check_finite
@@ -35,8 +35,7 @@ def checked(
     Raises:
         Refused: As `network`; targets that do not fit; no trainable parameter; batches that hold nothing.
     """
-    if batch_size < 1:
-        raise Refused(f"batch_size must be at least 1 example: got {batch_size}.")
+    check_count("batch_size", batch_size, 1, 10**18)
     net = network(model, state, x, masks=masks, buffers=buffers)
     if not net.trainable:
         raise Refused("a gradient needs a trainable parameter: all have requires_grad=False. Set it to True.")

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import nn
 
-from ticketlab.errors import Refused, nearest
+from ticketlab.errors import Refused, check_count, nearest
 from ticketlab.imports import imported, is_own
 from ticketlab.models import bert
 from ticketlab.models.conv import conv
@@ -84,6 +84,9 @@ def build(name: str, input_shape: Sequence[int], n_classes: int) -> nn.Module:
     Raises:
         Refused: An unknown name (the nearest one is given), or inputs that the family cannot take.
     """
+    for size in input_shape:
+        check_count("every size of input_shape", size, 1, 10**9)
+    check_count("n_classes", n_classes, 1, 10**9)
     return maker(name)(input_shape, n_classes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from ticketlab.errors import Refused
+from ticketlab.errors import check_count
 from ticketlab.overlap.compare import compare
 from ticketlab.overlap.null import Given, margin_masks, random_masks
 from ticketlab.permutation import Groups, match, permute
@@ -54,8 +54,7 @@ def aligned(
     Raises:
         Refused: As ``compare``; fewer than two draws.
     """
-    if draws < 2:
-        raise Refused(f"draws must be at least 2, for a spread: got {draws}.")
+    check_count("draws", draws, 2, 10**5)  # one has no spread
     before = compare(masks_a, masks_b, given=given)
     table = _aligned_once(groups, masks_a, masks_b, restarts, seed)
     null = np.stack(

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ticketlab.errors import Refused
+from ticketlab.errors import Refused, check_count
 from ticketlab.network import network
 from ticketlab.permutation.groups import groups as groups_of
 from ticketlab.permutation.permute import Groups, Permutations, assert_same_function, is_stacked, permute
@@ -92,8 +92,7 @@ def match(
 
     Ainsworth, Hayase & Srinivasa, "Git Re-Basin", 2022.
     """
-    if restarts < 1:
-        raise Refused(f"restarts must be at least 1: got {restarts}.")
+    check_count("restarts", restarts, 1, 10**6)
     pair = _pair(groups, a, b)
     starts = [_start(pair, restart, seed) for restart in range(restarts)]
     found = [_climb(pair, start, stream("matching order", seed, r)) for r, start in enumerate(starts)]

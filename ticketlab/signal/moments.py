@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ticketlab.derivatives import pullback
-from ticketlab.errors import Refused
+from ticketlab.errors import Refused, check_count
 from ticketlab.lanczos import largest
 from ticketlab.probing import close
 from ticketlab.seeds import stream
@@ -84,8 +84,8 @@ def jacobian_moments(
         Refused: As for ``jacobian_singular_values``; fewer than 1 moment or 2 probes; a model without a second
             derivative whose Jacobians are too large to hold.
     """
-    if n_moments < 1 or n_probes < 2:
-        raise Refused(f"n_moments must be at least 1 and n_probes at least 2: got {n_moments} and {n_probes}.")
+    check_count("n_moments", n_moments, 1, 10**4)
+    check_count("n_probes", n_probes, 2, 10**8)
     found, stacked, _ = sections(model, state, x, masks, buffers, source, target)
     per_replica = []
     for section in found:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from ticketlab.errors import Refused
+from ticketlab.errors import Refused, check_count
 
 _STEPS = 90  # heights above the real axis at which a root is looked up
 
@@ -21,8 +21,8 @@ def fuss_catalan(n_factors: int, order: int) -> float:
     Raises:
         Refused: Fewer than one factor, or a negative order.
     """
-    if n_factors < 1 or order < 0:
-        raise Refused(f"n_factors must be at least 1 and order at least 0: got {n_factors} and {order}.")
+    check_count("n_factors", n_factors, 1, 10**4)
+    check_count("order", order, 0, 10**4)
     return math.comb((n_factors + 1) * order, order) / (n_factors * order + 1)
 
 

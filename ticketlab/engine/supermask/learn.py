@@ -15,7 +15,7 @@ from ticketlab.data import Split, Task
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.supermask.module import Method, Supermask, rescaled
 from ticketlab.engine.training import Outcome, Start, train
-from ticketlab.errors import Refused
+from ticketlab.errors import Refused, check_count
 from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.network import apply, evaluate, n_replicas
 from ticketlab.probing import close
@@ -185,7 +185,11 @@ def evaluations(
 
     Returns:
         One row per replica, ``evaluation`` and ``draw``: density, loss_nats, error.
+
+    Raises:
+        Refused: Draws outside 1..10^5, which are held at once.
     """
+    check_count("draws", draws, 1, 10**5)
     ways: list[tuple[str, int, Params]] = [("deterministic", 0, learned.masks)]
     if learned.method == "bernoulli":
         chances = {name: logits.sigmoid() for name, logits in learned.scores.items()}
