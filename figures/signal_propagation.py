@@ -25,6 +25,7 @@ from figures.style import (
     mean_and_replicas,
     name_task,
     paper,
+    said,
     treatments,
 )
 
@@ -81,7 +82,11 @@ def _line(treatment: str) -> dict[str, object]:
 
 def _against_density(axes: Axes, table: pd.DataFrame, column: str, label: str, log: bool = True) -> None:
     """What is finite and, on a log axis, positive."""
-    against_density(axes, table[np.isfinite(table[column]) & ((table[column] > 0) | (not log))], column, label)
+    shown = table[np.isfinite(table[column]) & ((table[column] > 0) | (not log))]
+    if shown.empty:
+        said(axes, f"{label}:\nno number at any density")
+        return
+    against_density(axes, shown, column, label)
     if log:
         log_axis(axes)
     else:

@@ -28,6 +28,7 @@ from typing import Any
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -276,6 +277,13 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
         raise Refused(_damaged(path / MANIFEST, "does not match its seal"))
     if place != (run, level):
         raise Refused(_damaged(path, f"holds level {place[1]} of run {place[0]}, not level {level} of {run}"))
+    try:
+        return _level(level, content, wall_seconds, device)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise Refused(_damaged(path, "does not hold a level, although its checksums fit")) from error
+
+
+def _level(number: int, content: Mapping[str, bytes], wall_seconds: float, device: torch.device | str) -> Level:
     # by name: safetensors gives them in an order that differs from process to process
     masks = {n: t.to(device) for n, t in sorted(load_tensors(content[MASKS]).items())}
     tensors = _unflatten({n: t.to(device) for n, t in sorted(load_tensors(content[WEIGHTS]).items())})
@@ -284,7 +292,7 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
     snapshots = {int(key.removeprefix("step_")): s for key, s in sorted(tensors.items())}
     ticket = int((metrics["treatment"] == "ticket").idxmax())
     density = float(mask_ops.density(select(masks, ticket)))
-    return Level(level, density, masks, start, end, metrics, curves, snapshots, wall_seconds)
+    return Level(number, density, masks, start, end, metrics, curves, snapshots, wall_seconds)
 
 
 _INTEGERS = {"early_stop_step": "Int64", "diverged_step": "Int64"}  # may be missing, and stay integers
