@@ -127,7 +127,7 @@ def run(config: Config) -> list[Path]:
         items = [(measure, study) for measure in plan.measures for study in folders]
         with tqdm(total=len(items), desc="measures", unit="study", disable=None) as bar:
             work = partial(_measured, config.out, config.device)
-            measured = spread(work, items, client, bar=bar, resources=resources)
+            measured = spread(work, items, client, report=bar.update, resources=resources)
     return [*itertools.chain(*folders), *measured]
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-Report = Callable[[], None]
+Report = Callable[[], object]
 RETRIES = 20
 
 
@@ -89,7 +89,7 @@ def sweep(
     work = partial(_train, str(store), model, task, device)
     total = sum(block.levels + 1 for block in parts)
     with tqdm(total=total, desc="sweep", unit="level", disable=None if progress else True) as bar:
-        found = iter(spread(work, parts, client, bar=bar, resources=resources, retries=retries))
+        found = iter(spread(work, parts, client, report=bar.update, resources=resources, retries=retries))
     return [[next(found) for _ in blocks(study, seeds)] for study in studies]
 
 
@@ -122,7 +122,7 @@ def spread(
     items: Sequence[T],
     client: Client | None = None,
     *,
-    bar: tqdm[Any] | None = None,
+    report: Callable[[], object] | None = None,
     resources: Mapping[str, float] | None = None,
     retries: int = RETRIES,
 ) -> list[R]:
@@ -135,7 +135,7 @@ def spread(
         work: Calls ``report()`` whenever a part is done.
         items: What is pickled and sent.
         client: None: one item after another in this process.
-        bar: Advanced by each report.
+        report: Called here whenever an item reports.
         resources: What an item takes of its worker.
         retries: Of one item.
 
@@ -143,7 +143,7 @@ def spread(
         Exception: The first item's that failed more often, once every other is done.
     """
     if client is None:
-        return [work(item, bar.update if bar is not None else _nothing) for item in items]
+        return [work(item, report or _nothing) for item in items]
     from distributed import as_completed  # noqa: PLC0415  (ticketlab[cluster])
 
     name, found, failed = f"ticketlab-{uuid4().hex[:8]}", dict[int, R](), dict[int, BaseException]()
@@ -152,8 +152,8 @@ def spread(
         on = dict(resources) if resources else None
         return client.submit(_reported, work, items[i], name, key=f"{name}-{i}-{attempt}", resources=on, pure=False)
 
-    if bar is not None:
-        client.subscribe_topic(name, lambda event: bar.update())
+    if report is not None:
+        client.subscribe_topic(name, lambda event: report())
     waiting = {submit(i, 0): (i, 0) for i in range(len(items))}
     queue = as_completed(list(waiting))
     for future in queue:
@@ -167,7 +167,7 @@ def spread(
             queue.add(again)
         else:
             failed[i] = error
-    if bar is not None:
+    if report is not None:
         client.unsubscribe_topic(name)
     if failed:
         raise failed[min(failed)]
