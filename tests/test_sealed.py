@@ -47,6 +47,13 @@ def test_verify_finds_a_run_whole(run: Path) -> None:
     assert tl.verify(renamed) == {0: None, 1: None, 2: None} and len(tl.load_run(renamed)) == 3
 
 
+def _reads_as(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 @pytest.mark.parametrize("name", ["config.json", "level_01/manifest.json"])
 def test_no_exchanged_character_is_believed(run: Path, name: str) -> None:
     path, draw = run / name, random.Random(0)
@@ -54,7 +61,9 @@ def test_no_exchanged_character_is_believed(run: Path, name: str) -> None:
     places = [found.start() for found in re.finditer(r"[0-9a-zA-Z]", text)]
     for place in draw.sample(places, 150):
         other = draw.choice([c for c in "0123456789abcxyz" if c != text[place]])
-        path.write_text(text[:place] + other + text[place + 1 :])
+        path.write_text(changed := text[:place] + other + text[place + 1 :])
+        if _reads_as(changed) == json.loads(text):  # the last digit of a time
+            continue
         with pytest.raises(Refused):
             tl.load_run(run)[1]
     path.write_text(text)
