@@ -143,7 +143,7 @@ def spread(
         Exception: The first item's that failed more often, once every other is done.
     """
     if client is None:
-        return [work(item, report or _nothing) for item in items]
+        return [work(item, report or (lambda: None)) for item in items]
     from distributed import as_completed  # noqa: PLC0415  (ticketlab[cluster])
 
     name, found, failed = f"ticketlab-{uuid4().hex[:8]}", dict[int, R](), dict[int, BaseException]()
@@ -179,10 +179,6 @@ def _reported(work: Callable[[T, Report], R], item: T, topic: str) -> R:
 
     worker = get_worker()
     return cast(R, apart(partial(work, item), lambda: worker.log_event(topic, {})))
-
-
-def _nothing() -> None:
-    pass
 
 
 def _hopeless(error: BaseException) -> bool:
