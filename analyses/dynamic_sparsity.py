@@ -37,7 +37,7 @@ from figures.dynamic_sparsity import draw
 from ticketlab import masks as mask_ops
 from ticketlab.engine import cost
 from ticketlab.engine.dynamic import DropGrow, Dynamics, Gradual, Spread, layer_counts, sparse_masks
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.errors import Refused
 from ticketlab.printed import grouped
 from ticketlab.state import Masks, State, select

@@ -40,7 +40,7 @@ from figures.instability import draw
 from ticketlab.connectivity import Path as LinearPath
 from ticketlab.connectivity import linear_path, recalibrate
 from ticketlab.curvature import MatrixName
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.engine.treatments import TREATMENTS, sibling_order
 from ticketlab.errors import Refused
 from ticketlab.printed import grouped

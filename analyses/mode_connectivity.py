@@ -40,7 +40,7 @@ from figures.mode_connectivity import INDEPENDENT, MATCHED, draw
 from ticketlab import permutation
 from ticketlab.connectivity import Path as LinearPath
 from ticketlab.connectivity import linear_path
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.engine.treatments import sibling_order
 from ticketlab.errors import Refused
 from ticketlab.printed import grouped

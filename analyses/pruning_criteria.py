@@ -41,7 +41,7 @@ from ticketlab import graph
 from ticketlab.engine import cost
 from ticketlab.engine.criteria import CRITERIA, ZHOU, Criterion, Evidence, Scores, ZeroScoresError, find_counts, score
 from ticketlab.engine.dynamic import layer_counts
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.errors import Refused, nearest
 from ticketlab.losses import LOSSES, Loss
 from ticketlab.masks import Scope, n_alive, prunable

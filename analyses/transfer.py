@@ -33,7 +33,7 @@ from analyses.settings import Setting, Tickets, setting, tickets
 from figures.transfer import draw
 from ticketlab import masks as mask_ops
 from ticketlab.engine.recipe import own_name
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.engine.transfer import carry
 from ticketlab.errors import Refused
 from ticketlab.printed import grouped

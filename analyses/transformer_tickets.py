@@ -46,7 +46,7 @@ from ticketlab import masks as mask_ops
 from ticketlab import permutation
 from ticketlab.connectivity import linear_path
 from ticketlab.engine.dynamic.spread import drawn, spread_over
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.engine.transfer import carry
 from ticketlab.printed import across
 from ticketlab.seeds import derived_seed

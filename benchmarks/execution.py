@@ -20,7 +20,8 @@ import tyro
 
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
-from ticketlab.engine.training import Start, advancing
+from ticketlab.engine.advance import advancing
+from ticketlab.engine.start import Start
 from ticketlab.errors import Refused
 from ticketlab.network import Execution, resolve
 from ticketlab.state import stack, stack_states

@@ -28,9 +28,10 @@ from torch import nn
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware
 from ticketlab.engine import cost
+from ticketlab.engine.advance import advancing
 from ticketlab.engine.recipe import Precisions
+from ticketlab.engine.start import Start
 from ticketlab.engine.step import training_loss
-from ticketlab.engine.training import Start, advancing
 from ticketlab.state import stack, stack_states
 
 DENSITY = 0.2

@@ -26,7 +26,8 @@ import tyro
 
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
-from ticketlab.engine.training import Start, advancing
+from ticketlab.engine.advance import advancing
+from ticketlab.engine.start import Start
 from ticketlab.models import mlp
 from ticketlab.state import Masks, stack, stack_states
 

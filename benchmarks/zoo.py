@@ -20,7 +20,7 @@ import tyro
 import ticketlab as tl
 from benchmarks.timing import alternate, hardware, median_ratio, report
 from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.engine.treatments import TREATMENTS, Origin
 from ticketlab.network import resolve
 from ticketlab.state import Masks, State

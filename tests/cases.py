@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ticketlab.data import Task
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.models import mlp
 from ticketlab.seeds import initialise
 from ticketlab.state import Masks, State

@@ -12,7 +12,8 @@ from cases import blobs, build, half_masks, images, small_conv_bn, small_mlp
 import ticketlab as tl
 from ticketlab.engine import training
 from ticketlab.engine.checkpoint import STATE, TENSORS, Checkpoints
-from ticketlab.engine.training import Outcome, Start, train
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import Outcome, train
 
 SGD = tl.Recipe(
     steps=40, batch_size=16, optimizer="sgd", learning_rate=0.05, nesterov=True, eval_every=8, schedule="cosine"

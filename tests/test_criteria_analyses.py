@@ -17,7 +17,7 @@ from analyses.pruning_criteria import parse
 from benchmarks import zoo
 from figures.pruning_criteria import PANELS, draw, supplement
 from figures.style import save
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 
 METHODS = ("random", "snip", "snip*3/layer", "magnitude@early", "magnitude", "movement")
 STUDY = tl.ImpConfig(

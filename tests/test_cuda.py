@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import ticketlab as tl
 from ticketlab.batches import batch_indices, crop_flip_draws
 from ticketlab.engine import graphed
-from ticketlab.engine.training import Start, train
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import train
 from ticketlab.errors import Refused
 
 pytestmark = pytest.mark.gpu

@@ -22,7 +22,8 @@ from ticketlab import masks as mask_ops
 from ticketlab.data import batch_indices
 from ticketlab.engine.dynamic import DropGrow, Gradual, layer_counts, sparse_masks, validate
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.training import Start, train
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import train
 from ticketlab.models import mlp
 from ticketlab.seeds import initialise
 from ticketlab.state import state

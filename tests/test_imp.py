@@ -27,7 +27,7 @@ from torch import nn
 import ticketlab as tl
 from ticketlab import masks as mask_ops
 from ticketlab.data import batch_indices
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.state import State
 
 RECIPE = tl.Recipe(steps=30, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)

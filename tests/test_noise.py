@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import ticketlab as tl
 from ticketlab.batches import noise_seed
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.training import Start, train
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import train
 from ticketlab.masks import ones
 from ticketlab.seeds import kept_generators
 from ticketlab.state import state

@@ -14,7 +14,8 @@ from torch import backends, nn
 import ticketlab as tl
 from ticketlab.engine import graphed
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.training import Start, train
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import train
 from ticketlab.precision import float32_arithmetic
 from ticketlab.state import state
 

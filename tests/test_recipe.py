@@ -16,8 +16,9 @@ import ticketlab as tl
 from ticketlab.engine.config import described, from_json
 from ticketlab.engine.optimizer import undecayed
 from ticketlab.engine.recipe import Recipe
+from ticketlab.engine.start import Start
 from ticketlab.engine.store import identity, plain
-from ticketlab.engine.training import Start, train
+from ticketlab.engine.training import train
 from ticketlab.state import stack, stack_states, state
 
 SGD = Recipe(steps=20, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=7)

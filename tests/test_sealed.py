@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import ticketlab as tl
 from analyses.command import OfRun, open_run
 from ticketlab.engine import store as files
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.errors import Refused
 
 CONFIG = tl.ImpConfig(

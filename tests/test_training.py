@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ticketlab.data import Task
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.training import Start, train
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import train
 from ticketlab.masks import ones
 from ticketlab.seeds import initialise
 from ticketlab.state import stack, stack_states, state

@@ -25,7 +25,8 @@ from ticketlab.engine import store as runs
 from ticketlab.engine.checkpoint import Checkpoints
 from ticketlab.engine.criteria import Evidence, draw_examples, find_counts
 from ticketlab.engine.level import Level
-from ticketlab.engine.training import Start, train
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import train
 from ticketlab.engine.treatments import Origin, own_start
 from ticketlab.errors import Refused
 from ticketlab.losses import LOSSES

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ticketlab.engine.training import Outcome, Start
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import Outcome
 from ticketlab.errors import Refused
 from ticketlab.state import State, select
 

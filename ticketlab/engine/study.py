@@ -31,7 +31,8 @@ from ticketlab.engine.identity import (
 from ticketlab.engine.imp import levels
 from ticketlab.engine.level import Level
 from ticketlab.engine.recipe import own_name
-from ticketlab.engine.training import Start, train
+from ticketlab.engine.start import Start
+from ticketlab.engine.training import train
 from ticketlab.engine.treatments import TREATMENTS, Origin, Treatment
 from ticketlab.errors import Refused, check_type, nearest
 from ticketlab.imports import is_own

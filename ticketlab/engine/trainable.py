@@ -25,7 +25,7 @@ from ticketlab.seeds import kept_generators, seed_generators
 from ticketlab.state import State
 
 if TYPE_CHECKING:
-    from ticketlab.engine.training import Start
+    from ticketlab.engine.start import Start
 
 
 def check(

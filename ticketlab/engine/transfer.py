@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ticketlab import graph
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.errors import Refused
 from ticketlab.state import Masks, State
 

@@ -16,7 +16,7 @@ import torch
 from ticketlab import masks as mask_ops
 from ticketlab.engine import values
 from ticketlab.engine.dynamic.spread import drawn, spread_over
-from ticketlab.engine.training import Start
+from ticketlab.engine.start import Start
 from ticketlab.errors import Refused, check_type
 from ticketlab.probing import watching_generators
 from ticketlab.seeds import Factory, derived_seed, initialise

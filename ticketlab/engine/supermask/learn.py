@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ticketlab import masks as mask_ops
 from ticketlab.data import Split, Task
 from ticketlab.engine.recipe import Recipe
+from ticketlab.engine.start import Start
 from ticketlab.engine.supermask.module import Method, Supermask, rescaled
-from ticketlab.engine.training import Outcome, Start, train
+from ticketlab.engine.training import Outcome, train
 from ticketlab.errors import Refused, check_count
 from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.network import apply, evaluate, n_replicas

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from ticketlab import masks as mask_ops
-from ticketlab.engine.training import copied
+from ticketlab.engine.trainable import copied
 from ticketlab.errors import Refused, nearest
 from ticketlab.seeds import stream
 from ticketlab.state import Params, State
