@@ -24,9 +24,10 @@ from analyses.usage import usage
 from figures.style import drawn, save
 from ticketlab.commands import guarded, parsed, try_folder, usable
 from ticketlab.engine.presets import PRESETS
-from ticketlab.engine.run import check_data
 from ticketlab.engine.store import read_config
+from ticketlab.engine.study import study_of
 from ticketlab.engine.treatments import TREATMENTS
+from ticketlab.engine.verify import check_made
 from ticketlab.errors import Refused
 from ticketlab.printed import as_text
 
@@ -191,9 +192,10 @@ def open_run(config: OfRun) -> Opened:
     if changed:
         raise Refused(f"flags of the study do nothing beside --run, which has its own: leave out those of {changed}.")
     run = tl.load_run(config.run)
-    model, task = tl.model_and_task(run.config, device=config.device)
-    check_data(read_config(run.folder), task)
-    return Opened(run.config, model, task, followed(tl.load_run(config.run, device=task.device)))
+    study = study_of(run.config, device=config.device)
+    for folder in run.folders:
+        check_made(read_config(folder), study)
+    return Opened(run.config, study.model, study.task, followed(tl.load_run(config.run, device=study.task.device)))
 
 
 def followed(levels: Iterable[tl.Level]) -> Iterator[tl.Level]:

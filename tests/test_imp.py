@@ -26,8 +26,10 @@ from torch import nn
 
 import ticketlab as tl
 from ticketlab import masks as mask_ops
-from ticketlab.data import batch_indices
+from ticketlab.data import Task, batch_indices
+from ticketlab.engine.criteria import CRITERIA
 from ticketlab.engine.start import Start
+from ticketlab.engine.treatments import RETRAINING, TREATMENTS
 from ticketlab.state import State
 
 RECIPE = tl.Recipe(steps=30, batch_size=16, optimizer="sgd", learning_rate=0.05, eval_every=10)
@@ -523,22 +525,41 @@ def test_initialisers_that_draw_from_numpy_or_random_are_seeded():
 # ------------------------------------------------------------------------------------------------- divergence
 
 
-def test_a_line_that_diverged_stays_diverged_in_every_table():
+@pytest.fixture(scope="module")
+def poisoned() -> Task:
+    """Data on which the network of seed 4 meets a NaN before its first look, and that of seed 3 none."""
     task = blobs()
-    poisoned = task.train.x.clone()
+    x = task.train.x.clone()
     seen = {s: torch.cat([batch_indices(len(task.train), 16, s, t) for t in range(30)]).tolist() for s in (3, 4)}
-    first = next(i for i in seen[4][: 8 * 16] if i not in seen[3][: 8 * 16])
-    poisoned[first] = float("nan")
-    bad = replace(task, name="poisoned", train=tl.Split(poisoned, task.train.y))
-    config = replace(CONFIG, levels=2, rewind_step=0, recipe=replace(RECIPE, steps=8, eval_every=4))
-    for change in ({}, {"criterion": "snip"}, {"retraining": "lr_rewind"}, {"rewind_step": 6}):
-        with pytest.warns(RuntimeWarning, match="is not finite"):
-            found = levels(replace(config, **change), task=bad)
-        for level in found:
-            lost, well = (level.metrics[level.metrics["init_seed"] == seed] for seed in (4, 3))
-            assert lost["diverged_step"].notna().all() and lost["test_error"].isna().all()
-            assert well["diverged_step"].isna().all() and well["test_error"].notna().all()
-            assert level.metrics["kept"].nunique() == 1
+    x[next(i for i in seen[4][: 8 * 16] if i not in seen[3][: 8 * 16])] = float("nan")
+    return replace(task, name="poisoned", train=tl.Split(x, task.train.y))
+
+
+OTHER_ORDERS = ("sibling", "dense_restart")  # whose batches meet the NaN elsewhere
+EVERY = tuple(name for name in TREATMENTS if not name.startswith("frozen") and name not in OTHER_ORDERS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"criterion": name} for name in CRITERIA),
+        *({"retraining": name} for name in RETRAINING),
+        {"rewind_step": 6},
+        {"treatments": EVERY},
+        {"treatments": ("ticket", "frozen_init", "frozen_unless_shrunk")},
+        {"scope": "layer"},
+    ],
+    ids=lambda change: "-".join(str(value) for value in change.values())[:40],
+)
+def test_a_line_that_diverged_stays_diverged_in_every_table(poisoned, change):
+    config = replace(CONFIG, levels=2, rewind_step=0, recipe=replace(RECIPE, steps=8, eval_every=4), score_examples=8)
+    with pytest.warns(RuntimeWarning, match="is not finite"):
+        found = levels(replace(config, **change), task=poisoned)
+    for level in found:
+        lost, well = (level.metrics[level.metrics["init_seed"] == seed] for seed in (4, 3))
+        assert lost["diverged_step"].notna().all() and lost["test_error"].isna().all()
+        assert well["diverged_step"].isna().all() and well["test_error"].notna().all()
+        assert level.metrics["kept"].nunique() == 1
 
 
 def test_a_study_of_which_every_replica_diverges_ends_and_can_be_read(tmp_path):

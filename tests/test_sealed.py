@@ -9,6 +9,7 @@ import re
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,12 +17,15 @@ import pytest
 import torch
 from cases import blobs, small_mlp
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import ticketlab as tl
 from analyses.command import OfRun, open_run
+from ticketlab import models
 from ticketlab.engine import store as files
 from ticketlab.engine.start import Start
 from ticketlab.errors import Refused
+from ticketlab.models import mlp
 
 CONFIG = tl.ImpConfig(
     levels=2, prune_fraction=0.5, init_seeds=(0, 1), recipe=tl.Recipe(steps=8, eval_every=4), snapshot_steps=(4,)
@@ -98,7 +102,9 @@ def test_verify_finds_what_checksums_of_a_forger_hide(run: Path) -> None:
     rewritten(run / "level_01", "metrics.csv", table.assign(test_error=table["test_error"] + 0.1).to_csv().encode())
     assert "where its metrics say" in str(tl.verify(run)[1])
     rewritten(run / "level_01", "metrics.csv", table.assign(kept=table["kept"] + 1).to_csv().encode())
-    assert "live weights in replica 0" in str(tl.verify(run)[1])
+    assert "in replica 0 5950 live weights, where its metrics say 5951" in str(tl.verify(run)[1])
+    rewritten(run / "level_01", "metrics.csv", table.assign(density=table["density"] / 2).to_csv().encode())
+    assert "density 0.5, where its metrics say 0.25" in str(tl.verify(run)[1])
     masks = load_file(run / "level_02" / "masks.safetensors")
     masks["fc1.weight"] = masks["fc1.weight"].roll(1, -1)
     save_file(masks, run / "masks")
@@ -109,7 +115,12 @@ def test_verify_finds_what_checksums_of_a_forger_hide(run: Path) -> None:
     weights["end/params/fc1.bias"][0, 0] = float("nan")
     save_file(weights, run / "weights")
     rewritten(run / "level_00", "weights.safetensors", (run / "weights").read_bytes())
-    assert "not finite in replica 0" in str(tl.verify(run)[0])
+    assert "replica 0 weights that are not finite" in str(tl.verify(run)[0])
+    weights = load_file(run / "level_01" / "weights.safetensors")
+    weights["end/params/fc1.weight"][0] += 1
+    save_file(weights, run / "weights")
+    rewritten(run / "level_01", "weights.safetensors", (run / "weights").read_bytes())
+    assert "pruned weights of fc1.weight that are neither zero nor where they started" in str(tl.verify(run)[1])
 
 
 def test_a_run_is_not_measured_on_other_data(run: Path) -> None:
@@ -118,10 +129,81 @@ def test_a_run_is_not_measured_on_other_data(run: Path) -> None:
     config.pop("seal")
     config["identity"] = files.identity({k: v for k, v in config.items() if k not in ("environment", "identity")})
     (run / "config.json").write_bytes(files.sealed(config))
+    run = run.rename(run.with_name("another"))
     with pytest.raises(Refused, match="must be those of the run"):
         open_run(OfRun(run=(run,), device="cpu"))
     with pytest.raises(Refused, match="must be those of the run"):
         tl.verify(run)
+
+
+def test_a_run_is_not_measured_with_another_network(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = models.build
+    monkeypatch.setattr(models, "build", lambda *given: nn.Sequential(real(*given), nn.Softmax(1)))
+    with pytest.raises(Refused, match="must make the network of the run"):
+        open_run(OfRun(run=(run,), device="cpu"))
+    with pytest.raises(Refused, match="must make the network of the run"):
+        tl.verify(run)
+
+
+def test_verify_takes_a_network_and_data_of_ones_own(tmp_path: Path) -> None:
+    how = {"model": small_mlp, "task": blobs(dtype=torch.float32)}
+    list(tl.imp(CONFIG, store=tmp_path, device="cpu", progress=False, **how))
+    (run,) = tmp_path.iterdir()
+    assert tl.verify(run) == tl.verify(run, **how) == {0: None, 1: None, 2: None}
+    table = pd.read_csv(run / "level_01" / "metrics.csv")
+    rewritten(run / "level_01", "metrics.csv", table.assign(test_error=table["test_error"] + 0.1).to_csv().encode())
+    assert "where its metrics say" in str(tl.verify(run, **how)[1])
+    with pytest.raises(Refused, match="must make the network of the run"):
+        tl.verify(run, model=lambda: mlp((6,), 3, hidden=(8, 6)), task=how["task"])
+
+
+def test_a_folder_named_as_another_run_is_refused(run: Path) -> None:
+    other = run.rename(run.with_name("digits-mlp_100_50-0123456789"))
+    with pytest.raises(Refused, match="not 0123456789"):
+        tl.load_run(other)
+
+
+def test_a_number_of_too_many_digits_is_one_line(run: Path) -> None:
+    (run / "config.json").write_text('{"config": ' + "1" * 5000 + "}")
+    with pytest.raises(Refused, match="must be valid JSON"):
+        tl.load_run(run)
+
+
+def test_more_than_a_hundred_levels_are_counted(run: Path) -> None:
+    for number in range(3, 102):
+        (run / f"level_{number:02d}").mkdir()
+        (run / f"level_{number:02d}" / "manifest.json").write_text("{}")
+    assert files.n_stored(run) == 102 and files.n_beyond(run) == 0
+    (run / "level_50" / "manifest.json").unlink()
+    assert files.n_stored(run) == 50 and files.n_beyond(run) == 51
+
+
+def test_who_has_lost_the_lock_does_not_write(tmp_path: Path) -> None:
+    first = tl.imp(CONFIG, store=tmp_path, device="cpu", progress=False)
+    next(first)
+    (run,) = tmp_path.iterdir()
+    (run / ".lock").unlink()
+    second = tl.imp(CONFIG, store=tmp_path, device="cpu", progress=False)
+    next(second), next(second)
+    with pytest.raises(Refused, match="it was deleted, and another process may write now"):
+        list(first)
+    list(second)
+    assert tl.verify(run) == {0: None, 1: None, 2: None}
+
+
+def test_runs_of_another_network_under_the_same_name_are_not_merged(tmp_path: Path) -> None:
+    found, task = [], blobs(dtype=torch.float32)
+    for width, seed, execution in ((8, 0, "auto"), (9, 1, "auto"), (8, 2, "loop"), (8, 3, "auto")):
+        config = replace(CONFIG, init_seeds=(seed,))
+        net = partial(mlp, (6,), 3, hidden=(width, 5))
+        study = tl.Study(config, model=net, task=task, execution=execution, device="cpu", progress=False)
+        list(study.levels(tmp_path))
+        found.append(study.folder(tmp_path))
+    with pytest.raises(Refused, match="differ in their network"):
+        tl.load_run(found[:2])
+    with pytest.raises(Refused, match="differ in execution"):
+        tl.load_run([found[0], found[2]])
+    assert tl.load_run([found[0], found[3]]).config.init_seeds == (0, 3)
 
 
 def test_merged_runs_keep_all_their_folders(whole: Path, tmp_path: Path) -> None:
@@ -131,6 +213,7 @@ def test_merged_runs_keep_all_their_folders(whole: Path, tmp_path: Path) -> None
         list(tl.imp(config, store=tmp_path, device="cpu", progress=False))
         others.append(tl.run_folder(config, tmp_path))
     merged = tl.load_run([whole, *others])
+    assert merged.folders == (whole, *others)
     assert merged.config.init_seeds == (0, 1, 2, 3) and sorted(set(merged[2].metrics["init_seed"])) == [0, 1, 2, 3]
 
 

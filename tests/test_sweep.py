@@ -14,6 +14,7 @@ from threading import Thread
 
 import pandas as pd
 import pytest
+import torch
 
 import ticketlab as tl
 from analyses import sweep as plans
@@ -71,6 +72,16 @@ def test_blocks_are_read_as_one_run_and_seeds_are_added_later(here, tmp_path) ->
         both[2].metrics.query("init_seed == 0").drop(columns="replica").reset_index(drop=True),
         alone[2].metrics.drop(columns="replica").reset_index(drop=True),
     )
+
+
+def test_a_study_is_the_sum_of_its_blocks_to_the_bit(here, tmp_path) -> None:
+    _, (folders,) = here
+    ((whole,),) = sweep([CONFIG], tmp_path, seeds=2, progress=False)
+    for one, both in zip(tl.load_run(folders), tl.load_run(whole), strict=True):
+        for seed in (0, 1):
+            a, b = (level.select(treatment="ticket", init_seed=seed) for level in (one, both))
+            assert all(torch.equal(p, b.end.params[n]) for n, p in a.end.params.items())
+            pd.testing.assert_frame_equal(a.metrics, b.metrics)
 
 
 def test_a_cluster_that_loses_a_worker_ends_in_the_same_bytes(here, tmp_path) -> None:

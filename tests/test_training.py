@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -16,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from ticketlab.data import Task
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.start import Start
-from ticketlab.engine.training import train
+from ticketlab.engine.training import _stops, train
 from ticketlab.masks import ones
 from ticketlab.seeds import initialise
-from ticketlab.state import stack, stack_states, state
+from ticketlab.state import State, stack, stack_states, state
 
 SGD = Recipe(steps=40, batch_size=16, optimizer="sgd", learning_rate=0.05, weight_decay=1e-3, eval_every=7)
 ADAM = Recipe(steps=40, batch_size=16, optimizer="adam", learning_rate=3e-3, eval_every=7)
@@ -219,7 +221,7 @@ def test_frozen_parameters_do_not_move_and_the_thread_count_is_given_back():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, r"steps must lie in \[1, 10\^9\]"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\)"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov needs a momentum"),
@@ -529,3 +531,43 @@ def test_what_shares_memory_with_a_weight_trains_as_in_a_plain_loop():
     plain = train_alone(model, masks, task, SGD, 3, copies=False)
     for name, p in plain.named_parameters():
         torch.testing.assert_close(outcome.end.params[name][0], p.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_a_lost_replica_first_does_not_hide_what_the_module_is():
+    """Of NaN everything equals everything: copies of this module stand alone in nothing else."""
+    task, model = blobs(), build(lambda: Hooked(True))
+    whole = state(model)
+    lost = State({n: torch.full_like(p, math.nan) for n, p in whole.params.items()}, whole.buffers)
+    with pytest.warns(RuntimeWarning, match="is not finite"):
+        outcome = train(model, [Start(lost, {}, 0), Start(whole, {}, 1)], task, SGD, progress=False)
+    alone = train_alone(build(lambda: Hooked(True)), {}, task, SGD, 1, copies=False)
+    for name, p in alone.named_parameters():
+        torch.testing.assert_close(outcome.end.params[name][1], p.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("problem", [(small_mlp, blobs), (small_conv_bn, images)], ids=["mlp", "conv"])
+def test_by_the_loop_bits_depend_neither_on_neighbours_nor_on_threads(problem):
+    factory, make_task = problem
+    task, models = make_task(dtype=torch.float32), [build(factory, seed, torch.float32) for seed in range(3)]
+    begun = [Start(state(model), {}, seed) for seed, model in enumerate(models)]
+    before = torch.get_num_threads()
+    ends = []
+    try:
+        for threads, chosen in ((1, begun), (2, begun), (2, begun[:1]), (2, [begun[1], begun[0]])):
+            torch.set_num_threads(threads)
+            ends.append(train(models[0], chosen, task, SGD, execution="loop", progress=False))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    first = [ends[0], ends[1], ends[2], replace(ends[3], end=ends[3].end.select([1, 0]))]
+    for outcome in first:
+        assert outcome.execution == "loop"
+        assert all(torch.equal(p[0], ends[0].end.params[n][0]) for n, p in outcome.end.params.items())
+
+
+def test_pauses_are_those_of_looks_snapshots_and_pieces_however_long_the_recipe():
+    recipe = Recipe(steps=10**9, eval_every=400)
+    assert [*islice(_stops(390, recipe, (7, 395, 1001)), 8)] == [395, 400, 500, 800, 1000, 1001, 1200, 1500]
+    assert [*_stops(0, replace(recipe, steps=450), (450,))] == [400, 450]
+    with pytest.raises(ValueError, match=r"steps must lie in \[1, 10\^9\]"):
+        Recipe(steps=10**12)

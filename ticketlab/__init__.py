@@ -35,12 +35,13 @@ from ticketlab.engine.config import ImpConfig
 from ticketlab.engine.level import Level
 from ticketlab.engine.presets import preset
 from ticketlab.engine.recipe import Recipe
-from ticketlab.engine.run import Run, load_run, runs, verify
+from ticketlab.engine.run import Run, load_run, runs
 from ticketlab.engine.stacks import takes_stacks
 from ticketlab.engine.start import Start
 from ticketlab.engine.study import Estimate, Study, imp, model_and_task, run_folder
 from ticketlab.engine.training import Outcome
 from ticketlab.engine.training import train as train_starts
+from ticketlab.engine.verify import verify
 from ticketlab.errors import kinds_told
 from ticketlab.image_folder import ImageFolder
 from ticketlab.network import apply, evaluate

@@ -31,7 +31,8 @@ import tyro
 from ticketlab.commands import guarded
 from ticketlab.engine import store
 from ticketlab.engine.config import ImpConfig
-from ticketlab.engine.run import Run, load_run, runs, verify
+from ticketlab.engine.run import Run, load_run, runs
+from ticketlab.engine.verify import verify
 from ticketlab.errors import Refused, nearest
 from ticketlab.printed import across, as_text, width
 from ticketlab.version import __version__

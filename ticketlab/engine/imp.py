@@ -42,12 +42,12 @@ def levels(study: Study, folder: Path | None) -> Iterator[Level]:
     dense: Level | None = None
     level: Level | None = None
     with ExitStack() as held:
-        locked = False
+        refuse_lost = None
         for number in range(study.config.levels + 1):
             stored = runs.n_stored(folder) if folder else 0
-            if folder and number >= stored and not locked:
-                held.enter_context(runs.writing(folder, study.description, study.environment))
-                locked, stored = True, runs.n_stored(folder)  # another process may have written in between
+            if folder and number >= stored and refuse_lost is None:
+                refuse_lost = held.enter_context(runs.writing(folder, study.description, study.environment))
+                stored = runs.n_stored(folder)  # another process may have written in between
             if folder and number < stored:
                 level = runs.read_level(folder, number, study.task.device)
                 in_order = {name: level.masks[name] for name in study.names}
@@ -62,7 +62,8 @@ def levels(study: Study, folder: Path | None) -> Iterator[Level]:
                     level = _dense(study, half)
                 else:
                     level = _pruned(study, number, dense, level, half)
-                if folder and half:
+                if folder and half and refuse_lost:
+                    refuse_lost()
                     runs.write_level(folder, level, study.identity, study.environment)
                     half.clear()
             level = replace(level, factory=study.factory)
@@ -194,6 +195,7 @@ def _train(
         outcome.curves,
         outcome.snapshots,
         outcome.wall_seconds,
+        outcome.execution,
     )
 
 

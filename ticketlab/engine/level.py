@@ -42,6 +42,8 @@ class Level:
     """Level 0 alone: the networks after so many steps."""
     wall_seconds: float = float("nan")
     """Training and evaluation of the whole level."""
+    execution: str = ""
+    """The way that the stack was trained: loop, vmap, recorded loop or recorded stack; empty where it is not known."""
     factory: Factory | None = field(default=None, compare=False)
     """Builds the architecture, where it is known."""
     stacked: bool = True

@@ -96,7 +96,7 @@ class Recipe:
     def _ranges(self) -> dict[str, bool]:
         """What each number must be by itself."""
         return {
-            "steps must be at least 1": self.steps >= 1,
+            "steps must lie in [1, 10^9], or training has no end": 1 <= self.steps <= 10**9,
             "batch_size must be at least 1": self.batch_size >= 1,
             "eval_every must be at least 1": self.eval_every >= 1,
             "learning_rate must be positive and finite": 0 < self.learning_rate < math.inf,

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
 from ticketlab import shown
-from ticketlab.data import Task
 from ticketlab.engine import store as files
 from ticketlab.engine.config import ImpConfig, from_json, in_words
 from ticketlab.engine.level import Level, joined
-from ticketlab.engine.study import model_and_task
 from ticketlab.errors import Refused
-from ticketlab.losses import LOSSES
-from ticketlab.network import evaluate
 
 
 @dataclass(frozen=True)
@@ -35,13 +30,18 @@ class Run:
     further: tuple[Path, ...] = ()
     """Run directories of the same study with other seeds, whose replicas stand behind."""
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All run directories, in the order of their replicas."""
+        return (self.folder, *self.further)
+
     def __len__(self) -> int:
         return self.n_levels
 
     def __getitem__(self, level: int) -> Level:
         if not 0 <= level < self.n_levels:
             raise IndexError(f"{self.folder} has levels 0 to {self.n_levels - 1}: got {level}.")
-        first, *others = (files.read_level(folder, level, self.device) for folder in (self.folder, *self.further))
+        first, *others = (files.read_level(folder, level, self.device) for folder in self.folders)
         return joined([first, *others]) if others else first
 
     def __iter__(self) -> Iterator[Level]:
@@ -100,15 +100,19 @@ def _together(parts: Sequence[Run]) -> Run:
     for other in parts[1:]:
         same = [_without_seeds(run.config) for run in (first, other)]
         differ = [f.name for f in fields(same[0]) if getattr(same[0], f.name) != getattr(same[1], f.name)]
-        data, theirs = (files.read_config(run.folder)["fingerprint"]["task"] for run in (first, other))
-        if differ or data != theirs:
-            what = ", ".join(differ) or "their data"
+        one, two = (files.read_config(run.folder) for run in (first, other))
+        named = {"task": "their data", "model": "their network"}
+        differ += [named[part] for part in named if one["fingerprint"].get(part) != two["fingerprint"].get(part)]
+        differ += [part for part in ("own", "execution", "start") if one.get(part) != two.get(part)]
+        if differ:
+            what = ", ".join(differ)
             raise Refused(f"runs must differ in seeds alone: {first.folder} and {other.folder} differ in {what}.")
     seeds = tuple(seed for run in parts for seed in run.config.init_seeds)
     orders = tuple(seed for run in parts for seed in run.config.order_seeds or run.config.init_seeds)
+    folders = tuple(folder for run in parts for folder in run.folders)
     levels = min(len(run) for run in parts)
     config = replace(first.config, levels=levels - 1, init_seeds=seeds, order_seeds=None if orders == seeds else orders)
-    return replace(first, config=config, n_levels=levels, further=tuple(run.folder for run in parts[1:]))
+    return replace(first, config=config, n_levels=levels, further=folders[1:])
 
 
 def _without_seeds(config: ImpConfig) -> ImpConfig:
@@ -144,89 +148,3 @@ def _row(path: Path) -> dict[str, object]:
         "megabytes": sum(stat.st_size for stat in stats) / 1e6,
         "changed": datetime.fromtimestamp(max(stat.st_mtime for stat in stats)).isoformat(" ", "minutes"),
     }
-
-
-def verify(folder: str | Path) -> dict[int, str | None]:
-    """Every stored level of a run, or missing one between others, with its fault; None where it is whole.
-
-    Held against one another are every file and its checksum; masks and those of the level before, in which they lie;
-    counts and masks; results and weights, which are finite or of a network that diverged. Where the config names data
-    and model, test errors are evaluated again.
-
-    Raises:
-        Refused: Not a run directory, a description that is not what was stored, or other data under its name.
-    """
-    path = Path(folder).expanduser()
-    stored = files.read_config(path)
-    n_levels = files.n_stored(path)
-    measure = _evaluation(from_json(stored["config"] | {"levels": 0}), stored) if n_levels else None
-    faults: dict[int, str | None] = {}
-    before: Level | None = None
-    for number in range(n_levels):
-        try:
-            level = files.read_level(path, number)
-        except Refused as error:
-            faults[number], before = str(error), None
-            continue
-        found = _inconsistent(level, before) or (measure(level) if measure else None)
-        faults[number] = found and f"{path}: level {number} {found}. Train it again in another store."
-        before = level
-    if beyond := files.n_beyond(path):
-        faults[n_levels] = f"{path} lacks a whole level {n_levels}, and holds {beyond} after it. Resume the run."
-    return faults
-
-
-def _inconsistent(level: Level, before: Level | None) -> str | None:
-    """What of a level that can be read does not hold together."""
-    table = level.metrics
-    for row, replica in zip(table.itertuples(), range(len(table)), strict=True):
-        kept = sum(int(mask[replica].sum()) for mask in level.masks.values())
-        if kept != row.kept:
-            return f"has {kept} live weights in replica {replica}, where its metrics say {row.kept}"
-        finite = all(bool(t[replica].isfinite().all()) for t in level.end.params.values())
-        if pd.isna(row.diverged_step) and not finite:
-            return f"has weights that are not finite in replica {replica}, which has not diverged"
-        if pd.isna(row.diverged_step) == pd.isna(row.test_error):
-            return f"has a result of replica {replica} although it diverged, or none although it did not"
-    tickets = table[table["treatment"] == "ticket"]
-    for replica, seed in zip(tickets["replica"], tickets["init_seed"], strict=True) if before else ():
-        parent = before.select(treatment="ticket", init_seed=int(seed)).masks if before else {}
-        if any(bool((mask[replica] & ~parent[name]).any()) for name, mask in level.masks.items()):
-            return f"has live weights in the ticket of seed {seed} that the level before has pruned"
-    return None
-
-
-def _evaluation(config: ImpConfig, stored: Mapping[str, Any]) -> Callable[[Level], str | None] | None:
-    """What evaluates a level again; None where the data or the model are a user's own.
-
-    Raises:
-        Refused: Data that are not those of the run.
-    """
-    if stored.get("own"):
-        return None
-    try:
-        model, task = model_and_task(config)
-    except Refused:
-        return None
-    check_data(stored, task)
-
-    def measure(level: Level) -> str | None:
-        loss, state = LOSSES[task.loss], level.end.to(task.device, getattr(torch, config.dtype))
-        _, error = evaluate(model, state, task.test.x, task.test.y, loss=loss)
-        apart = (error.cpu() - torch.tensor(level.metrics["test_error"].to_numpy(float))).abs().nan_to_num()
-        worst = int(apart.argmax())
-        most = max(1.5 / len(task.test), 1e-3)  # examples on the boundary, which another machine may round otherwise
-        said = f"errs in replica {worst} on {float(error[worst]):.4f} of the test set, where its metrics say "
-        return said + f"{level.metrics['test_error'][worst]:.4f}" if float(apart[worst]) > most else None
-
-    return measure
-
-
-def check_data(stored: Mapping[str, Any], task: Task) -> None:
-    """Refuse data that are not those that a run was trained on."""
-    known, found = stored["fingerprint"]["task"], task.fingerprint()
-    if known != found:
-        raise Refused(
-            f"the data of {task.name} must be those of the run, with the fingerprint {known}: here they have {found}. "
-            "Point TICKETLAB_DATA at the same files."
-        )

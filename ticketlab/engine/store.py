@@ -19,8 +19,10 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -119,7 +121,7 @@ def n_stored(folder: Path) -> int:
 
 def n_beyond(folder: Path) -> int:
     """How many whole levels are stored after the first that is missing."""
-    return len(list(folder.glob(f"level_[0-9][0-9]/{MANIFEST}"))) - n_stored(folder)
+    return sum((level / MANIFEST).exists() for level in _level_folders(folder)) - n_stored(folder)
 
 
 def place(device: torch.device | str | None) -> torch.device:
@@ -151,23 +153,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     remedy = "Restore it, or run again into another store."
     try:
         stored = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # also of a number with more digits than Python reads
         raise Refused(f"{path} must be valid JSON: {error or type(error).__name__}. {remedy}") from error
     if not isinstance(stored, dict) or not {"config", "fingerprint"} <= set(stored):
         raise Refused(f"{path} must describe a study, with config and fingerprint: it does not. {remedy}")
     found = identity({k: v for k, v in stored.items() if k not in ("environment", "identity", "seal")})
     named = re.fullmatch(r".*-([0-9a-f]{10})", folder.name)  # version 0.1 kept it in the name of the folder alone
-    expected = stored.get("identity") or (named and named[1])
-    if expected is not None and found != expected:
-        raise Refused(f"{path} must be what was stored: its content has the identity {found}, not {expected}. {remedy}")
+    for expected in (stored.get("identity"), named and named[1]):
+        if expected is not None and found != expected:
+            raise Refused(
+                f"{path} must be what was stored: its content has the identity {found}, not {expected}. {remedy}"
+            )
     if "identity" in stored and not is_sealed(stored):
         raise Refused(f"{path} must be what was stored: it does not match its seal. {remedy}")
     return stored
 
 
 @contextmanager
-def writing(folder: Path, description: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[None]:
+def writing(
+    folder: Path, description: Mapping[str, Any], environment: Mapping[str, str]
+) -> Iterator[Callable[[], None]]:
     """Be the one writer of a run directory: a new one gets its config.json, leftovers of a killed one go.
+
+    Yields:
+        What to call before anything is written: it refuses where the lock was taken away, as another may write then.
 
     Raises:
         Refused: A place that cannot be written, or one that another process writes.
@@ -189,16 +198,22 @@ def writing(folder: Path, description: Mapping[str, Any], environment: Mapping[s
                 write_synced(folder / f"{CONFIG}.tmp", sealed(stored))
                 os.replace(folder / f"{CONFIG}.tmp", folder / CONFIG)
                 _sync_folder(folder)
-        yield
+        yield partial(_refuse_lost, folder, (folder / LOCK).stat().st_ino)
     finally:
         lock.release()
+
+
+def _refuse_lost(folder: Path, lock: int) -> None:
+    path = folder / LOCK
+    if not path.exists() or path.stat().st_ino != lock:
+        raise Refused(f"{path} must stay while {folder} is written: it was deleted, and another process may write now.")
 
 
 def _tidy(folder: Path) -> None:
     """What was never finished goes; a level that lacks its manifest is no level, and stands aside."""
     for leftover in folder.glob("level_*.tmp"):
         shutil.rmtree(leftover)
-    for unfinished in folder.glob("level_[0-9][0-9]"):
+    for unfinished in _level_folders(folder):
         if not (unfinished / MANIFEST).exists():
             aside = unfinished.with_name(f"{unfinished.name}.without_manifest")
             shutil.rmtree(aside, ignore_errors=True)
@@ -240,6 +255,7 @@ def write_level(folder: Path, level: Level, run: str, environment: Mapping[str, 
         "density": level.density,
         "sha256": sums,
         "wall_seconds": level.wall_seconds,
+        "execution": level.execution,
         "environment": dict(environment),
     }
     target = _level_folder(folder, level.level)
@@ -268,6 +284,7 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
         manifest = json.loads((path / MANIFEST).read_text())
         content = {name: _verified(path / name, manifest["sha256"][name]) for name in (WEIGHTS, MASKS, METRICS, CURVES)}
         place, wall_seconds = (manifest.get("run"), manifest["level"]), float(manifest["wall_seconds"])
+        execution = str(manifest.get("execution", ""))
         broken = "run" in manifest and not is_sealed(manifest)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, Refused):
@@ -278,7 +295,7 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
     if place != (run, level):
         raise Refused(_damaged(path, f"holds level {place[1]} of run {place[0]}, not level {level} of {run}"))
     try:
-        return _level(level, content, wall_seconds, device)
+        return replace(_level(level, content, wall_seconds, device), execution=execution)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise Refused(_damaged(path, "does not hold a level, although its checksums fit")) from error
 
@@ -323,6 +340,10 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _level_folder(folder: Path, level: int) -> Path:
     return folder / f"level_{level:02d}"
+
+
+def _level_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("level_*") if re.fullmatch(r"level_\d{2,}", path.name)]
 
 
 def _verified(path: Path, digest: str) -> bytes:

@@ -75,7 +75,8 @@ class Study:
             None. Replicas then differ in their batch order; ``reinit`` still draws from the factory.
         criteria: Criteria of your own by name, one of which ``config.criterion`` names.
         treatments: Treatments of your own by name, trained beside those of the config.
-        execution: How replicas are stacked, see ``network.resolve``.
+        execution: How replicas are stacked, see ``network.resolve``. With ``loop`` the bits of a seed do not depend on
+            the others; anything but ``auto`` is part of what names the run.
         progress: Show progress bars where the output is a terminal.
         checkpoint_minutes: Time after which the training of a stored level leaves a checkpoint, from which a killed run
             goes on.
@@ -176,13 +177,14 @@ class Study:
     def description(self) -> dict[str, Any]:
         """What decides every stored bit; not ``levels``, so that a run can be extended.
 
-        What the network does is part of it, as far as a few examples show, and what is a user's own.
+        What the network does is part of it, as far as a few examples show, and what is a user's own: told of the
+        network of seed 0, so that blocks of seeds of one study can be known by it.
         """
-        dtype = getattr(torch, self.config.dtype)
-        fingerprint = {"task": self.task.fingerprint(), "model": runs.identity(behaviour(self.model, self.task, dtype))}
+        dtype, first = getattr(torch, self.config.dtype), self.initialised(0)
+        fingerprint = {"task": self.task.fingerprint(), "model": runs.identity(behaviour(first, self.task, dtype))}
         effects: dict[str, Callable[[str, Any], dict[str, Any]]] = {
-            "criteria": lambda _, f: criterion_effect(f, self.model, self.task, self.ones),
-            "treatments": lambda name, f: treatment_effect(name, f, self.factory, self.model, self.ones),
+            "criteria": lambda _, f: criterion_effect(f, first, self.task, self.ones),
+            "treatments": lambda name, f: treatment_effect(name, f, self.factory, first, self.ones),
         }
         own = {
             kind: {name: runs.identity(effects[kind](name, f)) for name, f in chosen.items()}
@@ -191,12 +193,14 @@ class Study:
         }
         recipe = self.config.recipe
         if callable(recipe.optimizer):
-            effect = optimizer_effect(recipe.optimizer, self.model)
+            effect = optimizer_effect(recipe.optimizer, first)
             own["optimizer"] = {own_name(recipe.optimizer): runs.identity(effect)}
         if callable(recipe.schedule):
             own["schedule"] = {own_name(recipe.schedule): runs.identity(schedule_effect(recipe))}
+        path: dict[str, Any] = {"execution": self.execution} if self.execution != "auto" else {}
+        path |= {"start": True} if self.given is not None else {}
         return runs.plain(
-            {"config": described(self.config), "fingerprint": fingerprint} | ({"own": own} if own else {})
+            {"config": described(self.config), "fingerprint": fingerprint} | ({"own": own} if own else {}) | path
         )
 
     @cached_property
@@ -355,9 +359,9 @@ class Study:
         return len(self.task.train) + 3 * len(self.task.validation) + 2 * len(self.task.test)
 
     def _compare(self, stored: Mapping[str, Any], folder: Path) -> None:
-        parts = ("config", "fingerprint", "own")
+        parts = ("config", "fingerprint", "own", "execution", "start")
         if {k: v for k, v in stored.items() if k in parts} != self.description:
-            flat = [{k: v for part in parts for k, v in d.get(part, {}).items()} for d in (stored, self.description)]
+            flat = [_flat({k: v for k, v in d.items() if k in parts}) for d in (stored, self.description)]
             changed = [k for k in {**flat[0], **flat[1]} if flat[0].get(k) != flat[1].get(k)]
             told = "; ".join(f"{k} {flat[0].get(k)!r} instead of {flat[1].get(k)!r}" for k in changed)
             raise Refused(
@@ -410,10 +414,15 @@ def imp(
 
 
 def run_folder(
-    config: ImpConfig, store: str | Path = "runs", *, model: Factory | None = None, task: Task | None = None
+    config: ImpConfig,
+    store: str | Path = "runs",
+    *,
+    model: Factory | None = None,
+    task: Task | None = None,
+    execution: Execution = "auto",
 ) -> Path:
-    """Where ``imp(config, store=store, model=..., task=...)`` keeps its levels."""
-    return Study(config, model=model, task=task, device="cpu").folder(store)
+    """Where ``imp(config, store=store, model=..., task=..., execution=...)`` keeps its levels."""
+    return Study(config, model=model, task=task, device="cpu", execution=execution).folder(store)
 
 
 def model_and_task(config: ImpConfig, *, device: torch.device | str | None = None) -> tuple[nn.Module, Task]:
@@ -426,9 +435,19 @@ def model_and_task(config: ImpConfig, *, device: torch.device | str | None = Non
     Raises:
         Refused: An unknown name, or data that cannot be loaded.
     """
-    # Neither depends on criteria and treatments, which may be a user's own.
-    study = Study(replace(config, criterion="magnitude", treatments=("ticket",)), device=device)
+    study = study_of(config, device=device)
     return study.model, study.task
+
+
+def study_of(
+    config: ImpConfig,
+    *,
+    model: Factory | None = None,
+    task: Task | None = None,
+    device: torch.device | str | None = None,
+) -> Study:
+    """The study but for its criterion and treatments, which may be a user's own: for its network and its data."""
+    return Study(replace(config, criterion="magnitude", treatments=("ticket",)), model=model, task=task, device=device)
 
 
 _UNSCHEDULED: dict[str, Any] = {"schedule": "constant", "milestones": (), "decay": 0.1, "warmup_steps": 0}
@@ -465,6 +484,12 @@ def _treatments(names: tuple[str, ...], own: Mapping[str, Any]) -> dict[str, Tre
         if name not in known:
             raise Refused(nearest("treatment", name, tuple(known)))
     return {name: known[name] for name in names}
+
+
+def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What parts of it hold, in one."""
+    parts = [part if isinstance(part, Mapping) else {name: part} for name, part in description.items()]
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def _equal(a: State, b: State) -> bool:

@@ -2,7 +2,8 @@
 
 Replicas do not know of one another, so a study is the sum of its blocks: `tl.load_run` reads them as one. A block goes
 on from its stored levels wherever it is taken up, so a worker that dies costs a level at most, and the bytes are those
-of one machine. Every block computes on one thread: with more, products would be summed in another order.
+of one machine. Every block computes on one thread, replica by replica: with more, products would be summed in another
+order, and with ``vmap`` those of a seed would depend on the seeds beside it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from tqdm import tqdm
 from ticketlab.data import Task
 from ticketlab.engine.apart import apart
 from ticketlab.engine.config import ImpConfig
+from ticketlab.engine.store import place
 from ticketlab.engine.study import Study
 from ticketlab.errors import Refused
+from ticketlab.network import Execution
 from ticketlab.seeds import Factory
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ def sweep(
     model: Factory | None = None,
     task: Task | None = None,
     device: str | None = None,
+    execution: Execution | None = None,
     resources: Mapping[str, float] | None = None,
     retries: int = RETRIES,
     progress: bool = True,
@@ -73,6 +77,7 @@ def sweep(
         model: Makes a network of your own, as of `Study`.
         task: Data of your own, which travels to every worker.
         device: Where a block trains; a CUDA device if the worker has one, otherwise the CPU, when None.
+        execution: As of `Study`; ``loop`` on a CPU and ``auto`` on a GPU when None.
         resources: What a block takes of its worker, such as {"GPU": 1}: as many blocks at once as workers have.
         retries: How often a block is tried again whose worker died, or that failed.
         progress: Show levels done and the time left where the output is a terminal.
@@ -86,7 +91,7 @@ def sweep(
     parts = [block for study in studies for block in blocks(study, seeds)]
     if len(set(parts)) < len(parts):
         raise Refused("studies of a sweep must not share a block: two have the same seeds and flags. Leave one out.")
-    work = partial(_train, str(store), model, task, device)
+    work = partial(_train, str(store), model, task, device, execution)
     total = sum(block.levels + 1 for block in parts)
     with tqdm(total=total, desc="sweep", unit="level", disable=None if progress else True) as bar:
         found = iter(spread(work, parts, client, report=bar.update, resources=resources, retries=retries))
@@ -94,10 +99,17 @@ def sweep(
 
 
 def _train(
-    store: str, model: Factory | None, task: Task | None, device: str | None, config: ImpConfig, report: Report
+    store: str,
+    model: Factory | None,
+    task: Task | None,
+    device: str | None,
+    execution: Execution | None,
+    config: ImpConfig,
+    report: Report,
 ) -> Path:
+    how = execution or ("loop" if place(device).type == "cpu" else "auto")
     with one_thread():
-        study = Study(config, model=model, task=task, device=device, progress=False)
+        study = Study(config, model=model, task=task, device=device, execution=how, progress=False)
         for _ in study.levels(store):
             report()
         return study.folder(store)
