@@ -6,7 +6,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -23,6 +25,7 @@ from analyses.presets import DIGITS
 from analyses.usage import usage
 from figures.style import drawn, save
 from ticketlab.commands import guarded, parsed, try_folder, usable
+from ticketlab.engine import ranks
 from ticketlab.engine.presets import PRESETS
 from ticketlab.engine.store import read_config
 from ticketlab.engine.study import study_of
@@ -83,6 +86,14 @@ def main(
     """
 
     def answer() -> int:
+        with ranks.joined():  # of processes that train together the first alone writes and speaks
+            if ranks.rank() == 0:
+                return only()
+            with redirect_stdout(StringIO()):
+                config = config_of(name, config_type, sys.argv[1:] if argv is None else argv)
+                return 0 if config is None or run(config) else 1
+
+    def only() -> int:
         config = config_of(name, config_type, sys.argv[1:] if argv is None else argv)
         if config is None:
             return 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ticketlab.data import Task
-from ticketlab.engine import graphed
+from ticketlab.engine import graphed, ranks
 from ticketlab.engine.loop import loop, replica
 from ticketlab.engine.optimizer import make_optimizer
 from ticketlab.engine.recipe import Recipe
@@ -52,8 +52,11 @@ def advancing(
             "vmap draws other numbers than each network by itself, and training draws from a global generator, such as "
             "for dropout: leave execution at 'auto', which takes the loop."
         )
-    apart = apart or draws
-    if execution == "auto" and task.device.type == "cuda" and copies and not draws and not callable(recipe.optimizer):
+    if execution == "vmap" and ranks.size() > 1:
+        raise Refused("processes that train together take the loop: leave execution at 'auto'.")
+    apart = apart or draws or ranks.size() > 1
+    recordable = copies and not draws and not callable(recipe.optimizer) and ranks.size() == 1
+    if execution == "auto" and task.device.type == "cuda" and recordable:
         advance = _graphed(model, live, masks, starts, task, recipe)
         if advance is not None:
             return advance

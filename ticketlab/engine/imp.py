@@ -20,7 +20,7 @@ import torch
 
 from ticketlab import graph
 from ticketlab import masks as mask_ops
-from ticketlab.engine import cost
+from ticketlab.engine import cost, ranks
 from ticketlab.engine import store as runs
 from ticketlab.engine.checkpoint import Checkpoints
 from ticketlab.engine.criteria import Evidence, draw_examples, find_counts
@@ -42,12 +42,13 @@ def levels(study: Study, folder: Path | None) -> Iterator[Level]:
     dense: Level | None = None
     level: Level | None = None
     with ExitStack() as held:
-        refuse_lost = None
+        writes, refuse_lost = folder if ranks.rank() == 0 else None, None
         for number in range(study.config.levels + 1):
             stored = runs.n_stored(folder) if folder else 0
-            if folder and number >= stored and refuse_lost is None:
-                refuse_lost = held.enter_context(runs.writing(folder, study.description, study.environment))
-                stored = runs.n_stored(folder)  # another process may have written in between
+            if writes and number >= stored and refuse_lost is None:
+                refuse_lost = held.enter_context(runs.writing(writes, study.description, study.environment))
+                stored = runs.n_stored(writes)  # another process may have written in between
+            stored = ranks.agreed(stored)
             if folder and number < stored:
                 level = runs.read_level(folder, number, study.task.device)
                 in_order = {name: level.masks[name] for name in study.names}
@@ -62,9 +63,9 @@ def levels(study: Study, folder: Path | None) -> Iterator[Level]:
                     level = _dense(study, half)
                 else:
                     level = _pruned(study, number, dense, level, half)
-                if folder and half and refuse_lost:
+                if writes and half and refuse_lost:
                     refuse_lost()
-                    runs.write_level(folder, level, study.identity, study.environment)
+                    runs.write_level(writes, level, study.identity, study.environment)
                     half.clear()
             level = replace(level, factory=study.factory)
             dense = dense or level

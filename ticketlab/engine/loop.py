@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ticketlab.batches import noise_seed
 from ticketlab.data import Task
+from ticketlab.engine import ranks
 from ticketlab.engine.optimizer import clipping, make_optimizer
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.start import Start
@@ -49,9 +50,11 @@ class Replica:
         with self._holding(), self._reproducible(task.device):
             for step, index in zip(steps, orders(task, recipe, [seed], steps)[0], strict=True):
                 if self.draws:
-                    seed_generators(noise_seed(seed, step), task.device)
+                    seed_generators(ranks.own_seed(noise_seed(seed, step)), task.device)
                 x, y = batch(task, index, seed, step)
                 value = training_loss(self.net, x, y, task, recipe)
+                if ranks.size() > 1:
+                    value = value * ranks.weight(len(index))
                 if step in updates:
                     self._move_masks(value, step, recipe.steps)
                 else:
@@ -61,6 +64,7 @@ class Replica:
                     if callable(recipe.optimizer):
                         self._pin()
             self._keep()
+        ranks.average(self.slices.buffers.values())
 
     def _holding(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.own else lent(self.net, *self.slices, training=True)
@@ -95,6 +99,7 @@ class Replica:
         assert self.start.dynamics is not None
         self.optimizer.zero_grad()
         loss.backward()
+        ranks.add_gradients(self.optimizer)
         for (name, old), (weight, mask) in zip(self.masks.items(), self.pruned, strict=True):
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad  # None: not used
             new = self.start.dynamics.next_mask(name, old, weight.detach(), gradient, step, steps)
@@ -148,7 +153,7 @@ def loop(
 
     def advance(steps: range, alive: Sequence[int]) -> None:
         cores = torch.get_num_threads()
-        at_once = cores if task.device.type == "cpu" and copies and not draws else 1
+        at_once = cores if task.device.type == "cpu" and copies and not draws and ranks.size() == 1 else 1
         workers = max(1, min(at_once, len(alive)))
         # Cut so that every thread gets as many parts: five replicas on two threads would leave one idle.
         size = -(-len(steps) // (workers // math.gcd(workers, len(alive) or 1)))

@@ -103,7 +103,7 @@ def _together(parts: Sequence[Run]) -> Run:
         one, two = (files.read_config(run.folder) for run in (first, other))
         named = {"task": "their data", "model": "their network"}
         differ += [named[part] for part in named if one["fingerprint"].get(part) != two["fingerprint"].get(part)]
-        differ += [part for part in ("own", "execution", "start") if one.get(part) != two.get(part)]
+        differ += [part for part in ("own", "execution", "start", "ranks") if one.get(part) != two.get(part)]
         if differ:
             what = ", ".join(differ)
             raise Refused(f"runs must differ in seeds alone: {first.folder} and {other.folder} differ in {what}.")

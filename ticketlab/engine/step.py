@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ticketlab.batches import batch_orders
-from ticketlab.data import Task, crop_flip
+from ticketlab.batches import batch_orders, crop_flip_draws, crop_flipped
+from ticketlab.data import Task
+from ticketlab.engine import ranks
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.start import Start
 from ticketlab.losses import Loss
@@ -66,8 +67,12 @@ def orders(task: Task, recipe: Recipe, order_seeds: Sequence[int], steps: range)
 
 
 def batch(task: Task, index: Tensor, order_seed: int, step: int) -> tuple[Tensor, Tensor]:
-    x = task.train.x[index]
-    return crop_flip(x, order_seed, step) if task.augmentation == "crop_flip" else x, task.train.y[index]
+    """Inputs and targets: of several processes that train together, this one's share of them."""
+    part = ranks.share(len(index))
+    x, y = task.train.x[index[part]], task.train.y[index[part]]
+    if task.augmentation == "crop_flip":
+        x = crop_flipped(x, crop_flip_draws(len(index), order_seed, step)[:, part].to(x.device))
+    return x, y
 
 
 def batches(task: Task, index: Tensor, starts: Sequence[Start], step: int) -> tuple[Tensor, Tensor]:
@@ -88,6 +93,7 @@ def descend(
         group["lr"] = learning_rate
     optimizer.zero_grad()
     loss.backward()
+    ranks.add_gradients(optimizer)
     for weight, mask in pruned:
         if weight.grad is not None:  # None: the forward pass does not use this weight
             weight.grad.mul_(mask)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ticketlab import data, graph, models, shown
 from ticketlab import masks as mask_ops
 from ticketlab.data import Task
-from ticketlab.engine import cost
+from ticketlab.engine import cost, ranks
 from ticketlab.engine import store as runs
 from ticketlab.engine.config import ImpConfig, described, in_words
 from ticketlab.engine.criteria import CRITERIA, Criterion, Evidence, as_criterion, refuse_too_large
@@ -199,6 +199,7 @@ class Study:
             own["schedule"] = {own_name(recipe.schedule): runs.identity(schedule_effect(recipe))}
         path: dict[str, Any] = {"execution": self.execution} if self.execution != "auto" else {}
         path |= {"start": True} if self.given is not None else {}
+        path |= {"ranks": ranks.size()} if ranks.size() > 1 else {}
         return runs.plain(
             {"config": described(self.config), "fingerprint": fingerprint} | ({"own": own} if own else {}) | path
         )
@@ -359,7 +360,7 @@ class Study:
         return len(self.task.train) + 3 * len(self.task.validation) + 2 * len(self.task.test)
 
     def _compare(self, stored: Mapping[str, Any], folder: Path) -> None:
-        parts = ("config", "fingerprint", "own", "execution", "start")
+        parts = ("config", "fingerprint", "own", "execution", "start", "ranks")
         if {k: v for k, v in stored.items() if k in parts} != self.description:
             flat = [_flat({k: v for k, v in d.items() if k in parts}) for d in (stored, self.description)]
             changed = [k for k in {**flat[0], **flat[1]} if flat[0].get(k) != flat[1].get(k)]

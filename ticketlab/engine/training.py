@@ -21,8 +21,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ticketlab.data import Task
+from ticketlab.engine import ranks
 from ticketlab.engine.advance import advancing
-from ticketlab.engine.checkpoint import Checkpoints, put_in, taken
+from ticketlab.engine.checkpoint import Checkpoints, Half, put_in, taken
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.start import Start
 from ticketlab.engine.trainable import check, probed
@@ -83,6 +84,8 @@ def train(
     each step by `batches.noise_seed` of order seed and step, and put back afterwards. They are shared by threads, so
     that on a CPU such replicas train one at a time; ``vmap`` is not used.
 
+    Of several processes that train together (``ranks``) each takes its share of every batch.
+
     Args:
         model: The architecture; its own weights, buffers and mode are not used or changed.
         starts: One per replica, all with masks of the same names. Replicas with rates or dynamics of their own are
@@ -108,6 +111,7 @@ def train(
         probe = probed(model, _telling(starts), task, recipe)
     began = saved = time.perf_counter()
     live, masks = stack_states([start.begun for start in starts]), stack([start.masks for start in starts])
+    ranks.take_first([*live.params.values(), *live.buffers.values(), *masks.values()])
     tf32 = recipe.precision == "tf32"
     with float32_arithmetic(task.device, tf32):
         advance = advancing(model, live, masks, starts, task, recipe, execution, probe.copies, probe.draws)
@@ -117,10 +121,14 @@ def train(
     done = first_step
     if callable(recipe.optimizer) or any(start.dynamics for start in starts):
         checkpoints = None
-    if checkpoints is not None and (half := checkpoints.read(task.device, len(advance.optimizers))):
+    half = checkpoints.read(task.device, len(advance.optimizers)) if checkpoints is not None else None
+    _refuse_other_stores(half)
+    if half is not None:
         put_in(half, watch, snapshots, advance.optimizers)
         done, began = int(half.state["step"]), began - float(half.state["seconds"])
-    hidden = None if progress else True  # None: tqdm hides itself where the output is not a terminal
+    hidden = (
+        None if progress and ranks.rank() == 0 else True
+    )  # None: tqdm hides itself where the output is not a terminal
     label = progress if isinstance(progress, str) else "train"
     total = recipe.steps - first_step
     with tqdm(total=total, desc=label, unit="step", disable=hidden, initial=done - first_step) as bar:
@@ -137,12 +145,22 @@ def train(
                 watch.check(end)
                 snapshots[end] = watch.state()
             bar.update(end - begin)
-            if checkpoints is not None and (now := time.perf_counter()) - saved > checkpoints.seconds:
+            if (
+                checkpoints is not None
+                and ranks.rank() == 0
+                and (now := time.perf_counter()) - saved > checkpoints.seconds
+            ):
                 checkpoints.write(taken(end, now - began, watch, snapshots, advance.optimizers))
                 saved = time.perf_counter()
     network(model, live, task.train.x, finite=False)  # as at first: first weights may hide it, as gains of zero do
     seconds = time.perf_counter() - began
     return Outcome(live, snapshots, watch.metrics(), watch.curves(), seconds, masks, advance.how)
+
+
+def _refuse_other_stores(half: Half | None) -> None:
+    step = half.state["step"] if half is not None else None
+    if ranks.agreed(step) != step:
+        raise Refused(f"all processes must see one store: a checkpoint of step {step} is not the first one's.")
 
 
 def _telling(starts: Sequence[Start]) -> Start:
