@@ -43,7 +43,7 @@ class Places:
     """Where an analysis computes and writes."""
 
     out: Path = Path("results")
-    """Folder for tables and figures: OUT/ANALYSIS/RUN."""
+    """Folder for tables and figures, OUT/ANALYSIS/RUN, and for an analysis' own trainings, OUT/trainings."""
     device: str | None = None
     """Device to compute on, such as cpu or cuda:1; None: a CUDA device if there is one."""
 

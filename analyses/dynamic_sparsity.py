@@ -188,7 +188,7 @@ def _train(
     jobs = [(method, r) for method in methods for r in range(len(problem.init_seeds))]
     starts = [_start(problem, method, counts, r) for method, r in jobs]
     label = f"level {level}, {', '.join(methods)}{suffix}"
-    outcome = tl.train(problem.model, starts, problem.task, recipe, progress=label)
+    outcome = tl.train(problem.model, starts, problem.task, recipe, progress=label, store=problem.config.out)
     results = outcome.metrics[["test_error", "test_loss_nats"]]
     rows = []
     for i, (start, (method, r)) in enumerate(zip(starts, jobs, strict=True)):

@@ -130,7 +130,7 @@ def cells(config: Config) -> Iterator[tuple[str, pd.DataFrame]]:
             yield "networks", table.drop(columns="replica")
             if level.level == 0 or level.level in measured:
                 parents = list(_dense(level, k) if level.level == 0 else _subnetworks(level))
-                for rows, lines in _pairs(study, parents, k, shown, config.n_alphas):
+                for rows, lines in _pairs(study, parents, k, shown, config.n_alphas, config.out):
                     yield "children", rows.assign(**about)
                     yield "paths", lines
                 if curved is not None and parents:
@@ -188,7 +188,7 @@ def _subnetworks(level: tl.Level) -> Iterator[Parent]:
 
 
 def _pairs(
-    study: tl.Study, parents: Sequence[Parent], k: int, shown: tl.Task, n_alphas: int
+    study: tl.Study, parents: Sequence[Parent], k: int, shown: tl.Task, n_alphas: int, store: Path
 ) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
     """Two children of every parent, those that are missing trained in one stack; the lines of a treatment at a time."""
     if not parents:  # all have diverged
@@ -197,7 +197,8 @@ def _pairs(
     jobs = [p.start for p in missing]
     jobs += [replace(p.start, order_seed=sibling_order(p.start.order_seed, p.level)) for p in parents]
     label = f"children, k = {k}, level {parents[0].level}"
-    trained = tl.train(study.model, jobs, study.task, study.config.recipe, first_step=k, progress=label)
+    how: dict[str, Any] = {"first_step": k, "progress": label, "store": store}
+    trained = tl.train(study.model, jobs, study.task, study.config.recipe, **how)
     lost = trained.metrics["diverged_step"].notna()
     ends = [None if lost[r] else trained.end.select(r) for r in range(len(jobs))]
     firsts = dict(zip(map(id, missing), ends, strict=False))
@@ -236,7 +237,8 @@ def _heights(path: LinearPath) -> pd.DataFrame:
 
 def _distances(start: Params, a: Params, b: Params) -> dict[str, float]:
     """Between the children, of all parameters; and how far the first has come from theta_k."""
-    flat = [torch.cat([p.double().flatten() for p in params.values()]) for params in (start, a, b)]
+    # by name: what was stored and read again stands in another order than what was trained just now
+    flat = [torch.cat([params[name].double().flatten() for name in start]) for params in (start, a, b)]
     travelled = [one - flat[0] for one in flat[1:]]
     cosine = torch.nn.functional.cosine_similarity(flat[1], flat[2], dim=0)
     together = torch.nn.functional.cosine_similarity(travelled[0], travelled[1], dim=0)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -85,7 +86,7 @@ def run(config: Config) -> Tables:
     shown = task if config.train_examples is None else task.limit(train=min(config.train_examples, len(task.train)))
     paths, barriers = [], []
     for level in levels:
-        lines = list(_lines(study, level, model, task))
+        lines = list(_lines(study, level, model, task, config.out))
         if level.level in aligned:
             lines += _independent(study, level, model, task)
         for line in tqdm(lines, desc=f"lines of level {level.level}", unit="line", disable=None):
@@ -108,7 +109,7 @@ def _align_levels(config: Config, study: tl.ImpConfig) -> set[int]:
     return chosen_levels(config.align_levels, study.levels, range(study.levels + 1))
 
 
-def _lines(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task) -> Iterator[Line]:
+def _lines(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task, store: Path) -> Iterator[Line]:
     """Both questions at the run's k, and at level 0 for every k that was kept, of what has not diverged."""
     tickets = {seed: level.select(treatment="ticket", init_seed=seed) for seed in survivors(level)}
     starts = {study.rewind_step: {seed: ticket.start for seed, ticket in tickets.items()}}
@@ -117,7 +118,7 @@ def _lines(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task
             starts[k] = {seed: ticket.snapshots[k] for seed, ticket in tickets.items()}
     for k, start in sorted(starts.items()):
         ends = {seed: (start[seed], ticket.end) for seed, ticket in tickets.items()}
-        siblings = _siblings(study, level, model, task, start, k) if tickets else {}
+        siblings = _siblings(study, level, model, task, start, k, store) if tickets else {}
         for question, pairs in (("theta_k to theta_T", ends), ("siblings", siblings)):
             if pairs:
                 a, b = (stack_states(side) for side in zip(*pairs.values(), strict=True))
@@ -145,7 +146,13 @@ def _independent(study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: t
 
 
 def _siblings(
-    study: tl.ImpConfig, level: tl.Level, model: nn.Module, task: tl.Task, start: dict[int, State], k: int
+    study: tl.ImpConfig,
+    level: tl.Level,
+    model: nn.Module,
+    task: tl.Task,
+    start: dict[int, State],
+    k: int,
+    store: Path,
 ) -> dict[int, tuple[State, State]]:
     """Two children of each theta_k that differ in batch order alone: from the run where it has them, or trained."""
     tickets = {seed: level.select(treatment="ticket", init_seed=seed) for seed in start}
@@ -159,7 +166,7 @@ def _siblings(
     orders = orders if known else [*(first[seed] for seed in start), *orders]
     jobs = [Start(start[seed], tickets[seed].masks, order) for seed, order in zip([*start] * 2, orders, strict=False)]
     label = f"siblings, level {level.level}, k = {k}"
-    trained = tl.train(model, jobs, task, study.recipe, first_step=k, progress=label)
+    trained = tl.train(model, jobs, task, study.recipe, first_step=k, progress=label, store=store)
     ends = [None if lost else trained.end.select(r) for r, lost in enumerate(trained.metrics["diverged_step"].notna())]
     ends = [*(ticket.end for ticket in tickets.values()), *ends] if known else ends
     pairs = zip(start, ends[: len(start)], ends[len(start) :], strict=True)

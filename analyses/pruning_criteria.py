@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -114,6 +115,8 @@ class _Finder:
     model: nn.Module
     task: tl.Task
     dense: tl.Level
+    store: Path
+    """Where its trainings are kept."""
     scores: dict[tuple[str, int], Scores]
 
     def evidence(self, method: Method, init_seed: int) -> Evidence:
@@ -184,7 +187,7 @@ def run(config: Config) -> Tables:
     finder, tables, spent = None, [], _Spent()
     for level in levels:
         tickets = level.metrics.query("treatment == 'ticket' and init_seed in @study.init_seeds")
-        finder = finder or _Finder(study, config.early_step, model, task, level, {})
+        finder = finder or _Finder(study, config.early_step, model, task, level, config.out, {})
         if level.level == 0 or level.level in wanted:
             found = spent.before(tickets)
             tables.append(
@@ -252,7 +255,8 @@ def _compared(finder: _Finder, methods: list[Method], level: tl.Level) -> pd.Dat
         for r, mask in zip(trained, kept, strict=True)
     ]
     label = f"{len(trained)} networks at density {level.density:.3g}"
-    outcome = tl.train(finder.model, starts, finder.task, study.recipe, first_step=study.rewind_step, progress=label)
+    how: dict[str, Any] = {"first_step": study.rewind_step, "progress": label, "store": finder.store}
+    outcome = tl.train(finder.model, starts, finder.task, study.recipe, **how)
     results = outcome.metrics.drop(columns="replica").set_axis(trained)
     results["kept"] = [int(tl.masks.kept(found)) for found in kept]
     results["density"] = [float(tl.masks.density(found)) for found in kept]

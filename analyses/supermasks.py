@@ -173,6 +173,7 @@ def _learned(problem: Problem) -> Iterator[pd.DataFrame]:
             density=density,
             prunable=pruned_names(problem.model, problem.dense),
             progress=f"{method}, {density:g}",
+            store=config.out,
         )
         table = evaluations(problem.model, learned, problem.task.test, draws=config.draws)
         lost = learned.metrics["diverged_step"].notna().to_numpy()[table["replica"]]

@@ -125,7 +125,8 @@ def _train(config: Config, found: dict[str, Tickets], target: str) -> Iterator[p
     for first_step in sorted({job.first_step for job in jobs}):
         group = [job for job in jobs if job.first_step == first_step]
         starts, label = [job.start for job in group], f"to {target}, from step {first_step}"
-        outcome = tl.train(model, starts, here.task, here.recipe, first_step=first_step, progress=label)
+        how: dict[str, Any] = {"first_step": first_step, "progress": label, "store": config.out}
+        outcome = tl.train(model, starts, here.task, here.recipe, **how)
         rows = pd.DataFrame([job.row | _described(job.start.masks, here.recipe) for job in group])
         rows["first_step"] = first_step
         yield pd.concat([rows, outcome.metrics.drop(columns="replica")], axis=1)

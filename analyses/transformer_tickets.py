@@ -135,7 +135,7 @@ def run(config: Config) -> Tables:
             parts.setdefault(name, []).append(table.assign(arm=arm.name))
     if source is not None:
         parts["transfer"] = [
-            table for pair in ((arms[1], arms[2]), (arms[2], arms[1])) for table in _transfer(*pair, wanted)
+            table for pair in ((arms[1], arms[2]), (arms[2], arms[1])) for table in _transfer(*pair, wanted, config.out)
         ]
     about = {"task": config.study.task, "model": config.study.model, "source": config.pretrain_task or "none"}
     return {name: joined(tables).assign(**about) for name, tables in parts.items()}
@@ -267,7 +267,7 @@ def _measures(arm: Arm, level: tl.Level, n: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _transfer(arm: Arm, other: Arm, wanted: set[int]) -> Iterator[pd.DataFrame]:
+def _transfer(arm: Arm, other: Arm, wanted: set[int], store: Path) -> Iterator[pd.DataFrame]:
     """Masks of either task on the pretrained weights, trained on the task of ``arm``: one stack per level."""
     study, k = arm.study, arm.study.config.rewind_step
     for level in sorted(wanted):
@@ -282,7 +282,8 @@ def _transfer(arm: Arm, other: Arm, wanted: set[int]) -> Iterator[pd.DataFrame]:
                     starts.append(Start(begun, masks, order))
         if rows:
             label = f"masks on {study.config.task}, level {level}"
-            outcome = tl.train(study.model, starts, study.task, study.config.recipe, first_step=k, progress=label)
+            how: dict[str, Any] = {"first_step": k, "progress": label, "store": store}
+            outcome = tl.train(study.model, starts, study.task, study.config.recipe, **how)
             errors = outcome.metrics[["test_error", "test_loss_nats", "diverged_step"]]
             yield pd.concat([pd.DataFrame(rows), errors], axis=1)
 

@@ -68,7 +68,7 @@ def test_mode_connectivity_makes_a_run_then_only_reads_it(tmp_path, capsys):
 
 def test_ends_of_the_lines_are_the_networks_of_the_run(tmp_path):
     study = tl.ImpConfig(treatments=("ticket", "sibling"), levels=1, recipe=tl.Recipe(steps=40, eval_every=20))
-    config = mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3)
+    config = mode_connectivity.Config(study=study, store=tmp_path, out=tmp_path, n_alphas=3)
     paths = mode_connectivity.run(config)["paths"]
     levels = list(tl.imp(study, store=tmp_path))
     ends = (
@@ -90,7 +90,7 @@ def test_siblings_are_trained_where_the_run_has_none(tmp_path):
     with_siblings = tl.ImpConfig(treatments=("ticket", "sibling"), levels=1, snapshot_steps=(15,), recipe=recipe)
     without = replace(with_siblings, treatments=("ticket",))
     tables = [
-        mode_connectivity.run(mode_connectivity.Config(study=study, store=tmp_path, n_alphas=3))["paths"]
+        mode_connectivity.run(mode_connectivity.Config(study=study, store=tmp_path, out=tmp_path, n_alphas=3))["paths"]
         for study in (with_siblings, without)
     ]
     pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-5)

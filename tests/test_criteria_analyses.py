@@ -34,7 +34,7 @@ SIZE = 64 * 100 + 100 * 50 + 50 * 10
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     store = tmp_path_factory.mktemp("runs")
-    config = pruning_criteria.Config(store=store, methods=METHODS, early_step=10, study=STUDY, device="cpu")
+    config = pruning_criteria.Config(store=store, out=store, methods=METHODS, early_step=10, study=STUDY, device="cpu")
     return pruning_criteria.run(config)["networks"], list(tl.imp(replace(STUDY, snapshot_steps=(10,)), store=store))
 
 
@@ -47,10 +47,10 @@ def test_every_method_keeps_as_many_weights_as_the_ticket(table):
     assert not networks["cuts_the_network"].fillna(False).astype(bool).any()
 
 
-def test_a_method_that_cuts_the_network_is_left_out_of_the_stack(table):
+def test_a_method_that_cuts_the_network_is_left_out_of_the_stack(table, tmp_path):
     _, levels = table
     model, task = tl.model_and_task(STUDY, device="cpu")
-    finder = pruning_criteria._Finder(STUDY, 10, model, task, levels[0], {})
+    finder = pruning_criteria._Finder(STUDY, 10, model, task, levels[0], tmp_path, {})
     few = {name: torch.zeros_like(mask) for name, mask in levels[2].masks.items()}
     for mask in few.values():
         mask[:, 0, 0] = True  # one weight in each layer
@@ -130,7 +130,9 @@ def test_configs_that_make_no_sense_are_refused(change, match):
 def test_what_would_compare_nothing_is_refused_before_training(tmp_path, change, levels, match):
     study = replace(STUDY, levels=levels)
     with pytest.raises(ValueError, match=match):
-        pruning_criteria.run(pruning_criteria.Config(store=tmp_path, study=study, early_step=10, **change))
+        pruning_criteria.run(
+            pruning_criteria.Config(store=tmp_path, out=tmp_path, study=study, early_step=10, **change)
+        )
     assert list(tmp_path.iterdir()) == []
 
 

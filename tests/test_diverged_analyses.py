@@ -69,6 +69,8 @@ def diverge(monkeypatch, level: int, seeds: set[int]) -> None:
 
     def marked(*arguments, **options):
         found = read(*arguments, **options)
+        if "init_seed" not in found.metrics:  # a training of the analysis
+            return found
         rows = (found.metrics["treatment"] == "ticket") & found.metrics["init_seed"].isin(
             seeds if found.level == level else ()
         )
@@ -81,10 +83,11 @@ def diverge(monkeypatch, level: int, seeds: set[int]) -> None:
 
 
 def config_of(module, folder):
+    places = {"out": folder.parent / "out", "device": "cpu"}
     if module is transfer:
         study = replace(STUDY, treatments=("ticket",))
-        return module.Config(runs=(folder,), study=study, device="cpu", **FLAGS[module])
-    return module.Config(run=(folder,), device="cpu", **FLAGS[module])
+        return module.Config(runs=(folder,), study=study, **places, **FLAGS[module])
+    return module.Config(run=(folder,), **places, **FLAGS[module])
 
 
 def test_what_follows_from_a_diverged_ticket_has_diverged(stored, monkeypatch):

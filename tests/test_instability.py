@@ -25,7 +25,9 @@ SMALL = replace(STUDY, levels=2, init_seeds=(0, 1), recipe=RECIPE, dtype="float6
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     store = tmp_path_factory.mktemp("runs")
-    config = Config(rewind_steps=(8, 0), n_alphas=5, train_examples=200, test_examples=120, store=store, study=SMALL)
+    config = Config(
+        rewind_steps=(8, 0), n_alphas=5, train_examples=200, test_examples=120, store=store, out=store, study=SMALL
+    )
     return config, run(replace(config, device="cpu"))
 
 
@@ -122,9 +124,9 @@ def test_a_grid_over_k_is_separate_studies(measured):
         study.rewound(5, first)
 
 
-def test_a_level_of_which_all_have_diverged_has_no_children():
+def test_a_level_of_which_all_have_diverged_has_no_children(tmp_path):
     study = tl.Study(replace(SMALL, rewind_step=0), device="cpu", progress=False)
-    assert list(instability._pairs(study, [], 0, study.task, 3)) == []
+    assert list(instability._pairs(study, [], 0, study.task, 3, tmp_path)) == []
 
 
 def test_claims_by_hand():
@@ -170,4 +172,4 @@ def test_from_the_command_line(tmp_path, capsys):
 )
 def test_what_makes_no_sense_is_refused(wrong, match, tmp_path):
     with pytest.raises(Refused, match=match):
-        run(Config(**{"study": SMALL, "store": tmp_path, "device": "cpu"} | wrong))
+        run(Config(**{"study": SMALL, "store": tmp_path, "out": tmp_path, "device": "cpu"} | wrong))

@@ -88,7 +88,9 @@ def test_sign_and_value_needs_the_control_that_it_compares_with(tmp_path):
 
 def supermask_config(study, **options):
     small = {"densities": (0.6, 0.3), "criteria": ("large_final_same_sign", "random"), "draws": 2, "learned_steps": 20}
-    return supermasks.Config(run=(study,), **{**small, "learned_densities": (0.4,), "learned_seeds": 1, **options})
+    return supermasks.Config(
+        run=(study,), out=study.parent / "out", **{**small, "learned_densities": (0.4,), "learned_seeds": 1, **options}
+    )
 
 
 def test_untrained_supermasks_are_the_networks_that_they_say(study):
@@ -125,7 +127,7 @@ def test_supermasks_are_of_the_initialisation_where_tickets_rewind_to_a_later_st
     )
     flags = {"criteria": ("snip", "movement"), "densities": (0.3,), "values": ("init",), "learned_values": ("init",)}
     options = {**flags, "learned_densities": (), "learned_seeds": 1, "draws": 1, "learned_steps": 20}
-    run_config = supermasks.Config(store=tmp_path, study=config, device="cpu", **options)
+    run_config = supermasks.Config(store=tmp_path, out=tmp_path, study=config, device="cpu", **options)
     tables = supermasks.run(run_config)
     dense = next(iter(tl.load_run(tl.run_folder(config, tmp_path)))).select(init_seed=0)
     model, task = tl.model_and_task(config, device="cpu")
@@ -164,7 +166,7 @@ def test_supermask_flags_that_make_no_sense_are_refused(change, match):
 def test_supermasks_by_a_criterion_that_is_too_dear_are_refused_before_training(tmp_path):
     study = tl.ImpConfig(model="lenet_300_100")
     with pytest.raises(ValueError, match="'obd_exact' needs at most"):
-        supermasks.run(supermasks.Config(store=tmp_path, study=study, criteria=("obd_exact",)))
+        supermasks.run(supermasks.Config(store=tmp_path, out=tmp_path, study=study, criteria=("obd_exact",)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -32,7 +32,8 @@ PRETRAINED = {"pretrain_task": "own_network:next_bytes", "pretrain_model": "deco
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    config = Config(store=tmp_path_factory.mktemp("text"), study=TEXT, **SHOWN, **PRETRAINED)
+    folder = tmp_path_factory.mktemp("text")
+    config = Config(store=folder, out=folder / "out", study=TEXT, **SHOWN, **PRETRAINED)
     return config, run(config)
 
 
@@ -137,5 +138,5 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path):
         ({"study": TEXT, "pretrain_task": "digits:0-99"}, "class"),
     ):
         with pytest.raises(Refused, match=match):
-            run(Config(store=tmp_path, **SHOWN, **flags))
+            run(Config(store=tmp_path, out=tmp_path, **SHOWN, **flags))
     assert list(tmp_path.iterdir()) == []

@@ -32,6 +32,7 @@ from ticketlab.data import Split, Task
 from ticketlab.data import load as load_task
 from ticketlab.engine import criteria, dynamic, exchange, presets, supermask
 from ticketlab.engine.config import ImpConfig
+from ticketlab.engine.kept import train as train_starts
 from ticketlab.engine.level import Level
 from ticketlab.engine.presets import preset
 from ticketlab.engine.recipe import Recipe
@@ -40,7 +41,6 @@ from ticketlab.engine.stacks import takes_stacks
 from ticketlab.engine.start import Start
 from ticketlab.engine.study import Estimate, Study, imp, model_and_task, run_folder
 from ticketlab.engine.training import Outcome
-from ticketlab.engine.training import train as train_starts
 from ticketlab.engine.verify import verify
 from ticketlab.errors import kinds_told
 from ticketlab.image_folder import ImageFolder

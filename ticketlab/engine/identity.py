@@ -27,15 +27,16 @@ from ticketlab.seeds import Factory, kept_generators, seed_generators
 from ticketlab.state import Masks, State, moved, state
 
 
-def behaviour(model: nn.Module, task: Task, dtype: torch.dtype) -> dict[str, Any]:
-    """What the first network of a study is, and what it does on a few examples in both modes.
+def behaviour(model: nn.Module, task: Task, dtype: torch.dtype, first: State | None = None) -> dict[str, Any]:
+    """What a network is, and what it does on a few examples in both modes.
 
     Args:
-        model: Initialised with the first seed.
+        model: The architecture.
         task: Data of the study.
         dtype: Weights of the study, for models that cannot run in float64.
+        first: The network; the model's own weights and buffers when None.
     """
-    first = state(model)
+    first = state(model) if first is None else first
     return {
         "shapes": {name: list(p.shape) for name, p in first.params.items()},
         "sums": {name: f"{float(p.abs().double().cpu().sum()):.5g}" for name, p in first.params.items()},

@@ -256,6 +256,7 @@ def write_level(folder: Path, level: Level, run: str, environment: Mapping[str, 
         "sha256": sums,
         "wall_seconds": level.wall_seconds,
         "execution": level.execution,
+        "names": {"masks": [*level.masks], "params": [*level.end.params], "buffers": [*level.end.buffers]},
         "environment": dict(environment),
     }
     target = _level_folder(folder, level.level)
@@ -284,7 +285,7 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
         manifest = json.loads((path / MANIFEST).read_text())
         content = {name: _verified(path / name, manifest["sha256"][name]) for name in (WEIGHTS, MASKS, METRICS, CURVES)}
         place, wall_seconds = (manifest.get("run"), manifest["level"]), float(manifest["wall_seconds"])
-        execution = str(manifest.get("execution", ""))
+        execution, names = str(manifest.get("execution", "")), manifest.get("names", {})
         broken = "run" in manifest and not is_sealed(manifest)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, Refused):
@@ -295,21 +296,36 @@ def read_level(folder: Path, level: int, device: torch.device | str = "cpu") -> 
     if place != (run, level):
         raise Refused(_damaged(path, f"holds level {place[1]} of run {place[0]}, not level {level} of {run}"))
     try:
-        return replace(_level(level, content, wall_seconds, device), execution=execution)
+        return replace(_level(level, content, wall_seconds, device, names), execution=execution)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise Refused(_damaged(path, "does not hold a level, although its checksums fit")) from error
 
 
-def _level(number: int, content: Mapping[str, bytes], wall_seconds: float, device: torch.device | str) -> Level:
-    # by name: safetensors gives them in an order that differs from process to process
-    masks = {n: t.to(device) for n, t in sorted(load_tensors(content[MASKS]).items())}
-    tensors = _unflatten({n: t.to(device) for n, t in sorted(load_tensors(content[WEIGHTS]).items())})
+def _level(
+    number: int,
+    content: Mapping[str, bytes],
+    wall_seconds: float,
+    device: torch.device | str,
+    names: Mapping[str, list[str]],
+) -> Level:
+    masks = _in_order({n: t.to(device) for n, t in load_tensors(content[MASKS]).items()}, names.get("masks"))
+    found = _unflatten({n: t.to(device) for n, t in load_tensors(content[WEIGHTS]).items()})
+    parts = ("params", "buffers")
+    tensors = {
+        key: State(*(_in_order(part, names.get(name)) for part, name in zip(state, parts, strict=True)))
+        for key, state in found.items()
+    }
     metrics, curves = (pd.read_csv(BytesIO(content[n]), dtype=_INTEGERS) for n in (METRICS, CURVES))
-    start, end = tensors.pop("start"), tensors.pop("end")
+    start, end = tensors.pop("start", State({}, {})), tensors.pop("end")
     snapshots = {int(key.removeprefix("step_")): s for key, s in sorted(tensors.items())}
     ticket = int((metrics["treatment"] == "ticket").idxmax())
-    density = float(mask_ops.density(select(masks, ticket)))
+    density = float(mask_ops.density(select(masks, ticket))) if masks else 1.0
     return Level(number, density, masks, start, end, metrics, curves, snapshots, wall_seconds)
+
+
+def _in_order(tensors: dict[str, Tensor], names: list[str] | None) -> dict[str, Tensor]:
+    """As they stood when they were stored: safetensors has them in an order that differs from process to process."""
+    return {name: tensors[name] for name in (sorted(tensors) if names is None else names)}
 
 
 _INTEGERS = {"early_stop_step": "Int64", "diverged_step": "Int64"}  # may be missing, and stay integers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from ticketlab import masks as mask_ops
 from ticketlab.data import Split, Task
+from ticketlab.engine.kept import train
 from ticketlab.engine.recipe import Recipe
 from ticketlab.engine.start import Start
 from ticketlab.engine.supermask.module import Method, Supermask, rescaled
-from ticketlab.engine.training import Outcome, train
+from ticketlab.engine.training import Outcome
 from ticketlab.errors import Refused, check_count
 from ticketlab.losses import CROSS_ENTROPY, Loss
 from ticketlab.network import apply, evaluate, n_replicas
@@ -71,6 +73,7 @@ def learn_masks(
     draw_seeds: Sequence[int] | None = None,
     prunable: Sequence[str] | None = None,
     progress: bool | str = "learn masks",
+    store: str | Path | None = None,
 ) -> Learned:
     """Learn R masks on R networks whose weights stay exactly as they are.
 
@@ -87,6 +90,7 @@ def learn_masks(
         draw_seeds: R seeds of first scores and of drawn masks; ``order_seeds`` when None (the streams are apart).
         prunable: Weights that are masked, by name, as in ``masks.prunable``; the model's own when None.
         progress: Show a progress bar where the output is a terminal; a string is its label.
+        store: Where the training is kept, as of ``tl.train``; None: nowhere.
 
     Warns:
         RuntimeWarning: A deterministic mask that leaves a layer without a weight, and so outputs without a
@@ -107,7 +111,7 @@ def learn_masks(
     begun = [module.begin(frozen.select(r), seed) for r, seed in enumerate(seeds)]
     starts = [Start(one, {}, order_seed) for one, order_seed in zip(begun, order_seeds, strict=True)]
     # One network after another, for draws come from a generator each.
-    outcome = train(module, starts, task, recipe, execution="loop", progress=progress)
+    outcome = train(module, starts, task, recipe, execution="loop", progress=progress, store=store)
     found = _learned(module, outcome)
     empty = {n: (~mask.flatten(1).any(1)).nonzero()[:, 0].tolist() for n, mask in found.masks.items()}
     if any(empty.values()):
