@@ -51,6 +51,15 @@ def test_the_blocks_of_extending_run_in_one_namespace(tmp_path, monkeypatch):
     assert pd.read_csv("curves_1.csv")["step"].max() == 50
 
 
+def test_the_blocks_of_scaling_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scaling.md").read_text(), flags=re.DOTALL)
+    for block, name, n in ((first, "run", 2), (second, "kernel", 40)):
+        names = {}
+        exec(compile(block, "scaling.md", "exec"), names)
+        assert len(names[name]) == n
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """One folder for all notebooks, most of which read one run."""

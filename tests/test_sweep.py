@@ -15,6 +15,7 @@ from threading import Thread
 import pandas as pd
 import pytest
 import torch
+from cases import blobs, build, half_masks, small_mlp
 
 import ticketlab as tl
 from analyses import sweep as plans
@@ -104,8 +105,49 @@ def test_a_cluster_that_loses_a_worker_ends_in_the_same_bytes(here, tmp_path) ->
         killer.join()
         with pytest.raises(Refused, match="levels must be at least 0"):
             spread(_refuses, [1, 2], client)
+        parts, others = _measured_in_parts(client), _measured_in_parts(None)
+    torch.testing.assert_close(parts, others, rtol=1e-12, atol=1e-12)
     assert killed and [path.name for path in found[0]] == [path.name for path in here[1][0]]
     assert contents(tmp_path) == contents(here[0]) and len(contents(tmp_path)) == 2 * 3 * 4
+
+
+SHOWN = torch.linspace(-1, 1, 24 * 6, dtype=torch.float64).sin().view(24, 6)
+
+
+def _rows_of_kernel(rows: range, report) -> torch.Tensor:
+    net = build(small_mlp)
+    report()
+    return tl.ntk.kernel(net, tl.state(net), SHOWN[rows], SHOWN, masks=half_masks(net, 0))
+
+
+def _point_of_line(alpha: float, report) -> tuple[float, float]:
+    a, b = (tl.state(build(small_mlp, seed)) for seed in (0, 1))
+    between = {n: (1 - alpha) * p + alpha * b.params[n] for n, p in a.params.items()}
+    test = blobs().test
+    loss, error = tl.evaluate(build(small_mlp), between, test.x, test.y)
+    return float(loss), float(error)
+
+
+def _chi_of_seed(seed: int, report) -> float:
+    net = build(small_mlp, seed)
+    return float(tl.signal.jacobian_singular_values(net, tl.state(net), SHOWN[:4]).square().mean())
+
+
+def _measured_in_parts(client) -> tuple[torch.Tensor, list[tuple[float, float]], list[float]]:
+    rows = spread(_rows_of_kernel, [range(i, i + 8) for i in range(0, 24, 8)], client)
+    alphas = spread(_point_of_line, torch.linspace(0, 1, 5).tolist(), client)
+    return torch.cat(rows), alphas, spread(_chi_of_seed, range(3), client)
+
+
+def test_other_long_work_goes_the_same_way() -> None:
+    net = build(small_mlp)
+    rows, points, _ = _measured_in_parts(None)
+    whole = tl.ntk.kernel(net, tl.state(net), SHOWN, masks=half_masks(net, 0))
+    torch.testing.assert_close(rows, whole, rtol=1e-12, atol=1e-12)
+    ends = (tl.state(build(small_mlp, seed)) for seed in (0, 1))
+    path = tl.connectivity.linear_path(net, *ends, blobs(), n_alphas=5, splits=("test",))
+    errors = [error for _, error in points]
+    assert errors == pytest.approx([float(e) for e in path.curves["test", "error"]])
 
 
 def _refuses(item: int, report: object) -> None:
@@ -116,6 +158,10 @@ def _five(report) -> int:
     report()
     print("not an answer")
     return 5
+
+
+def _pid(report) -> int:
+    return os.getpid()
 
 
 def _dies(report) -> None:
@@ -134,6 +180,11 @@ def test_a_call_apart_answers_fails_and_dies_like_one_here(tmp_path) -> None:
         apart(partial(_refuses, 1), lambda: None)
     with pytest.raises(ChildProcessError, match="without an answer"):
         apart(_dies, lambda: None)
+    first, second = (apart(_pid, lambda: None) for _ in range(2))
+    assert first == second != os.getpid(), "the process that has answered waits for the next call"
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    assert apart(_pid, lambda: None) != first
 
 
 def test_a_call_apart_ends_when_nobody_waits_any_more(tmp_path) -> None:
