@@ -5,7 +5,7 @@ PYTHON := python3
 endif
 BIN := .venv/bin
 
-.PHONY: demo test lint figures docs fuzz bench-peers clean
+.PHONY: demo test lint figures docs fuzz soak bench-peers clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -29,6 +29,11 @@ docs: .venv/ready
 fuzz: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m fuzz
+
+# Kills, flipped bits, two writers and lost workers, an hour of it, and docs/soak.md, the table of what came of them.
+soak: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cluster]'
+	$(BIN)/python -m fuzz.soak
 
 # What benchmarks.ntk runs beside ours: python -m benchmarks.ntk --peer-python .venv-peers/bin/python
 bench-peers: .venv-peers/ready
