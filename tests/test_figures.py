@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 from analyses.pruning_criteria import METHODS
 from figures import imp, mode_connectivity, ntk_spectrum, width_sweep
 from figures import pruning_criteria as criteria_figure
-from figures.__main__ import HERE, Config, draw_all
+from figures.__main__ import HERE, Config, draw_all, main
 from figures.style import LABELS, LOOKS, drawn, look_of, paper, save, treatments
 from ticketlab.engine.treatments import TREATMENTS
 
@@ -212,10 +215,91 @@ def test_python_m_figures_refuses_what_it_does_not_know(tmp_path):
     (tmp_path / "pies-mnist").mkdir()
     with pytest.raises(ValueError, match="must be the name of a figure"):
         draw_all(Config(data=tmp_path, out=tmp_path))
-    root = Path(__file__).parent.parent
-    flags = [sys.executable, "-m", "figures", "--data", str(tmp_path / "none")]
-    done = subprocess.run(flags, capture_output=True, text=True, cwd=root, check=False)
-    assert done.returncode == 2 and "must hold folders" in done.stderr
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """A folder with a study that is whole and studies that are not, and a file."""
+    monkeypatch.chdir(tmp_path)
+    broken = {"ragged": b"a,b\n1,2\n1,2,3,4\n", "bytes": b"\xf5\x00", "empty": b"", "other": b"a,b\n1,2\n"}
+    for name, content in broken.items():
+        (tmp_path / name / "imp-mine").mkdir(parents=True)
+        (tmp_path / name / "imp-mine" / "levels.csv").write_bytes(content)
+    (tmp_path / "folder" / "imp-mine" / "levels.csv").mkdir(parents=True)
+    shutil.copytree(HERE / "data" / "width_sweep-mnist", tmp_path / "whole" / "width_sweep-mine")
+    (tmp_path / "file").touch()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--wrong", "Unrecognized options: --wrong. See python -m figures --help."),
+        ("--outt x", "Did you mean --out?"),
+        ("--out", "--out"),
+        ("pies", "pies must be a study in"),
+        ("--data file", "file must hold folders FIGURE-NAME of CSV tables: it has none."),
+        ("--data none", "none must hold folders FIGURE-NAME"),
+        ("--data whole --out file", "--out must be a place to write to: file: "),
+        ("--data whole --out /dev/null/x", "--out must be a place to write to: /dev/null/x: Not a directory"),
+        ("--data ragged", "ragged/imp-mine/levels.csv must be a CSV table: Error tokenizing data"),
+        ("--data bytes", "bytes/imp-mine/levels.csv must be a CSV table: 'utf-8' codec"),
+        ("--data empty", "empty/imp-mine/levels.csv must be a CSV table: No columns"),
+        (
+            "--data other",
+            "other/imp-mine must hold the tables that imp writes, whole: KeyError: 'level'. Make it again.",
+        ),
+        ("--data folder", "folder/imp-mine/levels.csv must be usable: Is a directory"),
+        ("--run none", "must be the name of a figure to draw none"),
+        ("imp --run ragged/imp-mine", "must be a CSV table"),
+        ("imp --run whole --out x", "--run must have one figure's name beside it at most"),
+        ("imp masks --run whole", "--run must have one figure's name beside it at most"),
+    ],
+)
+def test_wrong_input_is_one_line_and_2(argv, words, tables, capfd):
+    assert main(argv.split()) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["started", "forking"])
+def test_a_signal_to_all_its_processes_is_one_line_and_none_is_left(number, moment, tmp_path):
+    """While they start too, when hooks of a fork would lose what a signal raises."""
+    wait = "os.register_at_fork(after_in_child=lambda: print(1, flush=True))" if moment == "forking" else "pass"
+    script = f"import os, sys; from figures.__main__ import main; {wait}; sys.exit(main(['--out', {str(tmp_path)!r}]))"
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and inherited
+    try:
+        running = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parent.parent, start_new_session=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    try:
+        if moment == "forking":
+            running.stdout.readline()
+        else:
+            deadline = time.monotonic() + 60
+            while not list(tmp_path.glob("*.png")) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        os.killpg(running.pid, number)
+        _, err = running.communicate(timeout=60)
+        deadline = time.monotonic() + 10
+        while alive(running.pid) and time.monotonic() < deadline:  # killed ones are waited for by others
+            time.sleep(0.05)
+        assert not alive(running.pid)
+    finally:
+        if alive(running.pid):
+            os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode == 128 + number and err == "\nstopped: the same command starts again.\n", err
 
 
 def test_every_default_criterion_has_a_look_of_its_own():

@@ -45,6 +45,7 @@ FLOORS = {
     "ticketlab.plot": 4,
     "ticketlab.__main__": 4,
     "figures": 3,
+    "figures.__main__": 4,  # the command that draws them
     "analyses": 4,
     "examples": 4,
 }
@@ -95,7 +96,7 @@ def called(node: ast.Call) -> str | None:
 def room(name: str) -> str | None:
     """The room that a dotted name lies in; None where it is not the project's."""
     parts = name.split(".")
-    if parts[0] == "ticketlab":
+    if parts[0] == "ticketlab" or parts[:2] == ["figures", "__main__"]:
         return ".".join(parts[:2])
     return parts[0] if parts[0] in PACKAGES else None
 
@@ -193,6 +194,7 @@ def plant(root: Path, file: str, code: str) -> Path:
         ("figures/barrier.py", "from torch import nn", "tables and matplotlib alone"),
         ("figures/barrier.py", "from ticketlab.masks import kept", "tables and matplotlib alone"),
         ("figures/barrier.py", "import analyses.imp", "it lies above"),
+        ("figures/barrier.py", "from figures.__main__ import draw_all", "it lies above"),
         ("ticketlab/utils.py", "", "ticketlab.utils has no floor"),
         ("ticketlab/signal.py", "from ticketlab.gradients.point import check", "by its front, never its inside"),
         ("ticketlab/signal/moments.py", "from ticketlab.signal.jacobian import _ACTIVE", "keeps a name to its file"),
@@ -213,6 +215,7 @@ def test_a_planted_violation_is_caught(tmp_path, file, code, why):
         ("ticketlab/gradients/modes.py", "from ticketlab import ntk\nfrom ticketlab.ntk import kernel"),
         ("ticketlab/ntk/kernel.py", "from ticketlab.masks import kept\nfrom .plan import plan\nimport torch, json"),
         ("figures/barrier.py", "import pandas\nfrom figures import style\nfrom . import style\nimport torchless"),
+        ("figures/__main__.py", "from figures.style import save\nfrom ticketlab.commands import guarded"),
         ("analyses/imp.py", "import ticketlab as tl\nfrom figures import style\nimport torch"),
     ],
 )
