@@ -82,7 +82,7 @@ def main(
     """Parse flags, run, write ``OUT/NAME/RUN/{*.csv,config.json,NAME.pdf,NAME.png}``, print a short table and paths.
 
     Returns:
-        Exit code: 0, or that of ``console.guarded``; a bug keeps its traceback.
+        Exit code: 0, or that of ``commands.guarded``; a bug keeps its traceback.
     """
 
     def answer() -> int:

@@ -40,6 +40,7 @@ from tqdm import tqdm
 import ticketlab as tl
 from analyses.command import config_of, result_folder
 from ticketlab import console
+from ticketlab.commands import guarded, parsed
 from ticketlab.engine.config import from_json
 from ticketlab.engine.sweep import one_thread, spread, sweep
 from ticketlab.errors import Refused, nearest
@@ -188,14 +189,14 @@ def _resources(given: str | None) -> dict[str, float] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train and measure, and print where everything is; exit codes as of ``console.guarded``."""
+    """Train and measure, and print where everything is; exit codes as of ``commands.guarded``."""
 
     def answer() -> int:
-        config = tyro.cli(Config, prog="ticketlab sweep", description=__doc__, args=argv)
+        config = parsed(Config, argv, prog="ticketlab sweep", description=__doc__)
         print("\n".join(map(str, run(config))))
         return 0
 
-    return console.guarded(answer)
+    return guarded(answer)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import tyro
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio, report
+from benchmarks.timing import alternate, command, hardware, median_ratio, report
 from ticketlab.engine.advance import advancing
 from ticketlab.engine.start import Start
 from ticketlab.errors import Refused
@@ -92,10 +91,9 @@ def run(config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.execution")
+def main(config: Config) -> int:
     return report(run(config), "milliseconds a replica-step", config.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("execution", Config, main))

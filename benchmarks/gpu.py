@@ -22,11 +22,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-import tyro
 from torch import nn
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware
+from benchmarks.timing import alternate, command, hardware
 from ticketlab.engine import cost
 from ticketlab.engine.advance import advancing
 from ticketlab.engine.recipe import Precisions
@@ -212,8 +211,7 @@ def begun(way: Callable[[], Callable[[], None]], device: str) -> tuple[Callable[
     return run, (time.perf_counter() - began, peak)
 
 
-def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.gpu")
+def main(config: Config) -> int:
     table = run(config)
     print(
         table.drop(columns=["precision", "batch_size", "n_rounds"]).to_string(index=False, float_format="{:.3g}".format)
@@ -228,4 +226,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("gpu", Config, main))

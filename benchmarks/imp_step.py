@@ -22,10 +22,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import tyro
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio, report
+from benchmarks.timing import alternate, command, hardware, median_ratio, report
 from ticketlab.engine.advance import advancing
 from ticketlab.engine.start import Start
 from ticketlab.models import mlp
@@ -156,10 +155,9 @@ def _repeat(call: Callable[[], object]) -> None:
         call()
 
 
-def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.imp_step")
+def main(config: Config) -> int:
     return report(run(config), "milliseconds a replica-step", config.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("imp_step", Config, main))

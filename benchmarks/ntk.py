@@ -29,12 +29,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio, report
+from benchmarks.timing import alternate, command, hardware, median_ratio, report
 from ticketlab import ntk
 from ticketlab.ntk.layers import find_layers
 from ticketlab.ntk.plan import allowed, multiply_adds
@@ -310,11 +309,10 @@ def _quiet(call: Callable[[], Tensor]) -> Callable[[], None]:
     return run
 
 
-def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.ntk")
+def main(config: Config) -> int:
     print("inputs:", "MNIST" if os.environ.get("TICKETLAB_DATA") else "normal noise (set TICKETLAB_DATA for MNIST)")
     return report(run(config), "milliseconds a kernel", config.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("ntk", Config, main))

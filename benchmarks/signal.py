@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import tyro
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio, report
+from benchmarks.timing import alternate, command, hardware, median_ratio, report
 from ticketlab.models import build
 
 INPUTS = {"lenet_300_100": (1, 28, 28), "conv_2": (3, 32, 32)}
@@ -80,10 +79,9 @@ def _one_model(config: Config, name: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.signal")
+def main(config: Config) -> int:
     return report(run(config), "seconds", config.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("signal", Config, main))

@@ -7,7 +7,9 @@ does not beat a bigram has learned no more than that knows.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 import ticketlab as tl
+from benchmarks.timing import command
 from ticketlab import text
 
 
@@ -93,11 +96,17 @@ def _bytes(split: tl.Split) -> np.ndarray:
     return split.x[:, 1:].numpy().astype(np.uint8)  # without `text.BEGIN`
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Config:
+    """Simple methods on both text tasks."""
+
+
+def main(_: Config) -> int:
     for name, measure in (("stdlib_lm", next_byte), ("stdlib_topics", topics)):
         task = tl.load_task(name)
         print(task.name, measure(task).to_string(index=False, float_format="%.4f"), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command("text", Config, main))

@@ -7,9 +7,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import torch
+
+from ticketlab.commands import guarded, parsed
+
+C = TypeVar("C")
+
+
+def command(name: str, kind: type[C], answer: Callable[[C], int]) -> int:
+    """Run a benchmark as the flags of its command say; exit codes as of ``commands.guarded``."""
+    return guarded(lambda: answer(parsed(kind, None, prog=f"python -m benchmarks.{name}")))
 
 
 def alternate(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:

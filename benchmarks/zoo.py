@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import tyro
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio, report
+from benchmarks.timing import alternate, command, hardware, median_ratio, report
 from ticketlab.engine.criteria import CRITERIA, Evidence, draw_examples, find
 from ticketlab.engine.start import Start
 from ticketlab.engine.treatments import TREATMENTS, Origin
@@ -113,10 +112,9 @@ def run(config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.zoo")
+def main(config: Config) -> int:
     return report(run(config), "training, with one evaluation at the end", config.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("zoo", Config, main))

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import csv
 import re
+import sys
 import tomllib
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,12 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Config:
+    """Write docs/tables.md and the reference of every public function, and check all links."""
+
+
+def main(_: Config) -> int:
     """Write both.
 
     Raises:
@@ -129,7 +136,10 @@ def main() -> None:
     if broken := broken_links([*pages(), *html]):
         raise SystemExit("links must lead to a file or a heading:\n" + "\n".join(broken))
     print(f"{len(html)} pages in {API.relative_to(ROOT)}, docs/tables.md; no link is broken")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    from ticketlab.commands import guarded, parsed
+
+    sys.exit(guarded(lambda: main(parsed(Config, None, prog="python docs/build.py"))))

@@ -6,17 +6,24 @@ Run by ``make demo``. Both analyses read one stored run, so that a second start 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 
 import pandas as pd
 
 from analyses import imp, mode_connectivity
 from analyses.command import Tables, main, result_folder
+from ticketlab.commands import guarded, parsed
 
 LAST = imp.Config().study.levels
 LINES = mode_connectivity.Config(align=True, align_levels=(0, LAST))
 
 
-def demo() -> int:
+@dataclass(frozen=True)
+class Config:
+    """Find tickets on the bundled digits, and what joins them: tables, figures and two sentences, in results."""
+
+
+def demo(_: Config) -> int:
     """Both analyses at their defaults, lines between init seeds added, and a sentence on each."""
     flags = ["--align", "--align-levels", "0", str(LAST)]
     for name, module, argv in (("imp", imp, []), ("mode_connectivity", mode_connectivity, flags)):
@@ -50,4 +57,4 @@ def found(networks: Tables, lines: Tables) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(demo())
+    sys.exit(guarded(lambda: demo(parsed(Config, None, prog="python -m examples.demo"))))

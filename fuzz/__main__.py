@@ -36,7 +36,8 @@ REPORT = os.environ.get("FUZZ_REPORT")
 with atheris.instrument_imports(include=["ticketlab", "examples"]) if atheris and REPORT else contextlib.nullcontext():
     from fuzz import sweeps
     from fuzz.targets import TARGETS, seeds
-    from ticketlab.errors import Refused
+    from ticketlab.commands import guarded, parsed, try_folder
+    from ticketlab.errors import Refused, nearest
 
 TABLE = Path(__file__).parent.parent / "docs" / "fuzz.md"
 SWEEPS = {"flags": lambda: sweeps.flags(Path(tempfile.mkdtemp())), "arguments": sweeps.arguments}
@@ -172,14 +173,15 @@ def _apart(name: str, seconds: float) -> Tally:
     """A target in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "fuzz", name, "--seconds", str(seconds)]
+        command = [sys.executable, "-m", "fuzz", name, str(seconds)]
         subprocess.run(command, env={**os.environ, "FUZZ_REPORT": str(report)}, stdout=subprocess.DEVNULL, check=False)
         found = json.loads(report.read_text()) if report.exists() else {"tracebacks": 1, "faults": {"died": name}}
     return Tally(**found)
 
 
 def _run(name: str, seconds: float, report: Path) -> None:
-    """In that process."""
+    """In that process, which a terminal signals too: the first one ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     if name in TARGETS and atheris:
         _guided(name, seconds, report)
@@ -187,10 +189,17 @@ def _run(name: str, seconds: float, report: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = tyro.cli(Config, prog="python -m fuzz", args=argv)
-    if REPORT:
-        _run(config.targets[0], config.seconds, Path(REPORT))
-        return 0
+    """Exit code: 1 where anything went wrong; otherwise as of ``commands.guarded``."""
+    return guarded(lambda: _answer(parsed(Config, argv, prog="python -m fuzz")))
+
+
+def _answer(config: Config) -> int:
+    if not 0 < config.seconds < float("inf"):
+        raise Refused(f"--seconds must be positive and finite: got {config.seconds}.")
+    for unknown in {*config.targets} - {*TARGETS, *SWEEPS}:
+        raise Refused(nearest("target", unknown, (*TARGETS, *SWEEPS)))
+    if config.out is not None and not config.targets:
+        try_folder(config.out.parent)
     rows, wrong = [], 0
     for name in config.targets or (*TARGETS, *SWEEPS):
         start = time.monotonic()
@@ -207,4 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if REPORT:
+        _run(sys.argv[1], float(sys.argv[2]), Path(REPORT))
+        sys.exit(0)
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,9 +14,14 @@ from pathlib import Path
 import pytest
 
 import ticketlab as tl
+from fuzz import __main__ as fuzz
 from ticketlab import commands, console
 from ticketlab.errors import Refused
 
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = [f"benchmarks/{name}.py" for name in ("execution", "gpu", "imp_step", "ntk", "signal", "text", "zoo")]
+COMMANDS = [*BENCHMARKS, "docs/build.py", "examples/demo.py", "analyses/sweep.py", "ticketlab/to_shards.py"]
+COMMANDS += [f"{package}/__main__.py" for package in ("figures", "fuzz", "examples/certificate")]
 RECIPE = tl.Recipe(steps=6, eval_every=3)
 TINY = tl.ImpConfig(levels=1, init_seeds=(0, 1), treatments=("ticket", "reinit"), recipe=RECIPE)
 
@@ -243,3 +249,22 @@ def test_a_signal_says_how_to_go_on(number, tmp_path):
     assert line.endswith(f"is stored in {tmp_path / 'runs'}; the same command goes on from there.")
     assert "Traceback" not in err
     assert out.startswith("run: ")
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_a_wrong_flag_of_any_command_is_one_line(file, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [file, "--wrong"])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / file), run_name="__main__")
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert (done.value.code, out) == (2, "") and re.match("error: .* See (python|ticketlab) .* --help.$", line)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"), [(["pies"], "unknown target 'pies'"), (["--seconds", "nan"], "--seconds must be positive")]
+)
+def test_wrong_input_of_the_fuzzer_is_one_line(argv, words, capsys):
+    assert fuzz.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {words}")
