@@ -472,7 +472,7 @@ def test_every_measure_against_plain_gradients_and_nothing_is_left_on_the_module
     operator = ntk.operator(model, params, x, buffers=buffers)
     vector = torch.randn(operator.size, generator=torch.Generator().manual_seed(2), dtype=F64)
     assert_close(operator.product(vector), expected.flatten(2).flatten(0, 1) @ vector)
-    assert_close(operator.trace(), expected.flatten(2).flatten(0, 1).trace())
+    assert_close(operator.trace().value, expected.flatten(2).flatten(0, 1).trace())
     assert torch.equal(x, data)
     assert before == {id(module): module.__dict__ for module in model.modules()}
     assert all(torch.equal(t, own.params[n]) for n, t in model.named_parameters())
@@ -483,7 +483,11 @@ def test_inputs_that_want_a_gradient_get_none() -> None:
     x = vectors(6)(3, 0).requires_grad_()
     operator = ntk.operator(model, state(model), x)
     found = [ntk.kernel(model, state(model), x, method=method) for method in ("auto", "generic")]
-    found += [ntk.jacobian(model, state(model), x).values, operator.product(torch.ones(6, dtype=F64)), operator.trace()]
+    found += [
+        ntk.jacobian(model, state(model), x).values,
+        operator.product(torch.ones(6, dtype=F64)),
+        operator.trace().value,
+    ]
     assert x.grad is None
     assert not any(one.requires_grad for one in found)
 

@@ -7,8 +7,10 @@ problem            one network at m * theta, the coordinates that it is differen
   plan             which method for which layer, in blocks of how many examples
   structured | rows | gather   the three ways to a layer's kernel: nothing pruned, unit by unit, live columns
   generic          rows of the Jacobian of whatever is left, and the oracle
-kernel, jacobian   the whole: the kernel, its factor, and its product with vectors
+kernel, jacobian   the whole: the kernel, and its factor
 spectrum, compare, predict   what is read off it
+matrix_free        products with it, and what is read off those
+  passes | sketch    a product without rows; traces from random vectors
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from ticketlab.ntk.compare import (
     rank_one_target_alignment,
     target_alignment,
 )
-from ticketlab.ntk.jacobian import KernelOperator, LiveJacobian, jacobian, operator
+from ticketlab.ntk.jacobian import LiveJacobian, jacobian
 from ticketlab.ntk.kernel import kernel
+from ticketlab.ntk.matrix_free import Eigenpairs, KernelOperator, operator
 from ticketlab.ntk.predict import gradient_flow_prediction, kernel_regression
+from ticketlab.ntk.sketch import Estimate
 from ticketlab.ntk.spectrum import Spectrum, spectrum
 
 __all__ = [
     "Drift",
+    "Eigenpairs",
+    "Estimate",
     "KernelOperator",
     "LiveJacobian",
     "Preservation",

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ticketlab.errors import Refused
-from ticketlab.ntk.axes import by_output
+from ticketlab.ntk.axes import by_output, targets
 from ticketlab.ntk.spectrum import Spectrum
 from ticketlab.shown import as_line, as_table
 from ticketlab.state import check_finite
@@ -107,7 +106,7 @@ def target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Float[Tenso
     Raises:
         Refused: Targets that do not go with the kernel, or entries that are not finite.
     """
-    y = _targets(k, y)
+    y = targets(k.shape, y)
     ideal = y @ y.mT
     if k.ndim > 3:
         ideal = torch.einsum("nm,op->nomp", ideal, torch.eye(y.shape[1], dtype=y.dtype, device=y.device))
@@ -133,27 +132,8 @@ def rank_one_target_alignment(k: Tensor, y: Tensor, centered: bool = True) -> Fl
             f"rank_one_target_alignment needs a full kernel [n, out, n, out]: got shape {tuple(k.shape)}. "
             "Compute it with outputs='full', or take target_alignment."
         )
-    y = _targets(k, y)
+    y = targets(k.shape, y)
     return alignment(k, torch.einsum("no,mp->nomp", y, y).to(k.device), centered)
-
-
-def _targets(k: Tensor, y: Tensor) -> Float[Tensor, "n out"]:
-    """Targets that go with a kernel in float64, labels made one-hot."""
-    outputs = by_output(k).shape[-1]
-    with_outputs = k.ndim > 3
-    if y.ndim == 1 and len(y) and not y.is_floating_point():
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or (with_outputs and high >= outputs):
-            last = outputs - 1 if with_outputs else "n_classes - 1"
-            raise Refused(f"labels must lie in 0..{last}: got {low}..{high}. Number the classes from 0.")
-        y = F.one_hot(y.long(), outputs if with_outputs else -1)
-    y = y.double() if y.ndim == 2 else y.double()[:, None]
-    if len(y) != k.shape[-1 - int(with_outputs)] or (with_outputs and y.shape[1] != outputs):
-        raise Refused(
-            f"y must hold integer labels [n] or targets [n, out] of the kernel's inputs: got {tuple(y.shape)} "
-            f"for a kernel of shape {tuple(k.shape)}."
-        )
-    return y
 
 
 def drift(k_start: Tensor, k_end: Tensor) -> Drift:

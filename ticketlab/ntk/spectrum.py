@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ticketlab.errors import Refused
-from ticketlab.lanczos import largest
 from ticketlab.ntk.axes import square_matrix
-from ticketlab.ntk.jacobian import KernelOperator, LiveJacobian
-from ticketlab.seeds import stream
+from ticketlab.ntk.jacobian import LiveJacobian
+from ticketlab.ntk.matrix_free import KernelOperator
 from ticketlab.shown import as_line, as_table
 
 
@@ -22,7 +20,8 @@ class Spectrum:
     """The spectrum of a kernel, in float64; every field has the replica axis of what it was taken of.
 
     Of a matrix-free operator only the largest eigenvalues are known: ``rank``, ``effective_rank``,
-    ``participation_ratio`` and ``condition_number``, which need them all, are then NaN. ``trace`` is exact.
+    ``participation_ratio`` and ``condition_number``, which need them all, are then NaN; the operator estimates two of
+    them. ``trace`` is exact.
     """
 
     eigenvalues: Float[Tensor, "*replica d"]
@@ -100,15 +99,6 @@ def _of_jacobian(source: LiveJacobian) -> tuple[Tensor, Tensor, Tensor]:
 def _of_operator(source: KernelOperator, top: int) -> Spectrum:
     if not 0 < top < source.size:
         raise Refused(f"top must lie in 1 to {source.size - 1} for an operator of size {source.size}: got {top}.")
-    dtype, device = source.problem.dtype, source.problem.device
-
-    def product(vector: np.ndarray) -> np.ndarray:
-        return source.product(torch.as_tensor(vector.ravel(), dtype=dtype, device=device)).double().cpu().numpy()
-
-    # A fixed start, so that the same kernel gives the same bits; uniform entries would miss antisymmetric vectors.
-    tolerance = torch.finfo(dtype).eps ** (2 / 3)
-    found = largest(product, source.size, top, stream("kernel spectrum", 0), tolerance=tolerance)
-    unknown = torch.full((), torch.nan, dtype=torch.float64, device=device)
-    values = torch.as_tensor(found.values.copy(), device=device)
-    vectors = torch.as_tensor(found.vectors.copy(), device=device)
-    return Spectrum(values, vectors, source.trace(), unknown, unknown, unknown, unknown)
+    found = source.top(top)
+    unknown = torch.full_like(found.values[0], torch.nan)
+    return Spectrum(found.values, found.vectors, source.trace().value, unknown, unknown, unknown, unknown)
