@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import tyro
 from distributed import Client, LocalCluster
 
 import ticketlab as tl
-from benchmarks.timing import alternate, hardware, median_ratio, report
+from benchmarks.timing import alternate, command, hardware, median_ratio, report
 from ticketlab.engine.sweep import sweep
 
 
@@ -43,8 +42,7 @@ def trained(config: tl.ImpConfig, folder: Path, client: Client | None) -> None:
     sweep([config], folder, client=client, device="cpu", progress=False)
 
 
-def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.cluster")
+def main(config: Config) -> int:
     torch.set_num_threads(1)
     recipe = tl.Recipe(steps=config.steps, eval_every=config.steps)
     study = tl.ImpConfig(levels=0, init_seeds=tuple(range(config.blocks)), recipe=recipe)
@@ -65,4 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("cluster", Config, main))

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import tyro
 
 import ticketlab as tl
-from benchmarks.timing import hardware, report
+from benchmarks.timing import command, hardware, report
 from ticketlab import ntk
 
 
@@ -106,10 +105,9 @@ def run(config: Config) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.operator")
+def main(config: Config) -> int:
     return report(run(config), "seconds", config.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("operator", Config, main))

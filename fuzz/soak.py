@@ -24,10 +24,10 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import ticketlab as tl
+from ticketlab.commands import guarded, parsed
 from ticketlab.engine.checkpoint import Checkpoints, Half
 from ticketlab.engine.sweep import sweep
 from ticketlab.errors import Refused
@@ -266,8 +266,11 @@ KINDS: dict[str, Callable[[Config, Path, Path, Tally], None]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Disturb, print the table and write it."""
-    config = tyro.cli(Config, prog="python -m fuzz.soak", args=argv)
+    """Exit code: 1 where anything went wrong; otherwise as of ``commands.guarded``."""
+    return guarded(lambda: _answer(parsed(Config, argv, prog="python -m fuzz.soak")))
+
+
+def _answer(config: Config) -> int:
     torch.set_num_threads(1)  # a copy of a process has no threads but one
     rows, wrong = [], 0
     with tempfile.TemporaryDirectory() as place:

@@ -19,8 +19,18 @@ from ticketlab import commands, console
 from ticketlab.errors import Refused
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = [f"benchmarks/{name}.py" for name in ("execution", "gpu", "imp_step", "ntk", "signal", "text", "zoo")]
-COMMANDS = [*BENCHMARKS, "docs/build.py", "examples/demo.py", "analyses/sweep.py", "ticketlab/to_shards.py"]
+BENCHMARKS = [
+    f"benchmarks/{name}.py"
+    for name in ("cluster", "execution", "gpu", "imp_step", "ntk", "operator", "signal", "text", "zoo")
+]
+COMMANDS = [
+    *BENCHMARKS,
+    "fuzz/soak.py",
+    "docs/build.py",
+    "examples/demo.py",
+    "analyses/sweep.py",
+    "ticketlab/to_shards.py",
+]
 COMMANDS += [f"{package}/__main__.py" for package in ("figures", "fuzz", "examples/certificate")]
 RECIPE = tl.Recipe(steps=6, eval_every=3)
 TINY = tl.ImpConfig(levels=1, init_seeds=(0, 1), treatments=("ticket", "reinit"), recipe=RECIPE)
