@@ -225,6 +225,19 @@ def test_wide_outputs_are_differentiated_forward():
     torch.testing.assert_close(s, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_layer_with_a_parametrized_weight_has_the_row_of_the_layer(kind):
+    model = build(lambda: nn.Sequential(kind(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))).eval()
+    x = normal(4, 6)
+    table = signal.layer_statistics(model, state(model), x)
+    assert table["layer"].tolist() == ["0", "2"]
+    with torch.no_grad():
+        h = x @ model[0].weight.T + model[0].bias
+    assert table["second_moment"][0] == pytest.approx(float(h.square().mean()))
+    (own,) = signal.layer_statistics(model[0], state(model[0]), x)["layer"]
+    assert own == ""
+
+
 def test_layer_statistics_by_hand():
     model = build(lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)))
     params = {n: p[0] for n, p in gaussian(model, 1, 2.0, 0.1).items()}

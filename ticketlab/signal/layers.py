@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -109,11 +110,12 @@ def _of_network(net: Network, x: Tensor, y: Tensor | None, names: Sequence[str],
 
 
 def _weighted(model: nn.Module) -> list[str]:
-    """The modules that hold a prunable weight, of their own or tied to another's."""
+    """The modules that hold a prunable weight, of their own, tied to another's or behind a parametrization."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # how much of a model is prunable is no matter here
         weights = {id(model.get_parameter(name)) for name in prunable(model)}
-    return [name for name, m in model.named_modules() if weights & {id(p) for p in m.parameters(recurse=False)}]
+    holders = [name for name, m in model.named_modules() if weights & {id(p) for p in m.parameters(recurse=False)}]
+    return [*dict.fromkeys(re.split(r"(?:^|\.)parametrizations\.", name)[0] for name in holders)]
 
 
 def _statistics(h: Tensor) -> dict[str, float]:
