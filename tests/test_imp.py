@@ -486,6 +486,49 @@ def test_a_criterion_or_treatment_of_ones_own_is_run_and_names_the_run(tmp_path)
 # ------------------------------------------------------------------------------------------------------- seeds
 
 
+class Hidden(nn.Module):
+    """Layers in a plain list, which PyTorch does not see."""
+
+    def __init__(self, kind=list):
+        super().__init__()
+        self.layers, self.head = kind([nn.Linear(6, 12)]), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.layers[0](x).relu())
+
+
+class Projected(nn.Module):
+    """Random features in a plain attribute, or in a buffer."""
+
+    def __init__(self, registered):
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+        features = torch.randn(6, 12)
+        if registered:
+            self.register_buffer("features", features)
+        else:
+            self.features = features
+
+    def forward(self, x):
+        return self.head((x @ self.features).relu())
+
+
+def test_weights_that_pytorch_does_not_see_are_refused():
+    config = replace(CONFIG, dtype="float32")
+    for factory in (Hidden, lambda: Projected(False)):
+        with pytest.raises(ValueError, match="must hold all of its weights"):
+            levels(config, model=factory)
+    for factory in (lambda: Hidden(nn.ModuleList), lambda: Projected(True)):
+        tl.Study(config, model=factory, task=blobs())
+
+    def of_any_width():
+        width = int(torch.randint(5, 50, ()))
+        return nn.Sequential(nn.Linear(6, width), nn.Linear(width, 3))
+
+    with pytest.raises(ValueError, match="must build one architecture"):
+        levels(config, model=of_any_width)
+
+
 def test_a_factory_that_ignores_the_seed_is_refused_and_weights_may_be_given():
     net = tl.initialise(small_mlp, 0)
     for factory in (lambda: net, lambda: copy.deepcopy(net)):

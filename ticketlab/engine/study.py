@@ -40,7 +40,7 @@ from ticketlab.lending import lent
 from ticketlab.mapped import bytes_of
 from ticketlab.network import Execution
 from ticketlab.probing import attempt
-from ticketlab.seeds import Factory, derived_seed, initialise, kept_generators
+from ticketlab.seeds import Factory, derived_seed, initialise, kept_generators, seed_generators
 from ticketlab.state import State, moved, state
 
 OwnCriteria = Mapping[str, Criterion | Callable[[Evidence], dict[str, Tensor]]]
@@ -306,6 +306,7 @@ class Study:
             x, y = self.task.train.x[:2], self.task.train.y[:2]
             trained = self.task.objective.smoothed(config.recipe.label_smoothing)
             trained.check(y, len(x), attempt(self.model, x).shape[1:])
+        self._check_state()
         self._check_levels()
         if any(self.own.values()):
             self.description  # noqa: B018 - runs what is a user's own, and refuses what it must not do
@@ -331,6 +332,25 @@ class Study:
                 f"replicas would be one network, and {redrawn or 'reinit'} the ticket itself. Build the module anew in "
                 "the factory, without a seed or a state of its own; pass pretrained weights as start=tl.state(net), "
                 "beside a factory that draws."
+            )
+
+    def _check_state(self) -> None:
+        """A network must be its parameters and buffers: another one that holds the same must give the same."""
+        held, x, outputs = state(self.model), self.task.train.x[:2], []
+        another = self.initialised(derived_seed("another network", self.config.init_seeds[0]))
+        if _shapes(state(another)) != _shapes(held):
+            raise Refused("the factory must build one architecture: for two seeds shapes differ. Draw weights alone.")
+        for net in (self.model, self.model, another):
+            with torch.no_grad(), kept_generators(x.device), lent(net, *held.clone()):
+                seed_generators(0, x.device)
+                outputs.append(attempt(net, x))
+        first, again, other = outputs
+        near = 1e-3 * first.abs().max()
+        if (first - again).abs().max() <= near < (first - other).abs().max():  # others refuse what is random
+            raise Refused(
+                f"{type(another).__name__} must hold all of its weights: two with equal parameters and buffers gave "
+                "different outputs. Put layers into an nn.ModuleList, not a list; weights into nn.Parameter or "
+                "register_buffer; and draw nothing else in the factory."
             )
 
     def _check_levels(self) -> None:
@@ -491,6 +511,10 @@ def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
     """What parts of it hold, in one."""
     parts = [part if isinstance(part, Mapping) else {name: part} for name, part in description.items()]
     return {name: value for part in parts for name, value in part.items()}
+
+
+def _shapes(held: State) -> dict[str, torch.Size]:
+    return {name: tensor.shape for part in held for name, tensor in part.items()}
 
 
 def _equal(a: State, b: State) -> bool:
