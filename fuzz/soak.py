@@ -110,6 +110,10 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def _is_over(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
 def kills(config: Config, folder: Path, whole: Path, tally: Tally) -> None:
     """Each life of a run is cut short until one is not; then its bytes are compared."""
     draw, began = random.Random(config.seed), time.monotonic()
@@ -121,7 +125,9 @@ def kills(config: Config, folder: Path, whole: Path, tally: Tally) -> None:
             while code == -signal.SIGKILL:
                 pid = forked(partial(train, place))
                 if lost < config.kills:
-                    time.sleep(draw.uniform(0, lifetime))
+                    wait, began = draw.uniform(0, lifetime), time.monotonic()
+                    while time.monotonic() - began < wait and not _is_over(pid):
+                        time.sleep(0.001)
                     os.kill(pid, signal.SIGKILL)
                 code = ended(pid)
                 lost += code == -signal.SIGKILL
