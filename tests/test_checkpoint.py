@@ -122,3 +122,22 @@ def test_a_study_leaves_checkpoints_and_takes_them_away(tmp_path, monkeypatch) -
         for name, tensor in one.end.params.items():
             assert torch.equal(tensor, two.end.params[name])
     assert not [path for path in Path(tmp_path).rglob("*checkpoint*")]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_what_a_killed_process_could_not_take_away_goes_with_the_next(level, tmp_path, monkeypatch) -> None:
+    config = tl.ImpConfig(levels=1, init_seeds=(0,), recipe=tl.Recipe(steps=20, eval_every=5))
+    study, real = tl.Study(config, device="cpu", progress=False, checkpoint_minutes=0), Checkpoints.clear
+
+    def killed(self) -> None:
+        if self.folder.name == f"level_{level:02d}.checkpoint":
+            raise Stopped
+        real(self)
+
+    monkeypatch.setattr(Checkpoints, "clear", killed)
+    with pytest.raises(Stopped):
+        list(study.levels(tmp_path))
+    assert len(list(tmp_path.glob(f"*/level_{level:02d}*"))) == 2, "the level, and the checkpoint beside it"
+    monkeypatch.setattr(Checkpoints, "clear", real)
+    list(study.levels(tmp_path))
+    assert len(tl.load_run(study.folder(tmp_path))) == 2 and not list(tmp_path.rglob("*checkpoint*"))

@@ -13,6 +13,7 @@ import ticketlab as tl
 from analyses import dynamic_sparsity, supermasks
 from analyses.command import config_of
 from ticketlab.engine import training
+from ticketlab.engine.checkpoint import Checkpoints
 from ticketlab.engine.dynamic import DropGrow
 from ticketlab.errors import Refused
 
@@ -99,6 +100,23 @@ def test_a_killed_one_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert looks == [5, 10, 10, 12]
     for part, other in zip(plain.end, outcome.end, strict=True):
         assert all(torch.equal(t, other[n]) for n, t in part.items())
+
+
+def test_what_a_killed_one_could_not_take_away_goes_with_the_next(tmp_path, monkeypatch):
+    model, task = build(small_mlp), blobs()
+
+    def again() -> None:
+        tl.train(model, starts(model), task, RECIPE, store=tmp_path, checkpoint_minutes=0, progress=False)
+
+    def killed(self) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpoints, "clear", killed)
+        again()
+    assert list(tmp_path.rglob("level_00/manifest.json")) and list(tmp_path.rglob("level_00.checkpoint"))
+    again()
+    assert not list(tmp_path.rglob("*checkpoint*"))
 
 
 def test_a_hook_hears_nothing_of_what_is_read(tmp_path):

@@ -49,16 +49,16 @@ def levels(study: Study, folder: Path | None) -> Iterator[Level]:
                 refuse_lost = held.enter_context(runs.writing(writes, study.description, study.environment))
                 stored = runs.n_stored(writes)  # another process may have written in between
             stored = ranks.agreed(stored)
+            half = (
+                Checkpoints(runs.checkpoint_folder(folder, number), study.identity, study.seconds) if folder else None
+            )
             if folder and number < stored:
                 level = runs.read_level(folder, number, study.task.device)
                 in_order = {name: level.masks[name] for name in study.names}
                 level = replace(level, masks=in_order)  # a random mask of the next level counts in it
+                if writes and half:
+                    half.clear()  # of a process that was killed before it could
             else:
-                half = (
-                    Checkpoints(runs.checkpoint_folder(folder, number), study.identity, study.seconds)
-                    if folder
-                    else None
-                )
                 if dense is None or level is None:
                     level = _dense(study, half)
                 else:

@@ -90,9 +90,11 @@ def train(
     environment = {**runs.environment(task.device), "execution": execution}
     first = ranks.rank() == 0
     with runs.writing(folder, description, environment) if first else nullcontext(_nothing) as refuse_lost:
-        if ranks.agreed(runs.n_stored(folder)):
-            return _outcome(runs.read_level(folder, 0, task.device))
         half = Checkpoints(runs.checkpoint_folder(folder, 0), identity, 60 * checkpoint_minutes)
+        if ranks.agreed(runs.n_stored(folder)):
+            if first:
+                half.clear()  # of a process that was killed before it could
+            return _outcome(runs.read_level(folder, 0, task.device))
         outcome = trained(half)
         if first:
             refuse_lost()
