@@ -529,6 +529,20 @@ def test_weights_that_pytorch_does_not_see_are_refused():
         levels(config, model=of_any_width)
 
 
+class OnGraph(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+        self.register_buffer("adjacency", torch.eye(6).to_sparse())
+
+    def forward(self, x):
+        return super().forward((self.adjacency @ x.T).T)
+
+
+def test_sparse_buffers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"must be dense: \['adjacency'\] are sparse"):
+        levels(CONFIG, model=OnGraph)
+
+
 def test_a_factory_that_ignores_the_seed_is_refused_and_weights_may_be_given():
     net = tl.initialise(small_mlp, 0)
     for factory in (lambda: net, lambda: copy.deepcopy(net)):

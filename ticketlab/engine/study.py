@@ -301,6 +301,9 @@ class Study:
         weights = dict(self.model.named_parameters())
         if config.conv_fraction is not None and all(weights[name].ndim < 3 for name in self.names):
             raise Refused("conv_fraction needs a convolution that is pruned: the model has none. Leave it out.")
+        sparse = [n for part in state(self.model) for n, t in part.items() if t.layout != torch.strided]
+        if sparse:
+            raise Refused(f"what a run stores must be dense: {sparse} are sparse. Register them as tensor.to_dense().")
         self._check_seeds()
         with torch.no_grad(), kept_generators(), lent(self.model, None, None):
             x, y = self.task.train.x[:2], self.task.train.y[:2]
