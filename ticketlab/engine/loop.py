@@ -24,6 +24,7 @@ from ticketlab.engine.trainable import copied, put
 from ticketlab.errors import Refused
 from ticketlab.lending import lent, recurrence_as_products
 from ticketlab.seeds import seed_generators
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Masks, State, select
 
 
@@ -43,6 +44,8 @@ class Replica:
     start: Start
     draws: bool
     """Whether the global generators are seeded before each step."""
+
+    __repr__, _repr_html_ = as_line, as_table
 
     def run(self, task: Task, recipe: Recipe, steps: range) -> None:
         dynamics, seed = self.start.dynamics, self.start.order_seed

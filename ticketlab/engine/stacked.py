@@ -29,6 +29,7 @@ from ticketlab.engine.step import (
 from ticketlab.engine.trainable import copied, put
 from ticketlab.engine.watch import put_back
 from ticketlab.probing import close
+from ticketlab.shown import as_line, as_table
 from ticketlab.state import Masks, State, stack
 
 
@@ -43,6 +44,8 @@ class Stacked:
     loss: Callable[[Tensor, Tensor], Tensor]
     """(inputs, targets), [replica, batch, ...] -> the sum of mean losses: gradients do not mix."""
     clip: Callable[[], None] | None
+
+    __repr__, _repr_html_ = as_line, as_table
 
 
 def stacked(
