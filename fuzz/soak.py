@@ -223,7 +223,7 @@ def pairs(config: Config, folder: Path, whole: Path, tally: Tally) -> None:
 
 def workers(config: Config, folder: Path, whole: Path, tally: Tally) -> None:
     """Sweeps on a cluster of two, one worker after another killed, until there were enough."""
-    from distributed import Client, LocalCluster  # noqa: PLC0415  (ticketlab[cluster])
+    from distributed import Client, LocalCluster, Status  # noqa: PLC0415  (ticketlab[cluster])
 
     draw, lost = random.Random(config.seed), 0
     blocks = replace(STUDY, init_seeds=tuple(range(8)))
@@ -241,7 +241,8 @@ def workers(config: Config, folder: Path, whole: Path, tally: Tally) -> None:
                 nonlocal lost
                 while not done.wait(draw.uniform(1, 6)) and lost < config.workers:
                     nanny = draw.choice([*cluster.workers.values()])
-                    if nanny.pid:  # it has started again the one that was killed before
+                    # Dask gives up a worker that dies before it has started, and with the last of them the cluster.
+                    if nanny.process and nanny.process.status == Status.running and nanny.pid:
                         os.kill(nanny.pid, signal.SIGKILL)
                         lost += 1
                         bar.update()
