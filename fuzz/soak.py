@@ -240,10 +240,11 @@ def workers(config: Config, folder: Path, whole: Path, tally: Tally) -> None:
             def kill(done: Event = done) -> None:
                 nonlocal lost
                 while not done.wait(draw.uniform(1, 6)) and lost < config.workers:
-                    nanny = draw.choice([*cluster.workers.values()])
-                    # Dask gives up a worker that dies before it has started, and with the last of them the cluster.
-                    if nanny.process and nanny.process.status == Status.running and nanny.pid:
-                        os.kill(nanny.pid, signal.SIGKILL)
+                    cluster.scale(2)  # Dask gives up a worker that dies while it starts
+                    running = [n for n in [*cluster.workers.values()] if n.process and n.pid]
+                    running = [nanny for nanny in running if nanny.process.status == Status.running]
+                    if running:
+                        os.kill(draw.choice(running).pid, signal.SIGKILL)
                         lost += 1
                         bar.update()
 
