@@ -241,10 +241,10 @@ def workers(config: Config, folder: Path, whole: Path, tally: Tally) -> None:
                 nonlocal lost
                 while not done.wait(draw.uniform(1, 6)) and lost < config.workers:
                     cluster.scale(2)  # Dask gives up a worker that dies while it starts
-                    running = [n for n in [*cluster.workers.values()] if n.process and n.pid]
-                    running = [nanny for nanny in running if nanny.process.status == Status.running]
+                    processes = [nanny.process for nanny in [*cluster.workers.values()]]
+                    running = [pid for p in processes if p and p.status == Status.running and (pid := p.pid)]
                     if running:
-                        os.kill(draw.choice(running).pid, signal.SIGKILL)
+                        os.kill(draw.choice(running), signal.SIGKILL)
                         lost += 1
                         bar.update()
 
